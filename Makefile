@@ -1,0 +1,60 @@
+# The package index is the only thing reached: `make demo` and `make test` start from Python and make alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# `make INSTALL_FLAGS=` shows what pip does.
+INSTALL_FLAGS ?= --quiet --disable-pip-version-check
+
+PYTHON_STAMP := $(VENV)/.stamp-python
+RUNTIME_STAMP := $(VENV)/.stamp-runtime
+TEST_STAMP := $(VENV)/.stamp-test
+
+export DO_NOT_TRACK := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test test-ops lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(TEST_STAMP) ## make .venv with the test extra
+
+demo: $(RUNTIME_STAMP) ## quantize the demo model and show what it costs
+	@$(BIN)/blockquant demo
+
+test: $(TEST_STAMP) ## all tests but the long operations tests
+	@$(BIN)/python -m pytest -m 'not ops'
+
+test-ops: $(TEST_STAMP) ## long operations tests: kills, databases, browsers, clusters
+	@$(BIN)/python -m pytest -m ops
+
+lint: $(TEST_STAMP) ## ruff, mypy and the import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean: ## remove .venv, build leftovers and the tools' caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find flows tasks quantizers configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written last, so an interrupted installation is taken up again by the next make.
+$(PYTHON_STAMP):
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "make: $(PYTHON) not found: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make: $$($(PYTHON) --version) is too old: blockquant needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(RUNTIME_STAMP): pyproject.toml constraints.txt | $(PYTHON_STAMP)
+	@echo "Installing blockquant into $(VENV): about 2 GB and some minutes the first time (no progress is shown)."
+	$(BIN)/python -m pip install $(INSTALL_FLAGS) -c constraints.txt -e .
+	@touch $@
+
+$(TEST_STAMP): $(RUNTIME_STAMP)
+	$(BIN)/python -m pip install $(INSTALL_FLAGS) -c constraints.txt -e '.[test]'
+	@touch $@
