@@ -1,0 +1,150 @@
+"""The keys under ``quant.special``: one section per method, after LLMC's vocabulary."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from configs.fields import Count, Fraction, NoEffect, NotHashed, Section, choice
+from configs.vocabulary import Method, RotateMode, Version
+
+__all__ = [
+    "SPECIAL_KEYS",
+    "AwqSpecial",
+    "GptqSpecial",
+    "NoSpecial",
+    "OmniQuantSpecial",
+    "OsPlusSpecial",
+    "QuarotSpecial",
+    "SmoothQuantSpecial",
+    "Special",
+]
+
+_STORED = NoEffect("every step's decision is kept in the store and passed on from there")
+_ALWAYS_BATCHED = NoEffect("the search needs the Gram matrix only, never a batch of inputs")
+_FLOAT64 = NoEffect("rotations are always computed in float64")
+_REFUSED_ELSE_OFF = NotHashed("true is refused, so it is always off")
+
+
+def _no_owq(value: bool) -> bool:
+    if value:
+        raise ValueError(
+            "true is not offered: OWQ keeps some columns in 16 bits, which no format that "
+            "SGLang loads can hold; write false"
+        )
+    return value
+
+
+def _no_online_rotation(value: bool) -> bool:
+    if value:
+        raise ValueError(
+            "true is not offered: the server would have to rotate activations while it runs, "
+            "and SGLang has no kernel for it; write false"
+        )
+    return value
+
+
+Owq = Annotated[bool, AfterValidator(_no_owq), _REFUSED_ELSE_OFF]
+OnlineRotate = Annotated[bool, AfterValidator(_no_online_rotation), _REFUSED_ELSE_OFF]
+Alpha = Annotated[Fraction, Field(ge=0, le=1)]
+LearningRate = Annotated[Fraction, Field(gt=0)]
+
+
+class NoSpecial(Section):
+    """RTN and Identity take no special keys."""
+
+
+class AwqSpecial(Section):
+    """AWQ (arXiv 2306.00978): the scale search and the clip search."""
+
+    trans: bool = True
+    trans_version: Annotated[Version, choice(Version)] = Version.V2
+    weight_clip: bool = True
+    clip_version: Annotated[Version, choice(Version)] = Version.V1
+    clip_sym: bool | None = None
+    do_gqa_trans: bool = False
+    awq_bs: Annotated[Count | None, _ALWAYS_BATCHED] = None
+    save_mem: Annotated[bool, NoEffect("one block at a time is on the device in any case")] = False
+    save_scale: Annotated[bool, _STORED] = False
+    scale_path: Annotated[str | None, _STORED] = None
+    save_clip: Annotated[bool, _STORED] = False
+    clip_path: Annotated[str | None, _STORED] = None
+
+
+class GptqSpecial(Section):
+    """GPTQ (arXiv 2210.17323): rounding with error feedback."""
+
+    actorder: bool = True
+    static_groups: bool = True
+    percdamp: Annotated[Fraction, Field(gt=0)] = 0.01
+    blocksize: Annotated[Count, Field(ge=1)] = 128
+    true_sequential: bool = True
+    chunk_num: Annotated[Count | None, NoEffect("statistics are summed in fixed chunks")] = None
+    owq: Owq = False
+    online_rotate: OnlineRotate = False
+    fp32_had: Annotated[bool, _FLOAT64] = False
+
+
+class OmniQuantSpecial(Section):
+    """OmniQuant (arXiv 2308.13137): learned clipping and learned channel scales."""
+
+    aug_loss: bool = False
+    lwc: bool = True
+    let: bool = False
+    lwc_lr: LearningRate = 0.01
+    let_lr: LearningRate = 0.005
+    use_shift: bool = False
+    alpha: Alpha = 0.5
+    deactive_amp: Annotated[bool, NoEffect("learned steps never use autocast")] = True
+    epochs: Annotated[Count, Field(ge=1)] = 5
+    wd: Annotated[Fraction, Field(ge=0)] = 0.0
+    search_clip_init: bool = False
+    load_clip: bool = False
+    clip_path: str | None = None
+    search_scale_init: bool = False
+    scale_path: str | None = None
+
+
+class QuarotSpecial(Section):
+    """QuaRot (arXiv 2404.00456), the offline part."""
+
+    rotate_mode: Annotated[RotateMode, choice(RotateMode)] = RotateMode.HADAMARD
+    fp32_had: Annotated[bool, _FLOAT64] = False
+    online_rotate: OnlineRotate = False
+
+
+class SmoothQuantSpecial(Section):
+    """SmoothQuant (arXiv 2211.10438)."""
+
+    alpha: Alpha = 0.5
+
+
+class OsPlusSpecial(Section):
+    """Outlier Suppression+ (arXiv 2304.09145)."""
+
+    alpha: Alpha = 0.5
+    # Not in the seed document, but in the file that LLMC ships for this method.
+    true_sequential: Annotated[bool, NoEffect("statistics are collected once per block")] = True
+
+
+Special = (
+    NoSpecial
+    | AwqSpecial
+    | GptqSpecial
+    | OmniQuantSpecial
+    | QuarotSpecial
+    | SmoothQuantSpecial
+    | OsPlusSpecial
+)
+
+SPECIAL_KEYS: dict[Method, type[Special]] = {
+    Method.RTN: NoSpecial,
+    Method.IDENTITY: NoSpecial,
+    Method.AWQ: AwqSpecial,
+    Method.GPTQ: GptqSpecial,
+    Method.OMNIQUANT: OmniQuantSpecial,
+    Method.QUAROT: QuarotSpecial,
+    Method.SMOOTHQUANT: SmoothQuantSpecial,
+    Method.OSPLUS: OsPlusSpecial,
+}

@@ -1,0 +1,143 @@
+"""The closed choices of a recipe: one enum each, spelled as LLMC spells them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+__all__ = [
+    "IMPLEMENTED_METHODS",
+    "METHODS_WITHOUT_CALIBRATION",
+    "ActAlgorithm",
+    "ActGranularity",
+    "DataName",
+    "EvaluationDtype",
+    "EvaluationType",
+    "FloatFormat",
+    "Method",
+    "QuantType",
+    "RotateMode",
+    "TorchDtype",
+    "Version",
+    "WeightAlgorithm",
+    "WeightGranularity",
+]
+
+
+class Method(StrEnum):
+    """What chooses the codes. Identity is ours: calibrated, changes nothing, then rounds."""
+
+    RTN = "RTN"
+    IDENTITY = "Identity"
+    AWQ = "Awq"
+    GPTQ = "GPTQ"
+    SMOOTHQUANT = "SmoothQuant"
+    OSPLUS = "OsPlus"
+    OMNIQUANT = "OmniQuant"
+    QUAROT = "Quarot"
+
+
+# The schema knows every method of the seed document; the rest are refused before any work.
+IMPLEMENTED_METHODS = frozenset({Method.RTN, Method.IDENTITY})
+
+# The rotation of Quarot is drawn from the seed, and round to nearest looks at weights only.
+METHODS_WITHOUT_CALIBRATION = frozenset({Method.RTN, Method.QUAROT})
+
+
+class FloatFormat(StrEnum):
+    """Float8 number formats, in place of a number of bits."""
+
+    E4M3 = "e4m3"
+    E5M2 = "e5m2"
+
+
+class QuantType(StrEnum):
+    """LLMC's name of the number formats' family; ``float-quant`` reads the same."""
+
+    INT = "int_quant"
+    FLOAT = "float_quant"
+
+
+class WeightGranularity(StrEnum):
+    """Which weights share a scale."""
+
+    PER_TENSOR = "per_tensor"
+    PER_CHANNEL = "per_channel"
+    PER_GROUP = "per_group"
+    PER_BLOCK = "per_block"
+
+
+class ActGranularity(StrEnum):
+    """Which activations share a scale; per_group: group_size neighbours of one token."""
+
+    PER_TOKEN = "per_token"
+    PER_TENSOR = "per_tensor"
+    PER_GROUP = "per_group"
+
+
+class WeightAlgorithm(StrEnum):
+    """LLMC's ``calib_algo`` of weights."""
+
+    MINMAX = "minmax"
+    MSE = "mse"
+    LEARNABLE = "learnable"
+
+
+class ActAlgorithm(StrEnum):
+    """LLMC's ``calib_algo`` of activations."""
+
+    MINMAX = "minmax"
+    MSE = "mse"
+    LEARNABLE = "learnable"
+    STATIC_MINMAX = "static_minmax"
+    STATIC_MOVING_MINMAX = "static_moving_minmax"
+    STATIC_HIST = "static_hist"
+
+
+class DataName(StrEnum):
+    """Where text comes from: a known data set, a file, a hub id, or the model itself."""
+
+    PILEVAL = "pileval"
+    WIKITEXT2 = "wikitext2"
+    C4 = "c4"
+    TEXT = "text"
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+    DATASET = "dataset"
+    SELF_GENERATED = "self_generated"
+
+
+class EvaluationDtype(StrEnum):
+    """The dtype that the model is evaluated in; auto is the checkpoint's."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class EvaluationType(StrEnum):
+    """What is measured; LLMC's other types are not offered."""
+
+    PPL = "ppl"
+
+
+class TorchDtype(StrEnum):
+    """The dtype that the source's weights are taken in; auto is the checkpoint's."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Version(StrEnum):
+    """Versions of AWQ's scale search and of the clip search."""
+
+    V1 = "v1"
+    V2 = "v2"
+
+
+class RotateMode(StrEnum):
+    """How Quarot draws its rotation."""
+
+    HADAMARD = "hadamard"
+    RANDOM = "random"

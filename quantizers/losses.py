@@ -1,0 +1,77 @@
+"""How far a restored weight is from its source."""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["relative_output_error", "relative_weight_error"]
+
+
+def relative_weight_error(weight: Tensor, restored: Tensor) -> float:
+    """||W - Q||_F / ||W||_F, a ratio without unit; 0 if both norms are 0.
+
+    Waits for the device.
+
+    Args:
+        weight: (N, K), floating point.
+        restored: (N, K), floating point, same device.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check_pair(weight, restored)
+    return _root_ratio(_squared_norm(_difference(weight, restored)), _squared_norm(weight))
+
+
+def relative_output_error(weight: Tensor, restored: Tensor, gram: Tensor) -> float:
+    """sqrt(tr(D H D^T) / tr(W H W^T)), D = W - Q: the relative error of the outputs X W^T.
+
+    The ratio is the same whether gram is a sum or a mean over tokens. 0 if both traces are 0.
+    Products in float32, traces in float64. Waits for the device.
+
+    Args:
+        weight: (N, K), floating point.
+        restored: (N, K), floating point, same device.
+        gram: (K, K), the inputs' Gram matrix.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+    """
+    _check_pair(weight, restored)
+    columns = weight.shape[1]
+    if tuple(gram.shape) != (columns, columns):
+        raise ValueError(f"gram has shape {tuple(gram.shape)}, not ({columns}, {columns})")
+    gram = gram.to(torch.float32)
+    return _root_ratio(_energy(_difference(weight, restored), gram), _energy(weight, gram))
+
+
+def _difference(weight: Tensor, restored: Tensor) -> Tensor:
+    return weight.detach().to(torch.float32) - restored.detach().to(torch.float32)
+
+
+def _squared_norm(matrix: Tensor) -> Tensor:
+    """||M||_F^2; rows in float32, their sum in float64."""
+    norms: Tensor = torch.linalg.vector_norm(matrix.detach(), dim=1, dtype=torch.float32)
+    return norms.to(torch.float64).square().sum()
+
+
+def _energy(matrix: Tensor, gram: Tensor) -> Tensor:
+    """tr(M H M^T); rows in float32, their sum in float64."""
+    matrix = matrix.detach().to(torch.float32)
+    return torch.mm(matrix, gram).mul_(matrix).sum(1).to(torch.float64).sum()
+
+
+def _root_ratio(error: Tensor, reference: Tensor) -> float:
+    """sqrt(error / reference); a negative trace is rounding about zero. NaN stays."""
+    above, below = torch.stack((error, reference)).clamp(min=0.0).tolist()
+    if above == 0.0:
+        return 0.0
+    return math.inf if below == 0.0 else math.sqrt(above / below)
+
+
+def _check_pair(weight: Tensor, restored: Tensor) -> None:
+    if weight.ndim != 2 or weight.shape != restored.shape:
+        raise ValueError(
+            f"need two matrices of one shape, not {tuple(weight.shape)} and {tuple(restored.shape)}"
+        )

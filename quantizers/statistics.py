@@ -1,0 +1,111 @@
+"""Sums over calibration inputs that the searches need."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantizers.errors import NonFiniteError
+
+__all__ = ["InputStatistics", "add_batch", "empty_statistics"]
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """Statistics of the inputs x (K,) of a group of linears, over all tokens seen.
+
+    Attributes:
+        gram: (K, K) float32, the sum of x x^T (not divided by the number of tokens).
+        absmax: (K,) float32, the largest |x| per channel; 0 before the first token.
+        mean_abs_sum: (K,) float32, the sum of |x| (not divided).
+        minimum: (K,) float32, the smallest x; infinity before the first token.
+        maximum: (K,) float32, the largest x; minus infinity before the first token.
+        tokens: number of tokens summed.
+    """
+
+    gram: Tensor
+    absmax: Tensor
+    mean_abs_sum: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    tokens: int
+
+    def gram_mean(self) -> Tensor:
+        """The Gram matrix H = X^T X / T, (K, K) float32; zeros if there were no tokens."""
+        return self.gram / max(self.tokens, 1)
+
+
+def empty_statistics(columns: int, device: torch.device | str = "cpu") -> InputStatistics:
+    """Statistics of no tokens.
+
+    Args:
+        columns: K.
+        device: where the sums live.
+    """
+    vector = torch.zeros(columns, device=device)
+    return InputStatistics(
+        gram=torch.zeros(columns, columns, device=device),
+        absmax=vector,
+        mean_abs_sum=vector.clone(),
+        minimum=torch.full_like(vector, torch.inf),
+        maximum=torch.full_like(vector, -torch.inf),
+        tokens=0,
+    )
+
+
+def add_batch(statistics: InputStatistics, x: Tensor, *, chunk: int = 2048) -> InputStatistics:
+    """Statistics with a batch added; the argument stays as it is.
+
+    Rows are taken chunk by chunk, each from the batch's start, and summed in float32, so equal
+    batches and an equal chunk give equal bits. On CUDA, bf16 and fp16 rows are multiplied in
+    their own dtype with float32 sums. Waits for the device once.
+
+    Args:
+        statistics: what was seen before.
+        x: (..., K), floating point, on the device of the statistics; no gradient passes.
+        chunk: rows per product, part of what decides the last bits.
+
+    Raises:
+        NonFiniteError: x holds NaN or infinity, or a sum overflows float32.
+        ValueError: x is not floating point or has another number of channels; chunk < 1.
+    """
+    columns = statistics.absmax.shape[0]
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}: use at least one row")
+    if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] != columns:
+        raise ValueError(
+            f"need floats with {columns} channels, not {x.dtype} of shape {tuple(x.shape)}"
+        )
+    rows = x.detach().reshape(-1, columns)
+    if rows.shape[0] == 0:
+        return statistics
+    native = x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+
+    gram, owned = statistics.gram, False
+    sums, minimum, maximum = statistics.mean_abs_sum, statistics.minimum, statistics.maximum
+    for start in range(0, rows.shape[0], chunk):
+        part = rows[start : start + chunk]
+        part = part if native else part.to(torch.float32)
+        gram, owned = _add_product(gram, part, owned), True
+        sums = sums + part.abs().sum(0, dtype=torch.float32)
+        minimum = torch.minimum(minimum, part.amin(0).to(torch.float32))
+        maximum = torch.maximum(maximum, part.amax(0).to(torch.float32))
+    # A finite diagonal bounds the whole matrix: (x_i x_j)^2 <= x_i^2 x_j^2, summed.
+    if not bool(torch.cat((sums, gram.diagonal())).isfinite().all()):
+        raise NonFiniteError(f"inputs of shape {tuple(x.shape)} hold NaN, infinity or overflow")
+    return InputStatistics(
+        gram=gram,
+        absmax=torch.maximum(maximum, -minimum),
+        mean_abs_sum=sums,
+        minimum=minimum,
+        maximum=maximum,
+        tokens=statistics.tokens + rows.shape[0],
+    )
+
+
+def _add_product(gram: Tensor, rows: Tensor, owned: bool) -> Tensor:
+    """Gram + rows^T rows, float32; written into gram if owned, so that one copy is made."""
+    out = gram if owned else torch.empty_like(gram)
+    if rows.dtype == torch.float32:
+        return torch.addmm(gram, rows.t(), rows, out=out)
+    return torch.addmm(gram, rows.t(), rows, out_dtype=torch.float32, out=out)
