@@ -1,0 +1,362 @@
+"""The command line: ``blockquant``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from configs.loading import RecipeError, load_recipe, shipped_recipes
+from tasks.engine.errors import InputError
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+
+app = typer.Typer(
+    name="blockquant",
+    help="Quantize large language models for SGLang, block by block.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+store_app = typer.Typer(help="Show and trim the store of results.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
+out = Console()
+err = Console(stderr=True)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+CheckpointArgument = Annotated[Path, typer.Argument(help="A checkpoint folder.")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or hub id.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", help="Folder to publish.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="key.path=value over the recipe; repeatable.")
+]
+StoreOption = Annotated[Path | None, typer.Option("--store", help="Folder of results.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+MemoryOption = Annotated[
+    str | None, typer.Option("--memory", help="Budget on the device, such as 40GiB.")
+]
+KeepOption = Annotated[
+    bool,
+    typer.Option("--keep-incompatible", help="Leave linears unquantized whose sizes do not fit."),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def main() -> None:
+    """Run the command line; every failure is one line on standard error and an exit status."""
+    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+
+
+def _guarded(run: Callable[[], Any]) -> int:
+    import click
+
+    try:
+        status = run()
+    except click.exceptions.Exit as stop:
+        return int(stop.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _say("interrupted; the same command goes on from what is done")
+        return FAILED
+    except click.ClickException as error:
+        _say(error.format_message())
+        return BAD_INPUT
+    except RecipeError as error:
+        _say(str(error))
+        return BAD_INPUT
+    except Exception as error:
+        _say(_one_line(error))
+        logging.getLogger("blockquant").debug("failed", exc_info=error)
+        return BAD_INPUT if isinstance(error, InputError) else FAILED
+    return int(status) if isinstance(status, int) else DONE
+
+
+def _say(line: str) -> None:
+    err.print(f"blockquant: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or "no reason given"
+    known = type(error).__module__.startswith(("tasks.", "configs.", "quantizers."))
+    return text if known else f"{type(error).__name__}: {text}"
+
+
+@app.command()
+def quantize(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    output: OutputOption = None,
+    set_: SetOption = None,
+    store: StoreOption = None,
+    device: DeviceOption = "cpu",
+    memory: MemoryOption = None,
+    keep_incompatible: KeepOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a model, publish and measure it."""
+    result = run_quantization(
+        {
+            "recipe": recipe,
+            "model": model,
+            "output": str(output) if output else None,
+            "overrides": list(set_ or ()),
+            "device": device,
+            "memory": _bytes(memory),
+            "store": str(store) if store else None,
+            "keep_incompatible": keep_incompatible,
+            "overwrite": overwrite,
+        }
+    )
+    if as_json:
+        print(json.dumps(result))
+        return
+    _show_result(result)
+
+
+def run_quantization(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Check the input, then run the flow under a Prefect API."""
+    from flows.prefect_api import prefect_api, quiet_defaults
+    from tasks.engine.settings import settings
+
+    store = parameters["store"]
+    place = settings(Path(store) if store else None)
+    quiet_defaults(place.prefect_home)
+    # before any server starts: bad input costs a second and leaves nothing behind
+    _check(parameters)
+    from flows.progress import shown
+
+    logs = place.store / "logs"
+    log_file = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    with _logging_to(log_file), prefect_api(logs / "prefect-server.log"), shown(err):
+        from flows.quantize_model import quantize_model
+
+        result: dict[str, Any] = quantize_model(**parameters, log_file=str(log_file))
+        return result
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    output: OutputOption = None,
+    set_: SetOption = None,
+    store: StoreOption = None,
+    device: DeviceOption = "cpu",
+    memory: MemoryOption = None,
+    keep_incompatible: KeepOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check everything that a run needs, and predict what it costs; no work is done."""
+    from tasks.check import describe
+
+    job, prediction = _check(
+        {
+            "recipe": recipe,
+            "model": model,
+            "output": str(output) if output else None,
+            "overrides": list(set_ or ()),
+            "device": device,
+            "memory": _bytes(memory),
+            "store": str(store) if store else None,
+            "keep_incompatible": keep_incompatible,
+            "overwrite": overwrite,
+        }
+    )
+    described = describe(job, prediction)
+    if as_json:
+        print(json.dumps(described))
+        return
+    _show_pairs("check", described)
+
+
+def _check(parameters: dict[str, Any]) -> tuple[Any, Any]:
+    from tasks.check import Request
+    from tasks.check import check as check_request
+    from tasks.engine.settings import settings
+
+    recipe = load_recipe(parameters["recipe"], parameters["overrides"])
+    output, store = parameters["output"], parameters["store"]
+    named = output or recipe.save.save_path
+    return check_request(
+        Request(
+            recipe,
+            parameters["model"],
+            Path(named).expanduser().absolute() if named else None,
+            settings(Path(store) if store else None).store,
+            parameters["device"],
+            parameters["memory"],
+            parameters["keep_incompatible"],
+            parameters["overwrite"],
+        )
+    )
+
+
+@app.command()
+def verify(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
+    """Reopen a checkpoint and check every tensor of it."""
+    from tasks.verify import digests_of, verify_folder
+
+    report = verify_folder(checkpoint, digests_of(checkpoint))
+    if as_json:
+        print(json.dumps(report))
+        return
+    _show_pairs(f"{checkpoint} is whole", report)
+
+
+@app.command()
+def evaluate(
+    checkpoint: CheckpointArgument,
+    text: Annotated[Path, typer.Option("--text", help="A text, jsonl or parquet file.")],
+    windows: Annotated[int | None, typer.Option("--windows", min=1, help="At most so many.")] = None,
+    window: Annotated[int, typer.Option("--window", min=2, help="Tokens per window.")] = 2048,
+    reference: Annotated[Path | None, typer.Option("--reference", help="The source.")] = None,
+    device: DeviceOption = "cpu",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity; with --reference also KL and top-1 agreement."""
+    from tasks.check import check_device
+    from tasks.engine.checkpoint import open_checkpoint
+    from tasks.engine.text import TextSource
+    from tasks.engine.windows import evaluation_windows
+    from tasks.evaluate import measure, summary
+
+    model = open_checkpoint(checkpoint)
+    source = open_checkpoint(reference) if reference else None
+    place = check_device(device)
+    tokens = evaluation_windows(
+        model.source, TextSource("--text", "text", str(text), evaluation=True), window, windows
+    )
+    report = measure(model, tokens, source, device=place, dtype=dtype)
+    if as_json:
+        print(json.dumps(report))
+        return
+    out.print(summary(report))
+
+
+@app.command()
+def recipes(as_json: JsonOption = False) -> None:
+    """List the recipes that ship."""
+    shipped = shipped_recipes()
+    if as_json:
+        print(json.dumps([{k: str(v) for k, v in vars(r).items()} for r in shipped]))
+        return
+    table = Table("recipe", "scheme", "method", "needs")
+    for recipe in shipped:
+        table.add_row(recipe.name, recipe.scheme, recipe.method, recipe.needs)
+    out.print(table)
+
+
+@app.command()
+def demo() -> None:
+    """Quantize the embedded demo model to W4A16 and W8A16, and show what it costs."""
+    from flows.demo import run_demo
+
+    run_demo(run_quantization, out)
+
+
+@store_app.command("ls")
+def store_ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Show what is in the store."""
+    from tasks.engine.settings import settings
+    from tasks.engine.store import Store
+
+    opened = Store(settings(store).store)
+    entries = opened.entries()
+    if as_json:
+        rows = [{"key": e.key, "task": e.task, "bytes": e.size, "created": e.created} for e in entries]
+        print(json.dumps({"store": str(opened.root), "entries": rows}))
+        return
+    table = Table("task", "entries", "MB", title=str(opened.root))
+    for task in sorted({e.task for e in entries}):
+        members = [e for e in entries if e.task == task]
+        table.add_row(task, str(len(members)), f"{sum(e.size for e in members) / 1e6:.1f}")
+    out.print(table)
+
+
+@store_app.command("gc")
+def store_gc(
+    store: StoreOption = None,
+    days: Annotated[float, typer.Option("--days", min=0, help="Keep what is younger.")] = 30.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove entries older than some days, and what dead processes left half-written."""
+    from tasks.engine.settings import settings
+    from tasks.engine.store import Store
+
+    removed, freed = Store(settings(store).store).collect(days * 86400)
+    if as_json:
+        print(json.dumps({"removed": removed, "bytes": freed}))
+        return
+    out.print(f"removed {removed} entries, {freed / 1e6:.1f} MB")
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Keep the run's log in a file, and show it where there is no progress bar."""
+    logger = logging.getLogger("blockquant")
+    logger.setLevel(logging.DEBUG)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept: list[logging.Handler] = [logging.FileHandler(path, delay=True)]
+    if not err.is_terminal:
+        shown = logging.StreamHandler()
+        shown.setLevel(logging.INFO)
+        kept.append(shown)
+    for handler in kept:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in kept:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise typer.BadParameter(f"--memory {text}: not a size; write 40GiB or 500MB") from error
+
+
+def _show_result(result: dict[str, Any]) -> None:
+    from tasks.evaluate import summary
+
+    found = sum(step["cached"] for step in result["steps"])
+    out.print(f"{result['scheme']}: {summary(result['metrics'])}", highlight=False)
+    out.print(
+        f"{result['bytes'] / 1e6:.1f} MB in {result['checkpoint']} "
+        f"({len(result['steps'])} steps, {found} found in the store)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    out.print(f"serve it: {result['launch']}", highlight=False, soft_wrap=True)
+
+
+def _show_pairs(title: str, values: dict[str, Any]) -> None:
+    table = Table("", "", title=title, show_header=False)
+    for name, value in values.items():
+        table.add_row(name, json.dumps(value) if isinstance(value, list) else str(value))
+    out.print(table)
+
+
+if __name__ == "__main__":
+    main()

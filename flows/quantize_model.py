@@ -1,0 +1,263 @@
+"""The flow: a recipe and a checkpoint in, a measured checkpoint for SGLang out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.runtime import flow_run
+
+from configs.loading import ineffective_keys, load_recipe
+from configs.schema import ResolvedStep
+from configs.schemes import scheme_name
+from flows.progress import reporter
+from tasks.advance import advance
+from tasks.calibration_set import calibration_set
+from tasks.check import Request, check
+from tasks.engine.job import Job
+from tasks.engine.settings import Settings, settings
+from tasks.engine.step import Result, Step, action
+from tasks.engine.store import Entry
+from tasks.engine.streams import Stream, drop_boundaries
+from tasks.engine.tracking import Run, flatten, open_run
+from tasks.evaluate import evaluate, summary
+from tasks.evaluation_set import evaluation_set
+from tasks.export import export
+from tasks.load_model import load_model
+from tasks.pack import pack
+from tasks.publish import launch_line, model_card, publish
+from tasks.quantize import Origin, quantize
+from tasks.register import block_points, error_rows, register
+from tasks.transform import DECIDES, transform
+from tasks.verify import verify
+
+log = logging.getLogger("blockquant")
+
+
+@dataclass
+class Course:
+    """What ran so far: which steps, found or made, and how long each kind took."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def run(self, step: Step[...], job: Job, *args: Any, **kwargs: Any) -> Result:
+        """Run a step, tell the reporter, and note it."""
+        block = kwargs.get("block")
+        label = step.name if block is None else f"{step.name}[block {block}]"
+        reporter().begin(label)
+        start = time.perf_counter()
+        result = step(job, *args, **kwargs)
+        self.seconds[step.name] += time.perf_counter() - start
+        self.steps.append({"step": label, "cached": result.cached})
+        reporter().end(label, result.cached)
+        return result
+
+
+@flow(name="quantize", flow_run_name="quantize {model} with {recipe}", validate_parameters=False)
+def quantize_model(
+    recipe: str,
+    model: str | None = None,
+    output: str | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    memory: int | None = None,
+    store: str | None = None,
+    keep_incompatible: bool = False,
+    overwrite: bool = False,
+    log_file: str | None = None,
+) -> dict[str, Any]:
+    """Quantize a model block by block and publish it after it was reopened and measured.
+
+    Args:
+        recipe: a recipe file, or the name of one that ships.
+        model: a checkpoint folder or a hub id; the recipe's ``model.path`` where it is not given.
+        output: the folder to publish; the recipe's ``save.save_path`` where it is not given.
+        overrides: ``key.path=value`` each, over the recipe.
+        device: cpu, cuda or cuda:N.
+        memory: bytes that may be used on the device.
+        store: the folder of results; the user's own where it is not given.
+        keep_incompatible: leave linears unquantized whose sizes do not fit, instead of refusing.
+        overwrite: replace the output folder.
+        log_file: a log to keep with the MLflow run.
+
+    Returns:
+        Where the checkpoint lies, its metrics, the MLflow run, and which steps were found.
+    """
+    loaded = load_recipe(recipe, overrides)
+    place = settings(Path(store) if store else None)
+    where = output or loaded.save.save_path or default_output(recipe, model or loaded.model.path)
+    request = Request(
+        loaded,
+        model,
+        Path(where).expanduser().absolute(),
+        place.store,
+        device,
+        memory,
+        keep_incompatible,
+        overwrite,
+    )
+    job, _ = action(check)(request)
+    for key in ineffective_keys(loaded):
+        log.info("%s has no effect here and is ignored", key)
+    run = _open_run(job, place, request)
+    with _failure_kept(run):
+        return _quantize(job, run, request, Path(log_file) if log_file else None)
+
+
+def default_output(recipe: str, model: str | None) -> str:
+    """Name an output folder after the model and the recipe, in the working directory."""
+    return f"{Path(model or 'model').name}-{Path(recipe).stem}"
+
+
+def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> dict[str, Any]:
+    course, step = Course(), job.steps[-1]
+    described = course.run(load_model, job)
+    reporter().plan(described.value["blocks"])
+    sets: dict[str, Entry] = {}
+    stream = None
+    if step.calib is not None:
+        sets["calibration"] = course.run(calibration_set, job, step.calib).entry
+        stream = Stream(sets["calibration"].key)
+    quantized, packed = _blocks(job, run, course, step, stream)
+    exported = course.run(export, job, tuple(p.key for p in packed))
+    digests = _digests(job, quantized)
+    verified = course.run(verify, job, exported.key, digests)
+    sets["evaluation"] = course.run(evaluation_set, job, job.evaluation).entry
+    evaluated = course.run(
+        evaluate, job, exported.key, sets["evaluation"].key, job.evaluation
+    )
+    blocks = [q.entry for q in quantized]
+    report = _report(job, blocks, exported, verified, evaluated, sets["evaluation"])
+    assert request.output is not None
+    location = action(publish)(exported.entry, report, request.output, request.overwrite)
+    _show(job, report, blocks)
+    action(register)(run, report, blocks, sets, location, dict(course.seconds), log_file)
+    log.info("published %s: %s", location, summary(report["metrics"]))
+    return {
+        "checkpoint": location,
+        "metrics": report["metrics"],
+        "bytes": report["bytes"],
+        "scheme": report["scheme"],
+        "seconds": {name: round(s, 3) for name, s in course.seconds.items()},
+        "steps": course.steps,
+        "mlflow": {"uri": run.uri, "run": run.id},
+        "launch": launch_line(Path(location)),
+    }
+
+
+def _blocks(
+    job: Job, run: Run, course: Course, step: ResolvedStep, stream: Stream | None
+) -> tuple[list[Result], list[Result]]:
+    """Take every block through its steps; those that the method does not have are left out."""
+    quantized, packed = [], []
+    for block in job.blocks:
+        decision = None
+        if stream is not None and step.quant.method in DECIDES:
+            decision = course.run(transform, job, step, stream, block=block).key
+        origin = Origin(step, stream, decision)
+        codes = course.run(quantize, job, origin, block=block)
+        shard = course.run(pack, job, origin, block=block)
+        run.log_points(block_points(block, codes.entry))
+        quantized.append(codes)
+        packed.append(shard)
+        if stream is not None and block + 1 < len(job.blocks):
+            through = shard.key if step.quant.quant_out else None
+            passed = course.run(advance, job, stream, through, block=block)
+            stream = stream.after(passed.key, through)
+        reporter().block_done(block)
+    if stream is not None:
+        drop_boundaries(job, stream)
+    job.memo.clear()
+    return quantized, packed
+
+
+def _digests(job: Job, quantized: Sequence[Result]) -> dict[str, str]:
+    return {
+        plan.prefix + name: linear["digest"]
+        for plan, result in zip(job.plan.blocks, quantized, strict=True)
+        for name, linear in result.value["linears"].items()
+    }
+
+
+def _report(
+    job: Job,
+    blocks: Sequence[Entry],
+    exported: Result,
+    verified: Result,
+    evaluated: Result,
+    tokens: Entry,
+) -> dict[str, Any]:
+    """Everything that belongs to the checkpoint; nothing of this machine or this moment."""
+    value = tokens.value
+    linears = {
+        plan.prefix + name: linear
+        for plan, entry in zip(job.plan.blocks, blocks, strict=True)
+        for name, linear in entry.value["linears"].items()
+    }
+    quant = job.steps[-1].quant
+    return {
+        "scheme": scheme_name(quant),
+        "method": " then ".join(str(step.quant.method) for step in job.steps),
+        "format": job.scheme.format,
+        "recipe": job.recipe.canonical(),
+        "source": {
+            "name": job.source.path.name,
+            "digest": job.source.digest(job.source.tensors),
+        },
+        "versions": {"blockquant": version("blockquant"), **job.fingerprint},
+        "bytes": exported.value["bytes"],
+        "ignored": list(job.plan.ignored),
+        "evaluation": f"{value['name']}, {value['windows']} windows of {value['window']} tokens",
+        "evaluation_tokens": tokens.key,
+        "metrics": evaluated.value,
+        "verification": verified.value,
+        "linears": linears,
+    }
+
+
+def _open_run(job: Job, place: Settings, request: Request) -> Run:
+    recipe = job.recipe.canonical()
+    work = [recipe, str(job.source.path), str(request.output), job.plan.ignore]
+    identity = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:32]
+    parameters = flatten(recipe) | {
+        "source": str(job.source.path),
+        "output": str(request.output),
+        "device": job.device,
+    }
+    tags = {
+        "blockquant.version": version("blockquant"),
+        "prefect.flow_run": str(flow_run.id or ""),
+        **{f"version.{k}": v for k, v in job.fingerprint.items()},
+    }
+    name = f"{job.source.path.name} {scheme_name(job.steps[-1].quant)}"
+    return open_run(place, identity, name, parameters, tags)
+
+
+@contextmanager
+def _failure_kept(run: Run) -> Any:
+    """Keep a failed run as failed, with its reason."""
+    try:
+        yield
+    except BaseException as error:
+        run.fail(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _show(job: Job, report: dict[str, Any], blocks: Sequence[Entry]) -> None:
+    """Leave the errors and the model card as artifacts in Prefect."""
+    create_table_artifact(
+        table=error_rows(blocks), key="linear-errors", description=job.source.path.name
+    )
+    create_markdown_artifact(markdown=model_card(report), key="model-card")

@@ -1,0 +1,1 @@
+"""The steps of the flow, one per file, on the machinery in ``tasks.engine``."""

@@ -1,0 +1,40 @@
+"""Move the stream of hidden states past a block that is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tasks.engine.job import Job, activation_lineage
+from tasks.engine.step import step
+from tasks.engine.store import Draft
+from tasks.engine.streams import (
+    Stream,
+    hidden_states,
+    keep_boundary,
+    pass_block,
+    require_finite,
+)
+
+
+def _depends_on(job: Job, stream: Stream, packed: str | None, block: int) -> dict[str, Any]:
+    # the source's own stream is the same whatever is quantized: recipes share it
+    through: dict[str, Any] = (
+        {"weights": job.block_digest(block), "config": dict(job.source.config)}
+        if packed is None
+        else {"packed": packed, "activations": activation_lineage(job)}
+    )
+    return {"stream": stream.key, **through}
+
+
+@step(depends_on=_depends_on, code=("quantizers.activations",), tags=("forward",))
+def advance(
+    job: Job, draft: Draft, stream: Stream, packed: str | None, block: int
+) -> dict[str, Any]:
+    """Run the stream through a block: the quantized one, or the source's where packed is None."""
+    del draft
+    hidden = pass_block(job, stream, hidden_states(job, stream), packed)
+    require_finite(hidden, block)
+    after = stream.after(advance.key(job, stream, packed, block=block), packed)
+    job.memo.put("stream", after.key, hidden)
+    keep_boundary(job, after, hidden)
+    return {"mean_square": float(hidden.float().square().mean())}

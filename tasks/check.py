@@ -1,0 +1,269 @@
+"""Check that every promise of a run can be kept, before any work and leaving nothing behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from configs.schema import Recipe
+from configs.schemes import export_problems, not_implemented
+from tasks.engine.errors import InputError
+from tasks.engine.export_format import export_dtype
+from tasks.engine.job import Job
+from tasks.engine.memo import Memo
+from tasks.engine.source import free_bytes, open_source
+from tasks.engine.store import Store
+from tasks.engine.windows import check_section
+
+# what Python, torch, transformers, MLflow and Prefect hold before any tensor
+LIBRARY_BYTES = 900 * 2**20
+START_SECONDS = 12.0
+DISK_BYTES_PER_SECOND = 1e9
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line or by a deployment."""
+
+    recipe: Recipe
+    model: str | None
+    output: Path | None
+    store: Path
+    device: str = "cpu"
+    memory: int | None = None
+    keep_incompatible: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run will cost: bytes and seconds."""
+
+    export_bytes: int
+    peak_memory_bytes: int
+    seconds: float
+
+
+def check(request: Request) -> tuple[Job, Prediction]:
+    """Check a request as a whole.
+
+    Returns:
+        The job to run, and what it will cost.
+
+    Raises:
+        InputError: one line: what is wrong, where, and how to mend it.
+    """
+    _check_recipe(request.recipe)
+    _check_output(request)
+    device = check_device(request.device)
+    source = open_source(resolve_model(request), request.store / "digests")
+    if "quantization_config" in source.config:
+        raise InputError(
+            f"model {source.path}: is quantized already; give the checkpoint before quantization"
+        )
+    job = Job(
+        request.recipe,
+        source,
+        Store(request.store),
+        Memo(),
+        device,
+        request.memory or _available_memory(device),
+        request.keep_incompatible,
+    )
+    asked = str(request.recipe.model.torch_dtype)
+    if asked not in ("auto", str(job.dtype).removeprefix("torch.")):
+        raise InputError(
+            f"model.torch_dtype: {asked}, but the checkpoint is {job.dtype}; write auto"
+        )
+    # building both finds missing tensors and sizes that do not divide
+    _ = job.plan, job.decoder
+    for step in job.steps:
+        if step.calib is not None:
+            check_section(source, step.calib)
+    check_section(source, job.evaluation)
+    prediction = predict(job)
+    _check_room(request, prediction)
+    return job, prediction
+
+
+def resolve_model(request: Request) -> Path:
+    """Return the source's folder; a hub id is downloaded, safetensors and small files only.
+
+    Raises:
+        InputError: no model given, no such folder, or the hub cannot be reached.
+    """
+    named = request.model or request.recipe.model.path
+    if not named:
+        raise InputError("model: none given; use --model FOLDER or set model.path in the recipe")
+    folder = Path(named).expanduser()
+    if folder.exists() or folder.is_absolute() or named.startswith(".") or named.count("/") != 1:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab*"]
+    try:
+        return Path(snapshot_download(named, allow_patterns=patterns))
+    except Exception as error:  # offline, unknown, gated: all mean that it is not to be had
+        raise InputError(
+            f"model {named}: no such folder here, and the hub cannot give it "
+            f"({type(error).__name__}); give a local folder"
+        ) from error
+
+
+def check_device(device: str) -> str:
+    """Return the device's full name.
+
+    Raises:
+        InputError: not a device, or not on this machine.
+    """
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"--device {device}: not a device; use cpu, cuda or cuda:N") from error
+    if where.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: not supported; use cpu, cuda or cuda:N")
+    if where.type == "cpu":
+        return "cpu"
+    count = torch.cuda.device_count()
+    if (where.index or 0) >= count:
+        raise InputError(f"--device {device}: this machine has {count} CUDA devices; use cpu")
+    return f"cuda:{where.index or 0}"
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    steps = recipe.resolved_steps()
+    problems = [*not_implemented(recipe), *export_problems(recipe)]
+    if problems:
+        raise InputError(problems[0])
+    if len(steps) > 1:
+        raise InputError("steps: more than one step is not built yet; give one method under quant")
+    if not recipe.save.save_sgl:
+        raise InputError("save.save_sgl: false is not built yet; remove it to export for SGLang")
+
+
+def _check_output(request: Request) -> None:
+    output = request.output
+    if output is None:
+        return
+    if output.exists() and not request.overwrite:
+        raise InputError(f"--output {output}: exists already; give another or use --overwrite")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file; give a folder's name")
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"--output {output}: {parent} cannot be written to; give another folder")
+
+
+def predict(job: Job) -> Prediction:
+    """Predict the size of the export, the peak of memory and the time of a run."""
+    export = _export_bytes(job)
+    sizes = job.source.tensors
+    numbers = {name: info.size // info.dtype.itemsize for name, info in sizes.items()}
+    blocks = [sum(numbers[n] for n in b.full(b.tensors)) for b in job.plan.blocks]
+    embedding = numbers[job.plan.architecture.embedding]
+    width = job.compute_dtype.itemsize
+    stream = _calibration_tokens(job) * int(job.source.config["hidden_size"]) * width
+    evaluation = _evaluation_tokens(job) * int(job.source.config["hidden_size"]) * 2 * width
+    columns = max(
+        (sizes[name].shape[1] for b in job.plan.blocks for name in b.full(b.weights)), default=0
+    )
+    # one block as read, in the compute dtype and restored; the head; a Gram matrix in float32
+    peak = LIBRARY_BYTES + 3 * max(blocks) * width + embedding * width + 2 * stream
+    peak += min(evaluation, 2 * 2**30) + (4 * columns * columns if stream else 0)
+    forward = 2.0 * sum(blocks) * (2 * _calibration_tokens(job) + 2 * _evaluation_tokens(job))
+    forward += 2.0 * 2 * embedding * _evaluation_tokens(job)
+    read = sum(info.size for info in sizes.values())
+    seconds = START_SECONDS + forward / _throughput(job.device)
+    seconds += (3 * read + export) / DISK_BYTES_PER_SECOND
+    return Prediction(export, int(peak), seconds)
+
+
+def _calibration_tokens(job: Job) -> int:
+    return sum(
+        step.calib.n_samples * step.calib.seq_len
+        for step in job.steps
+        if step.calib is not None
+    )
+
+
+def _evaluation_tokens(job: Job) -> int:
+    # where all windows are asked for, a text of the size of WikiText-2's test set is assumed
+    return (job.evaluation.windows or 150) * job.evaluation.seq_len
+
+
+def _export_bytes(job: Job) -> int:
+    width = export_dtype(job.dtype).itemsize
+    total = 0
+    for block in job.plan.blocks:
+        for name in block.tensors:
+            info = job.source.tensors[block.prefix + name]
+            if name in block.weights:
+                rows, columns = info.shape
+                expected = job.scheme.expected(rows, columns).values()
+                total += sum(_count(shape) * dtype.itemsize for dtype, shape in expected)
+            else:
+                total += _count(info.shape) * width
+    return total + sum(_count(job.source.tensors[n].shape) * width for n in job.plan.outside)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _throughput(device: str, size: int = 512) -> float:
+    """Floating point operations per second of a small matrix product, measured."""
+    left = torch.ones(size, size, device=device)
+    torch.mm(left, left)
+    start = time.perf_counter()
+    for _ in range(4):
+        result = torch.mm(left, left)
+    _ = float(result[0, 0])
+    return 4 * 2 * size**3 / max(time.perf_counter() - start, 1e-6)
+
+
+def _available_memory(device: str) -> int:
+    if device == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def _check_room(request: Request, prediction: Prediction) -> None:
+    if prediction.peak_memory_bytes > psutil.virtual_memory().total:
+        raise InputError(
+            f"memory: the run needs about {prediction.peak_memory_bytes / 1e9:.1f} GB, this "
+            f"machine has {psutil.virtual_memory().total / 1e9:.1f}; use fewer calibration tokens"
+        )
+    places = {"store": request.store}
+    if request.output is not None:
+        places["output"] = request.output.absolute().parent
+    for name, place in places.items():
+        free = free_bytes(place)
+        if free < prediction.export_bytes:
+            raise InputError(
+                f"--{name} {place}: the export takes {prediction.export_bytes / 1e6:.1f} MB, but "
+                f"{free / 1e6:.1f} MB are free; free some or give another folder"
+            )
+
+
+def describe(job: Job, prediction: Prediction) -> dict[str, Any]:
+    """What `blockquant check` prints."""
+    return {
+        "model": str(job.source.path),
+        "architecture": job.plan.architecture.model_type,
+        "blocks": len(job.plan.blocks),
+        "linears": sum(len(block.quantized) for block in job.plan.blocks),
+        "ignored": list(job.plan.ignored),
+        "format": job.scheme.format,
+        "export_bytes": prediction.export_bytes,
+        "peak_memory_bytes": prediction.peak_memory_bytes,
+        "seconds": round(prediction.seconds, 1),
+    }
+

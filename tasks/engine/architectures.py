@@ -1,0 +1,75 @@
+"""Which linears a decoder block has, who feeds them and who shares their input.
+
+The table is data. Blocks themselves are transformers' modules; nothing of a model's forward pass is
+written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears of a block that share one input, and the module whose output that input is."""
+
+    name: str
+    linears: tuple[str, ...]
+    fed_by: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Module names of one model type, relative to the model or to one of its blocks."""
+
+    model_type: str
+    groups: tuple[LinearGroup, ...]
+    blocks: str = "model.layers"
+    embedding: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of the quantizable linears of a block, in the order they run."""
+        return tuple(linear for group in self.groups for linear in group.linears)
+
+    def block_prefix(self, block: int) -> str:
+        """Prefix of the tensor names of block ``block``, with its trailing dot."""
+        return f"{self.blocks}.{block}."
+
+
+_LLAMA_GROUPS = (
+    LinearGroup(
+        "attention_input",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        fed_by="input_layernorm",
+    ),
+    LinearGroup("attention_output", ("self_attn.o_proj",), fed_by="self_attn.v_proj"),
+    LinearGroup("mlp_input", ("mlp.gate_proj", "mlp.up_proj"), fed_by="post_attention_layernorm"),
+    LinearGroup("mlp_output", ("mlp.down_proj",), fed_by="mlp.up_proj"),
+)
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    name: Architecture(name, _LLAMA_GROUPS) for name in ("llama", "mistral", "qwen2", "qwen3")
+}
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """Look up the architecture of a parsed ``config.json``.
+
+    Raises:
+        InputError: the model type is not in the table; lists the known ones.
+    """
+    model_type = config.get("model_type")
+    known = ARCHITECTURES.get(str(model_type))
+    if known is None:
+        raise InputError(
+            f"config.json: model_type: {model_type!r} is not an architecture known here; "
+            f"known: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return known

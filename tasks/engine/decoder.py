@@ -1,0 +1,180 @@
+"""Decoder blocks, run one at a time with weights passed in as values.
+
+The model is built by transformers on the meta device: modules without weights. A block runs through
+``torch.func.functional_call``, so no weight is ever held by a module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from tasks.engine.architectures import Architecture, architecture_of
+from tasks.engine.errors import InputError
+
+# hidden states of a whole micro-batch pass a block at once; part of every lineage key
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+InputHook = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model without weights: its blocks, its final norm, and how inputs enter it."""
+
+    architecture: Architecture
+    model: nn.Module
+    blocks: tuple[nn.Module, ...]
+    final_norm: nn.Module
+
+    def embed(self, embedding: Tensor, tokens: Tensor) -> tuple[Tensor, tuple[dict[str, Any], ...]]:
+        """Return the first block's input and each block's other arguments.
+
+        Args:
+            embedding: (V, D) embedding matrix; its dtype is the dtype of the hidden states.
+            tokens: (B, T) token ids.
+
+        Returns:
+            Hidden states (B, T, D), and per block the keyword arguments (mask, positions, rotary
+            embedding) that transformers' own forward pass hands it.
+        """
+        hidden = functional.embedding(tokens, embedding)
+        with torch.no_grad():
+            self.model(inputs_embeds=hidden, use_cache=False)
+        calls = [recorder.take() for recorder in self.model.layers]  # type: ignore[union-attr]
+        return calls[0][0], tuple(arguments for _, arguments in calls)
+
+
+class _Recorder(nn.Module):
+    """Stands where a block would, and keeps the arguments that the model hands it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.attention_type = getattr(block, "attention_type", "full_attention")
+        self.call: tuple[Tensor, dict[str, Any]] | None = None
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.call = (hidden_states, arguments)
+        return hidden_states
+
+    def take(self) -> tuple[Tensor, dict[str, Any]]:
+        call, self.call = self.call, None
+        if call is None:
+            raise RuntimeError("the model did not call this block")
+        return call
+
+
+def build_decoder(config: Mapping[str, Any], device: str = "cpu") -> Decoder:
+    """Build the model of a parsed ``config.json`` without weights.
+
+    Raises:
+        InputError: transformers cannot build it, or the architecture is not known.
+    """
+    architecture = architecture_of(config)
+    causal_lm = build_causal_lm(config, device)
+    model = causal_lm.model
+    blocks, final_norm = tuple(model.layers), model.norm
+    model.layers = nn.ModuleList(_Recorder(block) for block in blocks)
+    model.norm = nn.Identity()
+    return Decoder(architecture, model, blocks, final_norm)
+
+
+def build_causal_lm(config: Mapping[str, Any], device: str = "cpu") -> Any:
+    """Build transformers' causal LM on the meta device, its rotary tables on ``device``."""
+    values = {k: v for k, v in config.items() if k not in ("auto_map", "quantization_config")}
+    try:
+        parsed = CONFIG_MAPPING[str(config["model_type"])].from_dict(values)
+        with torch.device("meta"):
+            causal_lm = AutoModelForCausalLM.from_config(
+                parsed, attn_implementation="sdpa", trust_remote_code=False
+            )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"config.json: transformers cannot build this model ({reason})") from error
+    with torch.device(device):
+        # the rotary tables are not weights: no checkpoint holds them
+        causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config=parsed)
+    return causal_lm.eval()
+
+
+def run_block(
+    block: nn.Module,
+    weights: Mapping[str, Tensor],
+    hidden: Tensor,
+    arguments: Mapping[str, Any],
+    linears: Sequence[str] = (),
+    on_input: InputHook | None = None,
+) -> Tensor:
+    """Run one block on hidden states (B, T, D) with the given weights.
+
+    Args:
+        block: the block, without weights.
+        weights: every parameter and buffer of the block by its name in it.
+        hidden: (B, T, D).
+        arguments: what :meth:`Decoder.embed` gave for this block.
+        linears: names of the linears whose input ``on_input`` sees.
+        on_input: called with a linear's name and its input; what it returns is the input used.
+
+    Returns:
+        Hidden states (B, T, D) after the block.
+    """
+    with torch.no_grad(), _hooked(block, linears, on_input):
+        output = torch.func.functional_call(block, dict(weights), (hidden,), dict(arguments))
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextlib.contextmanager
+def _hooked(
+    block: nn.Module, linears: Sequence[str], on_input: InputHook | None
+) -> Iterator[None]:
+    def make(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            assert on_input is not None
+            return (on_input(name, inputs[0]), *inputs[1:])
+
+        return hook
+
+    handles = (
+        []
+        if on_input is None
+        else [block.get_submodule(n).register_forward_pre_hook(make(n)) for n in linears]
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def micro_batches(windows: Tensor, device: str) -> tuple[Tensor, ...]:
+    """Cut windows (W, T, ...) into micro-batches of a fixed number of tokens."""
+    kind = torch.device(device).type
+    return windows.split(max(1, MICRO_BATCH_TOKENS[kind] // windows.shape[1]))
+
+
+def compute_dtype(source: torch.dtype, device: str) -> torch.dtype:
+    """Dtype of hidden states and block weights: the source's on a GPU, float32 on a CPU."""
+    return torch.float32 if torch.device(device).type == "cpu" else source
+
+
+@functools.lru_cache(maxsize=None)
+def device_fingerprint(device: str) -> dict[str, str]:
+    """What decides the last bits of a computation on ``device``: part of every lineage key."""
+    import transformers
+
+    where = torch.device(device)
+    facts = {"torch": torch.__version__, "transformers": transformers.__version__}
+    if where.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return facts | {"device": f"cpu {capability} threads={torch.get_num_threads()}"}
+    name = torch.cuda.get_device_name(where)
+    major, minor = torch.cuda.get_device_capability(where)
+    return facts | {"device": f"cuda {name} sm{major}{minor} {torch.version.cuda}"}

@@ -1,0 +1,17 @@
+"""The errors a user meets, each one line: what is wrong, where, and how to mend it."""
+
+
+class InputError(ValueError):
+    """The input cannot be worked with; found before any work (exit status 2)."""
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; found while working (exit status 1)."""
+
+
+class NonFiniteWeightError(RunError):
+    """A source tensor holds NaN or Inf."""
+
+
+class VerificationError(RunError):
+    """What was reopened from disk is not what was quantized."""

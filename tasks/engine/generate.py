@@ -1,0 +1,72 @@
+"""Text sampled from the model itself: calibration and evaluation without data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from tasks.engine.decoder import build_causal_lm
+from tasks.engine.errors import InputError
+from tasks.engine.plan import is_tied
+from tasks.engine.source import Source
+
+# sequences sampled side by side; part of what decides the bytes
+BATCH = 16
+
+
+def sample_windows(source: Source, windows: int, seq_len: int, seed: int, device: str) -> Tensor:
+    """Sample windows from the source model at temperature 1: int64 (windows, seq_len).
+
+    Every window starts with BOS (or token 0 where there is none). Weights stay in mapped files on a
+    CPU and lie on the device on a GPU.
+
+    Raises:
+        InputError: the model does not fit the device.
+    """
+    causal_lm = build_causal_lm(source.config, device)
+    names = [n for n in source.tensors if n in causal_lm.state_dict()]
+    try:
+        weights = source.read(names, device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(
+            f"name: self_generated: the model does not fit {device}; give a text file instead"
+        ) from error
+    if is_tied(source):
+        weights[_HEAD] = weights[_EMBEDDING]
+    causal_lm.load_state_dict(weights, assign=True, strict=False)
+    bos = source.config.get("bos_token_id")
+    bos = bos[0] if isinstance(bos, list) else bos
+    batches = range(0, windows, BATCH)
+    with torch.random.fork_rng(devices=[] if device == "cpu" else None):
+        torch.manual_seed(seed)
+        return torch.cat(
+            [_sample(causal_lm, min(BATCH, windows - i), seq_len, bos or 0, device) for i in batches]
+        )
+
+
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
+
+def _sample(causal_lm: object, count: int, seq_len: int, bos: int, device: str) -> Tensor:
+    start = torch.full((count, 1), bos, dtype=torch.int64, device=device)
+    if seq_len == 1:
+        return start.cpu()
+    # no end of text: a window is filled to its end
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=seq_len - 1,
+        min_new_tokens=seq_len - 1,
+        eos_token_id=None,
+        pad_token_id=bos,
+        bos_token_id=bos,
+    )
+    with torch.no_grad():
+        sampled: Tensor = causal_lm.generate(  # type: ignore[attr-defined]
+            start, generation_config=config, attention_mask=torch.ones_like(start)
+        )
+    return sampled.cpu()

@@ -1,0 +1,124 @@
+"""What every step of a run is given: plain values, the same for the whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import Evaluation, Recipe, ResolvedStep
+from tasks.engine.architectures import architecture_of
+from tasks.engine.decoder import Decoder, build_decoder, compute_dtype, device_fingerprint
+from tasks.engine.export_format import Scheme, scheme_of
+from tasks.engine.memo import Memo
+from tasks.engine.plan import Plan, plan_model
+from tasks.engine.source import Source
+from tasks.engine.store import Store
+
+
+@dataclass(frozen=True)
+class Job:
+    """One quantization: a recipe, a source checkpoint, and where and with what to work."""
+
+    recipe: Recipe
+    source: Source
+    store: Store
+    memo: Memo
+    device: str
+    memory: int
+    keep_incompatible: bool = False
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the source's weights: that of its first quantizable linear."""
+        architecture = architecture_of(self.source.config)
+        name = architecture.block_prefix(0) + architecture.linears[0] + ".weight"
+        return self.source.tensors[name].dtype
+
+    @cached_property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of hidden states and block weights while running blocks."""
+        return compute_dtype(self.dtype, self.device)
+
+    @cached_property
+    def steps(self) -> tuple[ResolvedStep, ...]:
+        """The recipe's steps, in order."""
+        return self.recipe.resolved_steps()
+
+    @cached_property
+    def scheme(self) -> Scheme:
+        """How linears are quantized and stored: what the last step says."""
+        return scheme_of(self.steps[-1].quant, self.dtype)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Which linears are quantized."""
+        return plan_model(
+            self.source, self.scheme.weight, self.recipe.ignored_layers, self.keep_incompatible
+        )
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The model without weights."""
+        return build_decoder(self.source.config, self.device)
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """The evaluation section with its seed, or the data-free default."""
+        return self.recipe.resolved_eval()
+
+    @property
+    def blocks(self) -> range:
+        """Numbers of the blocks."""
+        return range(len(self.plan.blocks))
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What decides the last bits on this machine."""
+        return device_fingerprint(self.device)
+
+    def block_digest(self, block: int) -> str:
+        """Digest of the source's tensors of one block."""
+        plan = self.plan.blocks[block]
+        return self.source.digest(plan.full(plan.tensors))
+
+    def read_block(self, block: int) -> dict[str, torch.Tensor]:
+        """The source's tensors of one block as stored, by their names in it, on the device."""
+        plan = self.plan.blocks[block]
+        tensors = self.memo.get(
+            "source block",
+            f"{self.source.path} {block}",
+            lambda: self.source.read(plan.full(plan.tensors), self.device),
+        )
+        return {name.removeprefix(plan.prefix): tensor for name, tensor in tensors.items()}
+
+
+def scheme_lineage(job: Job) -> dict[str, Any]:
+    """What of the recipe decides codes: the weight scheme and the dtype scales are rounded to."""
+    weight = job.scheme.weight
+    return {
+        "codes": weight.number_format.name,
+        "symmetric": weight.symmetric,
+        "granularity": str(weight.granularity),
+        "group_size": weight.group_size,
+        "block_shape": list(weight.block_shape) if weight.block_shape else None,
+        "scale_dtype": str(weight.scale_dtype),
+    }
+
+
+def activation_lineage(job: Job) -> dict[str, Any] | None:
+    """What of the recipe decides how activations are quantized."""
+    activation = job.scheme.activation
+    if activation is None:
+        return None
+    return {
+        "codes": activation.number_format.name,
+        "granularity": str(activation.granularity),
+        "group_size": activation.group_size,
+        "dynamic": activation.dynamic,
+    }
+
+

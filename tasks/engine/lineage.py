@@ -1,0 +1,98 @@
+"""Lineage keys: what a result depends on, as one hash.
+
+A key covers the task, the code that computes it (its import closure inside ``quantizers/``), the
+part of the recipe it reads, the keys of its inputs, and what decides the last bits of a result.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "quantizers"
+
+
+def lineage_key(task: str, code: str, depends_on: Mapping[str, Any]) -> str:
+    """Return the key (64 hex digits) of a result of ``task`` that depends on ``depends_on``."""
+    record = {"task": task, "code": code, "depends_on": depends_on}
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=None)
+def code_digest(*modules: str) -> str:
+    """Digest of ``modules`` and of everything in ``quantizers/`` that they import, transitively.
+
+    Comments, docstrings and layout do not count: the digest is taken over the syntax tree.
+    """
+    closure = sorted(_closure(modules))
+    digest = hashlib.sha256()
+    for name in closure:
+        digest.update(name.encode() + b"\0" + _normalised(_path(name)).encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _closure(modules: tuple[str, ...]) -> set[str]:
+    seen: set[str] = set()
+    queue = list(modules)
+    while queue:
+        name = queue.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        queue.extend(quantizer_imports(name))
+    return seen
+
+
+@functools.lru_cache(maxsize=None)
+def quantizer_imports(name: str) -> tuple[str, ...]:
+    """Modules of ``quantizers/`` that module ``name`` imports itself."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(_path(name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            submodules = [m for m in inner if _is_ours(m) and _exists(m)]
+            # the package's __init__ re-exports everything: only what is named counts
+            found += submodules or [node.module]
+    return tuple(sorted({m for m in found if _is_ours(m)}))
+
+
+def _is_ours(module: str) -> bool:
+    return module == PACKAGE or module.startswith(PACKAGE + ".")
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _path(module: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(module)
+    return Path(spec.origin)
+
+
+def _normalised(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+            and isinstance(body[0].value.value, str)
+        ):
+            node.body = body[1:]
+    return ast.dump(tree)

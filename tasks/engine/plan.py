@@ -1,0 +1,200 @@
+"""Which linears of a model are quantized, and whether their sizes allow it: decided once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quantizers.schemes import Granularity, WeightScheme
+from tasks.engine.architectures import Architecture, architecture_of
+from tasks.engine.errors import InputError
+from tasks.engine.source import Source
+
+# group sizes that the serving kernels know
+SERVED_GROUP_SIZES = (32, 64, 128)
+# linears that SGLang fuses on loading: all of them are quantized, or none
+FUSED = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block: all its tensors and the linears of it that are quantized, by names in it."""
+
+    prefix: str
+    tensors: tuple[str, ...]
+    quantized: tuple[str, ...]
+
+    def full(self, names: Sequence[str]) -> list[str]:
+        """Names in the checkpoint of names in the block."""
+        return [self.prefix + name for name in names]
+
+    @property
+    def weights(self) -> list[str]:
+        """Names in the block of the weights that are quantized."""
+        return [f"{linear}.weight" for linear in self.quantized]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole model: its blocks, the tensors outside of them, and the linears left out."""
+
+    architecture: Architecture
+    blocks: tuple[BlockPlan, ...]
+    outside: tuple[str, ...]
+    ignored: tuple[str, ...]
+    tied: bool
+
+    @property
+    def ignore(self) -> list[str]:
+        """The ``ignore`` list of the export: the head, then every linear left out."""
+        return [self.architecture.head.removesuffix(".weight"), *self.ignored]
+
+
+def plan_model(
+    source: Source,
+    scheme: WeightScheme,
+    ignored_layers: Sequence[str] = (),
+    keep_incompatible: bool = False,
+) -> Plan:
+    """Decide which linears are quantized.
+
+    Args:
+        source: the checkpoint.
+        scheme: how weights are quantized.
+        ignored_layers: linears to leave out: a full name, an ending of one (``mlp.down_proj``),
+            or ``re:`` and a regular expression that matches the full name.
+        keep_incompatible: leave out linears whose sizes the scheme cannot take.
+
+    Raises:
+        InputError: a tensor is missing; a name that matches nothing; sizes that do not divide;
+            a part of a fused layer left out without the others.
+    """
+    architecture = architecture_of(source.config)
+    count = int(source.config.get("num_hidden_layers", 0))
+    if count < 1:
+        raise InputError("config.json: num_hidden_layers: at least one block is needed")
+    prefixes = [architecture.block_prefix(block) for block in range(count)]
+    linears = [_linears(source, architecture, prefix) for prefix in prefixes]
+    everything = [p + name for p, names in zip(prefixes, linears, strict=True) for name in names]
+    left_out = _match(ignored_layers, everything)
+    incompatible = {n: why for n in everything if (why := _problem(source, n, scheme))}
+    refused = [name for name in everything if name in incompatible and name not in left_out]
+    if refused and not keep_incompatible:
+        more = f" (and {len(refused) - 1} more linears)" if len(refused) > 1 else ""
+        raise InputError(incompatible[refused[0]] + more)
+    left_out |= set(refused)
+    _require_whole_fusions(prefixes, linears, left_out)
+    blocks = tuple(
+        _plan_block(source, prefix, names, left_out)
+        for prefix, names in zip(prefixes, linears, strict=True)
+    )
+    inside = {prefix + name for prefix, b in zip(prefixes, blocks, strict=True) for name in b.tensors}
+    if not any(block.quantized for block in blocks):
+        raise InputError("ignored_layers: no linear is left to quantize; take some out of the list")
+    tied = is_tied(source)
+    outside = tuple(
+        name
+        for name in sorted(source.tensors)
+        if name not in inside and not (tied and name == architecture.head)
+    )
+    _require_outside(source, architecture, tied)
+    ordered = tuple(name for name in everything if name in left_out)
+    return Plan(architecture, blocks, outside, ordered, tied)
+
+
+def is_tied(source: Source) -> bool:
+    """Say whether the head is the embedding: the config says so, or no head is stored."""
+    head = architecture_of(source.config).head
+    return bool(source.config.get("tie_word_embeddings", head not in source.tensors))
+
+
+def _linears(source: Source, architecture: Architecture, prefix: str) -> list[str]:
+    for name in architecture.linears:
+        info = source.tensors.get(f"{prefix}{name}.weight")
+        if info is None:
+            raise InputError(
+                f"model {source.path}: no tensor {prefix}{name}.weight; a {architecture.model_type} "
+                "checkpoint has it in every block, download it again"
+            )
+        if len(info.shape) != 2 or not info.dtype.is_floating_point or info.dtype.itemsize == 1:
+            raise InputError(
+                f"model {source.path}: {prefix}{name}.weight is {info.dtype} {list(info.shape)}, "
+                "not a matrix of bf16, fp16 or fp32; give the checkpoint before quantization"
+            )
+    return list(architecture.linears)
+
+
+def _match(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    matched: set[str] = set()
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                expression = re.compile(pattern[3:])
+            except re.error as error:
+                raise InputError(f"ignored_layers: {pattern!r}: {error}") from error
+            hits = {name for name in names if expression.fullmatch(name)}
+        else:
+            hits = {name for name in names if name == pattern or name.endswith("." + pattern)}
+        # heads are never quantized: naming one is right and changes nothing
+        if not hits and pattern != "lm_head":
+            short = sorted({".".join(name.split(".")[-2:]) for name in names} | set(names))
+            near = difflib.get_close_matches(pattern, short, n=1, cutoff=0.0)
+            raise InputError(
+                f"ignored_layers: {pattern!r} matches no linear of the model; "
+                f"did you mean {near[0]!r}?"
+            )
+        matched |= hits
+    return matched
+
+
+def _problem(source: Source, linear: str, scheme: WeightScheme) -> str | None:
+    if scheme.granularity is not Granularity.GROUP or scheme.group_size is None:
+        return None
+    columns = source.tensors[f"{linear}.weight"].shape[1]
+    if columns % scheme.group_size == 0:
+        return None
+    fitting = [str(size) for size in SERVED_GROUP_SIZES if columns % size == 0]
+    sizes = f"sizes that fit it: {', '.join(fitting)}" if fitting else "no served size fits it"
+    return (
+        f"quant.weight.group_size: {scheme.group_size} does not divide the {columns} input features "
+        f"of {linear}; {sizes}; or give --keep-incompatible to leave such linears unquantized"
+    )
+
+
+def _require_whole_fusions(
+    prefixes: Sequence[str], linears: Sequence[Sequence[str]], left_out: set[str]
+) -> None:
+    for prefix, names in zip(prefixes, linears, strict=True):
+        for fusion in FUSED:
+            members = [prefix + name for name in fusion if name in names]
+            out = [name for name in members if name in left_out]
+            if out and len(out) != len(members):
+                rest = ", ".join(name for name in members if name not in left_out)
+                raise InputError(
+                    f"ignored_layers: {out[0]} is left out, but SGLang fuses it with {rest}; "
+                    "leave out all of them or none"
+                )
+
+
+def _plan_block(
+    source: Source, prefix: str, linears: Sequence[str], left_out: set[str]
+) -> BlockPlan:
+    tensors = tuple(
+        name.removeprefix(prefix) for name in sorted(source.tensors) if name.startswith(prefix)
+    )
+    return BlockPlan(prefix, tensors, tuple(n for n in linears if prefix + n not in left_out))
+
+
+def _require_outside(source: Source, architecture: Architecture, tied: bool) -> None:
+    needed = [architecture.embedding, architecture.final_norm]
+    for name in needed if tied else [*needed, architecture.head]:
+        if name not in source.tensors:
+            raise InputError(
+                f"model {source.path}: no tensor {name}; download the checkpoint again"
+            )
+

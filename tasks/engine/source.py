@@ -1,0 +1,252 @@
+"""A source checkpoint: a folder of safetensors files read tensor by tensor, never as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tasks.engine.errors import InputError, NonFiniteWeightError
+from tasks.engine.store import write_text
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies, with its dtype and shape; no data."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint folder: its parsed ``config.json`` and a map of its tensors."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    digest_memo: Path | None = None
+
+    def read(self, names: Iterable[str], device: str = "cpu") -> dict[str, Tensor]:
+        """Read tensors by name, as stored (shape and dtype of the file), from mapped files.
+
+        Raises:
+            NonFiniteWeightError: a floating tensor holds NaN or Inf; names it.
+        """
+        wanted = sorted(names, key=lambda name: (self.tensors[name].file, name))
+        read: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as stack:
+            opened: dict[str, Any] = {}
+            for name in wanted:
+                file = self.tensors[name].file
+                if file not in opened:
+                    opened[file] = stack.enter_context(
+                        safe_open(self.path / file, framework="pt", device=device)
+                    )
+                read[name] = opened[file].get_tensor(name)
+        for name, tensor in read.items():
+            _require_finite(name, tensor, self.path / self.tensors[name].file)
+        return read
+
+    def digest(self, names: Iterable[str]) -> str:
+        """Digest of the named tensors' names, dtypes, shapes and bytes, whatever the sharding.
+
+        A tensor's own digest is remembered by its file's path, size, modification time and inode.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in sorted(names):
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        digests: dict[str, str] = {}
+        for file, members in by_file.items():
+            digests |= self._file_digests(file, members)
+        whole = xxhash.xxh3_128()
+        for name in sorted(digests):
+            whole.update(f"{name}={digests[name]};".encode())
+        return whole.hexdigest()
+
+    def _file_digests(self, file: str, names: list[str]) -> dict[str, str]:
+        path = (self.path / file).resolve()
+        status = path.stat()
+        mark = [str(path), status.st_size, status.st_mtime_ns, status.st_ino]
+        remembered = _recall(self.digest_memo, mark)
+        missing = [name for name in names if name not in remembered]
+        if missing:
+            with safe_open(path, framework="pt") as opened:
+                for name in missing:
+                    remembered[name] = tensor_digest(opened.get_tensor(name))
+            _remember(self.digest_memo, mark, remembered)
+        return {name: remembered[name] for name in names}
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Digest (xxh3-128) of a tensor's dtype, shape and bytes."""
+    digest = xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def open_source(path: Path, digest_memo: Path | None = None) -> Source:
+    """Open a checkpoint folder: read its config and the headers of its safetensors files.
+
+    Raises:
+        InputError: the folder or its files are missing, truncated, or not safetensors.
+    """
+    folder = Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        raise InputError(f"model {path}: no such folder; give a folder with safetensors files")
+    config = _read_config(folder)
+    tensors: dict[str, TensorInfo] = {}
+    for file in _weight_files(folder):
+        tensors |= _read_header(folder, file)
+    _check_index(folder, tensors)
+    return Source(folder, config, tensors, digest_memo)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"model {folder}: no config.json; is this a transformers checkpoint?")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); copy it again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: not a JSON object; copy it again")
+    return config
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    path = folder / INDEX
+    if not path.is_file():
+        return None
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: not a safetensors index ({error}); copy it again") from error
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = _read_index(folder)
+    if index is not None:
+        for file in sorted(set(index.values())):
+            # a name with a folder in it could lead out of the checkpoint
+            if Path(file).name != file or not (folder / file).is_file():
+                raise InputError(
+                    f"{folder / INDEX}: names the shard {file}, which is not in the folder; "
+                    "download the missing shard"
+                )
+        return sorted(set(index.values()))
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
+    hint = f" (found {pickles[0]}: pickles are never read)" if pickles else ""
+    raise InputError(
+        f"model {folder}: no {SINGLE} and no {INDEX}{hint}; save the model as safetensors"
+    )
+
+
+def _read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
+    path = folder / file
+    try:
+        with safe_open(path, framework="pt") as opened:
+            found = {}
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                dtype = DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise InputError(f"{path}: {name} has the dtype {part.get_dtype()}, not known")
+                found[name] = TensorInfo(file, dtype, tuple(part.get_shape()))
+            return found
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{path}: not a whole safetensors file ({reason}); download it again"
+        ) from error
+
+
+def _check_index(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    for name, file in (_read_index(folder) or {}).items():
+        if name not in tensors or tensors[name].file != file:
+            raise InputError(
+                f"{folder / INDEX}: says {name} is in {file}, which does not hold it; "
+                "download the checkpoint again"
+            )
+
+
+def _require_finite(name: str, tensor: Tensor, path: Path) -> None:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    # NaN and Inf both show in the extremes, which need no temporary of the tensor's size
+    if not all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax()):
+        raise NonFiniteWeightError(
+            f"{path}: {name} holds NaN or Inf; the source checkpoint is damaged, download it again"
+        )
+
+
+def _memo_file(memo: Path, mark: list[Any]) -> Path:
+    return memo / f"{xxhash.xxh3_64(str(mark[0]).encode()).hexdigest()}.json"
+
+
+def _recall(memo: Path | None, mark: list[Any]) -> dict[str, str]:
+    if memo is None:
+        return {}
+    try:
+        record = json.loads(_memo_file(memo, mark).read_text(encoding="utf-8"))
+        if record["mark"] == mark:
+            return {str(k): str(v) for k, v in record["tensors"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return {}
+
+
+def _remember(memo: Path | None, mark: list[Any], digests: Mapping[str, str]) -> None:
+    if memo is None:
+        return
+    memo.mkdir(parents=True, exist_ok=True)
+    write_text(_memo_file(memo, mark), json.dumps({"mark": mark, "tensors": dict(digests)}))
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk that would hold ``path``, which need not exist yet."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize

@@ -1,0 +1,245 @@
+"""A store of results: one folder per lineage key, complete or absent.
+
+An entry is written to a staging folder and renamed into place; its manifest, written last, names
+every file with its size and xxh3-128 checksum. A damaged or half-written entry reads as absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """Size in bytes and xxh3-128 checksum."""
+
+    size: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished result: small values in ``value``, tensors and files in ``folder``."""
+
+    key: str
+    task: str
+    folder: Path
+    value: dict[str, Any]
+    created: float
+    files: dict[str, StoredFile] = field(default_factory=dict)
+
+    def file(self, name: str) -> Path:
+        """Return the path of one of the entry's files."""
+        if name not in self.files:
+            raise KeyError(f"{self.task} {self.key}: no file {name!r}")
+        return self.folder / name
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files of the entry."""
+        return sum(f.size for f in self.files.values())
+
+
+class Draft:
+    """An entry being written; files go into ``folder`` until the store commits it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Start a draft in an empty ``folder``."""
+        self.folder = folder
+
+    def save_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> Path:
+        """Write ``tensors`` as a safetensors file called ``name``."""
+        path = self.folder / name
+        ordered = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
+        save_file(ordered, path, metadata=dict(metadata) if metadata else None)
+        return path
+
+    def link(self, name: str, source: Path) -> Path:
+        """Put ``source`` into the draft under ``name``: a hard link, a copy across disks."""
+        return link_or_copy(source, self.folder / name)
+
+
+class Store:
+    """Entries by lineage key below ``root``."""
+
+    def __init__(self, root: Path) -> None:
+        """Use ``root``; nothing is created before the first write."""
+        self.root = Path(root).absolute()
+        # files whose checksum this process has seen hold, by what changes when a file does
+        self._verified: set[tuple[str, int, int, int]] = set()
+
+    def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
+        """Travel as the folder's name."""
+        return Store, (self.root,)
+
+    def __repr__(self) -> str:
+        """Name the folder."""
+        return f"Store({str(self.root)!r})"
+
+    def folder(self, key: str) -> Path:
+        """Return where the entry of ``key`` lies."""
+        return self.root / "entries" / key[:2] / key
+
+    def get(self, key: str) -> Entry | None:
+        """Return the entry of ``key`` when it is whole, else None; damage is never an error."""
+        entry = _read_manifest(self.folder(key))
+        if entry is None or entry.key != key or not all(self._is_whole(entry, n) for n in entry.files):
+            return None
+        return entry
+
+    @contextlib.contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """Hold ``key`` for this process; the operating system frees it when the process dies."""
+        with FileLock(self._lock_file(key)):
+            yield
+
+    @contextlib.contextmanager
+    def draft(self, key: str) -> Iterator[Draft]:
+        """Give a fresh staging folder for ``key``; to be called with the key's lock held."""
+        folder = self.root / "staging" / key
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield Draft(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def commit(self, key: str, task: str, draft: Draft, value: dict[str, Any]) -> Entry:
+        """Publish ``draft`` under ``key`` by one rename and return the entry."""
+        names = sorted(
+            str(p.relative_to(draft.folder)) for p in draft.folder.rglob("*") if p.is_file()
+        )
+        files = {name: _describe(draft.folder / name) for name in names}
+        entry = Entry(key, task, self.folder(key), value, time.time(), files)
+        record = asdict(entry) | {"folder": None}
+        write_text(draft.folder / MANIFEST, json.dumps(record, indent=1, sort_keys=True))
+        self.remove(key)
+        entry.folder.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(draft.folder, entry.folder)
+        return entry
+
+    def remove(self, key: str) -> None:
+        """Remove the entry of ``key`` if there is one: out of its place first, then deleted."""
+        folder = self.folder(key)
+        if not folder.exists():
+            return
+        trash = self.root / "trash" / f"{key}-{os.getpid()}-{time.monotonic_ns()}"
+        trash.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(folder, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+    def _is_whole(self, entry: Entry, name: str) -> bool:
+        stored, path = entry.files[name], entry.folder / name
+        try:
+            status = path.stat()
+            mark = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+            if mark in self._verified:
+                return True
+            if status.st_size != stored.size or checksum(path) != stored.checksum:
+                return False
+        except OSError:
+            return False
+        self._verified.add(mark)
+        return True
+
+    def entries(self) -> list[Entry]:
+        """List the entries that have a readable manifest, oldest first."""
+        folders = sorted((self.root / "entries").glob("*/*"))
+        found = [e for e in map(_read_manifest, folders) if e is not None]
+        return sorted(found, key=lambda e: e.created)
+
+    def collect(self, older_than_s: float) -> tuple[int, int]:
+        """Remove entries older than some seconds, and what dead processes left behind.
+
+        Returns:
+            How many entries were removed, and the bytes they held.
+        """
+        removed = freed = 0
+        for entry in self.entries():
+            if time.time() - entry.created < older_than_s:
+                continue
+            try:
+                # an entry that another process is using stays
+                with FileLock(self._lock_file(entry.key), timeout=0):
+                    self.remove(entry.key)
+            except Timeout:
+                continue
+            removed, freed = removed + 1, freed + entry.size
+        for leftover in [*(self.root / "staging").glob("*"), *(self.root / "trash").glob("*")]:
+            with contextlib.suppress(Timeout), FileLock(self._lock_file(leftover.name), timeout=0):
+                shutil.rmtree(leftover, ignore_errors=True)
+        kept = {entry.key for entry in self.entries()}
+        for record in (self.root / "prefect").glob("*"):
+            if record.name not in kept:
+                record.unlink(missing_ok=True)
+        return removed, freed
+
+    def _lock_file(self, key: str) -> Path:
+        path = self.root / "locks" / f"{key}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def link_or_copy(source: Path, target: Path) -> Path:
+    """Hard-link ``source`` to ``target``, or copy where the file system cannot."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to a temporary name and rename it: ``path`` is whole or absent."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def checksum(path: Path) -> str:
+    """Return the xxh3-128 checksum of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file."""
+    with safe_open(path, framework="pt", device=device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _describe(path: Path) -> StoredFile:
+    return StoredFile(path.stat().st_size, checksum(path))
+
+
+def _read_manifest(folder: Path) -> Entry | None:
+    try:
+        record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {name: StoredFile(**described) for name, described in record.pop("files").items()}
+        return Entry(**(record | {"folder": folder, "files": files}))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+

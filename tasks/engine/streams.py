@@ -1,0 +1,251 @@
+"""Hidden states between blocks: kept in memory, on disk now and then, or made again.
+
+A stream is named by the chain of what led to it, so it can always be rebuilt: from the newest kept
+point, forward through blocks that are quantized already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantizers.activations import quantize_dequantize_activation
+from quantizers.schemes import ActivationScheme
+from tasks.engine.decoder import InputHook, micro_batches, run_block
+from tasks.engine.errors import RunError
+from tasks.engine.export_format import restore_block
+from tasks.engine.job import Job
+from tasks.engine.store import Entry, load_tensors
+from tasks.engine.windows import read_tokens
+
+HIDDEN = "hidden.safetensors"
+SHARD = "block.safetensors"
+KEPT_BOUNDARIES = 2
+
+
+@dataclass(frozen=True)
+class Link:
+    """One block that the stream has passed.
+
+    Attributes:
+        key: lineage key of the stream after the block.
+        packed: key of the block's exported tensors, or None where it ran with the source's.
+    """
+
+    key: str
+    packed: str | None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Hidden states before block ``len(links)``, starting from a set of token windows."""
+
+    tokens: str
+    links: tuple[Link, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Lineage key of the hidden states."""
+        return self.links[-1].key if self.links else self.tokens
+
+    @property
+    def block(self) -> int:
+        """Number of the block that these hidden states enter."""
+        return len(self.links)
+
+    def after(self, key: str, packed: str | None) -> Stream:
+        """Return the stream one block further."""
+        return Stream(self.tokens, (*self.links, Link(key, packed)))
+
+    def back(self) -> Stream:
+        """Return the stream one block before."""
+        return Stream(self.tokens, self.links[:-1])
+
+
+def hidden_states(job: Job, stream: Stream) -> Tensor:
+    """Return the stream's hidden states (W, T, D) in the compute dtype, on the host.
+
+    Taken from memory, from a boundary on disk, or made again from the newest one before.
+    """
+    return job.memo.get("stream", stream.key, lambda: _find_or_make(job, stream))
+
+
+def _find_or_make(job: Job, stream: Stream) -> Tensor:
+    # a loop, not a recursion: a deep model may have to go back to its tokens
+    passed: list[Stream] = []
+    while True:
+        hidden = _kept(job, stream)
+        if hidden is not None:
+            break
+        if not stream.links:
+            hidden = _embed(job, stream)
+            break
+        passed.append(stream)
+        stream = stream.back()
+    for later in reversed(passed):
+        hidden = pass_block(job, stream, hidden, later.links[-1].packed)
+        stream = later
+    return hidden
+
+
+def _kept(job: Job, stream: Stream) -> Tensor | None:
+    if job.memo.has("stream", stream.key):
+        kept: Tensor = job.memo.get("stream", stream.key, _never)
+        return kept
+    entry = job.store.get(boundary_key(stream))
+    return None if entry is None else load_tensors(entry.file(HIDDEN))["hidden"]
+
+
+def _never() -> Tensor:
+    raise AssertionError("asked for what is not kept")
+
+
+def _embed(job: Job, stream: Stream) -> Tensor:
+    tokens = read_tokens(require(job, stream.tokens))
+    embedding = read_embedding(job)
+    batches = micro_batches(tokens, job.device)
+    return torch.cat(
+        [job.decoder.embed(embedding, batch.to(job.device))[0].cpu() for batch in batches]
+    )
+
+
+def read_embedding(job: Job) -> Tensor:
+    """Read the source's embedding (V, D) in the compute dtype, on the device."""
+    name = job.plan.architecture.embedding
+    return job.source.read([name], job.device)[name].to(job.compute_dtype)
+
+
+def pass_block(job: Job, stream: Stream, hidden: Tensor, packed: str | None) -> Tensor:
+    """Run the block that ``stream`` enters: with its exported weights, or with the source's."""
+    block = stream.block
+    if packed is None:
+        weights = {n: t.to(job.compute_dtype) for n, t in job.read_block(block).items()}
+        return through_block(job, block, weights, hidden, None)
+    weights = packed_weights(job, block, require(job, packed))
+    hook = activation_hook(job.scheme.activation)
+    return through_block(job, block, weights, hidden, hook)
+
+
+def packed_weights(job: Job, block: int, entry: Entry) -> dict[str, Tensor]:
+    """Weights of a block as a server will see them, from its exported tensors."""
+    plan = job.plan.blocks[block]
+    tensors = {
+        name.removeprefix(plan.prefix): tensor
+        for file in sorted(entry.files)
+        for name, tensor in load_tensors(entry.file(file), job.device).items()
+    }
+    return restore_block(tensors, plan.quantized, job.scheme, job.compute_dtype)
+
+
+def through_block(
+    job: Job,
+    block: int,
+    weights: Mapping[str, Tensor],
+    hidden: Tensor,
+    on_input: InputHook | None,
+    linears: tuple[str, ...] | None = None,
+) -> Tensor:
+    """Run hidden states (W, T, D) through one block in micro-batches."""
+    names = job.plan.blocks[block].quantized if linears is None else linears
+    outputs = []
+    for batch in micro_batches(hidden, job.device):
+        arguments = block_arguments(job, batch.shape[0], batch.shape[1])[block]
+        outputs.append(
+            run_block(
+                job.decoder.blocks[block],
+                weights,
+                batch.to(job.device),
+                arguments,
+                names,
+                on_input,
+            ).cpu()
+        )
+    return torch.cat(outputs)
+
+
+def block_arguments(job: Job, batch: int, length: int) -> tuple[dict[str, Any], ...]:
+    """What transformers hands each block beside the hidden states, for one batch shape."""
+
+    def compute() -> tuple[dict[str, Any], ...]:
+        width = int(job.source.config["hidden_size"])
+        nothing = torch.zeros(1, width, dtype=job.compute_dtype, device=job.device)
+        tokens = torch.zeros(batch, length, dtype=torch.int64, device=job.device)
+        return job.decoder.embed(nothing, tokens)[1]
+
+    shape = f"{batch}x{length}"
+    return job.memo.get(f"block arguments {shape}", shape, compute)
+
+
+def activation_hook(
+    scheme: ActivationScheme | None, scales: Mapping[str, Tensor] | None = None
+) -> InputHook | None:
+    """Quantize the inputs of linears as the serving kernels do; None where they stay as they are."""
+    if scheme is None:
+        return None
+    asked = scheme
+
+    def quantize(linear: str, x: Tensor) -> Tensor:
+        scale = None if asked.dynamic else (scales or {})[linear]
+        return quantize_dequantize_activation(x, asked, scale=scale)
+
+    return quantize
+
+
+def require(job: Job, key: str) -> Entry:
+    """Return an entry that an earlier step made.
+
+    Raises:
+        OSError: it is gone from the store since then.
+    """
+    entry = job.store.get(key)
+    if entry is None:
+        raise OSError(
+            f"store {job.store.root}: the entry {key} is gone or damaged; run the command again"
+        )
+    return entry
+
+
+def boundary_key(stream: Stream) -> str:
+    """Key of the stream's hidden states on disk."""
+    return hashlib.sha256(f"boundary {stream.key}".encode()).hexdigest()
+
+
+def keep_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
+    """Write the stream to disk and drop the older boundaries of its chain."""
+    key = boundary_key(stream)
+    with job.store.lock(key):
+        if job.store.get(key) is None:
+            with job.store.draft(key) as draft:
+                draft.save_tensors(HIDDEN, {"hidden": hidden})
+                job.store.commit(key, "boundary", draft, {"block": stream.block})
+    older = stream
+    for _ in range(KEPT_BOUNDARIES):
+        if not older.links:
+            return
+        older = older.back()
+    job.store.remove(boundary_key(older))
+
+
+def drop_boundaries(job: Job, stream: Stream) -> None:
+    """Drop all boundaries of a chain: its last block is done."""
+    while stream.links:
+        job.store.remove(boundary_key(stream))
+        stream = stream.back()
+
+
+def require_finite(hidden: Tensor, block: int) -> None:
+    """Refuse a stream with NaN or Inf.
+
+    Raises:
+        RunError: names the block.
+    """
+    if not all(bool(torch.isfinite(extreme)) for extreme in hidden.aminmax()):
+        raise RunError(
+            f"block {block}: its output holds NaN or Inf; the model overflows "
+            f"{hidden.dtype}, or its weights are damaged"
+        )

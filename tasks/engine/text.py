@@ -1,0 +1,322 @@
+"""Calibration and evaluation text: where it comes from and how it becomes token windows."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from tasks.engine.errors import InputError
+from tasks.engine.source import Source
+from tasks.engine.store import checksum
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+)
+# dataset id, configuration, file, split for calibration, split for evaluation
+HUB = {
+    "pileval": ("mit-han-lab/pile-val-backup", None, None, "validation", "validation"),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "train", "test"),
+    "c4": ("allenai/c4", None, "en/c4-train.00000-of-01024.json.gz", "train", "train"),
+}
+LOCAL_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_PROBE_CHARACTERS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """One text as a recipe names it; ``section`` is where, for error messages."""
+
+    section: str
+    name: str
+    path: str | None
+    split: str | None = None
+    column: str = "text"
+    evaluation: bool = False
+
+    @property
+    def remote(self) -> bool:
+        """Whether the text comes from a hub."""
+        if self.name == "dataset":
+            return not Path(str(self.path)).expanduser().exists()
+        return self.path is None and self.name in HUB
+
+
+Document = str | list[dict[str, Any]]
+
+
+def load_tokenizer(source: Source) -> Any:
+    """Load the checkpoint's tokenizer, from local files only.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(
+            f"model {source.path}: no tokenizer files, but the recipe needs text; copy "
+            "tokenizer.json and tokenizer_config.json beside the weights"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model {source.path}: the tokenizer cannot be read ({reason})") from error
+
+
+def tokenizer_digest(source: Source) -> str:
+    """Digest of the tokenizer's files."""
+    files = [n for n in TOKENIZER_FILES if (source.path / n).is_file()]
+    return ";".join(f"{name}={checksum(source.path / name)}" for name in files)
+
+
+def text_digest(text: TextSource) -> str:
+    """Digest of the text: a file's bytes, or a hub data set's revision.
+
+    Raises:
+        InputError: the file is missing or the hub cannot be reached; says what to do.
+    """
+    if text.remote:
+        return _hub_revision(text)
+    path = _local_path(text)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return ";".join(checksum(file) for file in files)
+
+
+def read_documents(text: TextSource) -> list[Document]:
+    """Read the documents of a text with ``datasets``; a plain text file is one document.
+
+    Raises:
+        InputError: unreadable, without the named column, or empty.
+    """
+    rows = _load(text)
+    columns = rows.column_names
+    if "messages" in columns and text.column not in columns:
+        documents: list[Document] = [row for row in rows["messages"] if row]
+    elif text.column in columns:
+        documents = [row for row in rows[text.column] if row and row.strip()]
+    else:
+        raise InputError(
+            f"{text.section}: no column {text.column!r} (columns: {', '.join(columns)}); "
+            f"set {text.section}.text_column"
+        )
+    if not documents:
+        raise InputError(f"{text.section}.path: {text.path or text.name} holds no text")
+    return documents
+
+
+def check_text(text: TextSource, source: Source, seq_len: int) -> None:
+    """Check, without the whole work, that at least one window of ``seq_len`` can be cut.
+
+    Raises:
+        InputError: as :func:`read_documents` and the cutting functions would raise it.
+    """
+    tokenizer = load_tokenizer(source)
+    enough = seq_len * _PROBE_CHARACTERS_PER_TOKEN
+    documents = read_documents(text)
+    sample: list[Document] = []
+    for document in documents:
+        sample.append(document[:enough] if isinstance(document, str) else document)
+        if sum(len(str(d)) for d in sample) >= enough:
+            break
+    if len(encode_joined(text, tokenizer, sample)) >= seq_len:
+        return
+    length = len(encode_joined(text, tokenizer, documents))
+    _require_window(text, length, seq_len)
+
+
+def encode_documents(
+    text: TextSource, tokenizer: Any, documents: Sequence[Document]
+) -> list[list[int]]:
+    """Token ids of each document, with one BOS in front where the tokenizer has one.
+
+    Conversations go through the model's chat template, which writes its own special tokens.
+    """
+    plain = [d for d in documents if isinstance(d, str)]
+    if len(plain) == len(documents):
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        encoded = tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
+        return [bos + ids for ids in encoded]
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"{text.section}: the file holds conversations, but the model's tokenizer has no chat "
+            f"template; give plain text, or set {text.section}.text_column"
+        )
+    return [
+        list(tokenizer.apply_chat_template(d, tokenize=True, return_dict=False)) for d in documents
+    ]
+
+
+def encode_joined(text: TextSource, tokenizer: Any, documents: Sequence[Document]) -> list[int]:
+    """Token ids of the documents as one stretch: plain texts joined by blank lines, one BOS."""
+    plain = [d for d in documents if isinstance(d, str)]
+    whole: Sequence[Document] = (
+        ["\n\n".join(plain)] if len(plain) == len(documents) else documents
+    )
+    return [token for ids in encode_documents(text, tokenizer, whole) for token in ids]
+
+
+def consecutive_windows(
+    text: TextSource, ids: Sequence[int], seq_len: int, windows: int | None
+) -> Tensor:
+    """Cut ``ids`` into non-overlapping windows from the start: int64 (W, seq_len).
+
+    Raises:
+        InputError: shorter than one window.
+    """
+    _require_window(text, len(ids), seq_len)
+    count = len(ids) // seq_len
+    count = count if windows is None else min(windows, count)
+    return torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+
+
+def packed_windows(
+    text: TextSource, encoded: Sequence[Sequence[int]], seq_len: int, samples: int, seed: int
+) -> Tensor:
+    """Pack documents into windows and choose ``samples`` of them, seeded, in text order."""
+    ids = [token for document in encoded for token in document]
+    windows = consecutive_windows(text, ids, seq_len, None)
+    if len(windows) <= samples:
+        return windows
+    chosen = sorted(random.Random(seed).sample(range(len(windows)), samples))
+    return windows[chosen]
+
+
+def truncated_windows(
+    text: TextSource, encoded: Sequence[Sequence[int]], seq_len: int, samples: int, seed: int
+) -> Tensor:
+    """Shuffle documents, drop those shorter than a window, cut the others: (<= samples, seq_len)."""
+    order = list(range(len(encoded)))
+    random.Random(seed).shuffle(order)
+    long_enough = [encoded[i][:seq_len] for i in order if len(encoded[i]) >= seq_len]
+    if not long_enough:
+        _require_window(text, max((len(ids) for ids in encoded), default=0), seq_len)
+    return torch.tensor(long_enough[:samples], dtype=torch.int64)
+
+
+def random_crops(
+    text: TextSource, ids: Sequence[int], seq_len: int, samples: int, seed: int
+) -> Tensor:
+    """Crop ``samples`` windows at random places of one stretch: (samples, seq_len)."""
+    _require_window(text, len(ids), seq_len)
+    draw = random.Random(seed)
+    starts = [draw.randint(0, len(ids) - seq_len) for _ in range(samples)]
+    return torch.tensor([ids[start : start + seq_len] for start in starts], dtype=torch.int64)
+
+
+def random_document_crops(
+    text: TextSource, encoded: Sequence[Sequence[int]], seq_len: int, samples: int, seed: int
+) -> Tensor:
+    """Crop one window from each of ``samples`` randomly drawn long documents."""
+    long_enough = [ids for ids in encoded if len(ids) >= seq_len]
+    if not long_enough:
+        _require_window(text, max((len(ids) for ids in encoded), default=0), seq_len)
+    draw = random.Random(seed)
+    crops = []
+    for _ in range(samples):
+        ids = draw.choice(long_enough)
+        start = draw.randint(0, len(ids) - seq_len)
+        crops.append(ids[start : start + seq_len])
+    return torch.tensor(crops, dtype=torch.int64)
+
+
+def _require_window(text: TextSource, length: int, seq_len: int) -> None:
+    if length < seq_len:
+        raise InputError(
+            f"{text.section}.path: {text.path or text.name} gives {length} tokens, fewer than one "
+            f"window of {seq_len}; give more text or set {text.section}.seq_len"
+        )
+
+
+def _local_path(text: TextSource) -> Path:
+    if text.path is None:
+        raise InputError(f"{text.section}.path: {text.name} needs a file; set {text.section}.path")
+    path = Path(text.path).expanduser()
+    if not path.exists():
+        raise InputError(f"{text.section}.path: {text.path}: no such file; give a text file")
+    return path
+
+
+def _load(text: TextSource) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if text.remote:
+            name, config, file, calibration_split, evaluation_split = _hub_entry(text)
+            split = text.split or (evaluation_split if text.evaluation else calibration_split)
+            return datasets.load_dataset(name, config, data_files=file, split=split)
+        path = _local_path(text)
+        if path.is_dir():
+            loaded = datasets.load_from_disk(str(path))
+            return loaded[text.split or next(iter(loaded))] if isinstance(loaded, dict) else loaded
+        if path.stat().st_size == 0:
+            raise InputError(f"{text.section}.path: {text.path} is empty; give a file with text")
+        kind = LOCAL_LOADERS.get(path.suffix)
+        if kind is None:
+            return datasets.load_dataset(
+                "text", data_files=str(path), split="train", sample_by="document"
+            )
+        return datasets.load_dataset(kind, data_files=str(path), split="train")
+    except InputError:
+        raise
+    except Exception as error:  # datasets raises many kinds, wrapped in its own
+        cause = error.__cause__ or error
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0][:200]
+        if text.remote:
+            raise _unreachable(text, reason) from error
+        raise InputError(f"{text.section}.path: {text.path} cannot be read ({reason})") from error
+
+
+def _hub_entry(text: TextSource) -> tuple[str, str | None, str | None, str, str]:
+    if text.name in HUB:
+        return HUB[text.name]
+    if text.path is None:
+        raise InputError(f"{text.section}.path: name: dataset needs a data set id; set it")
+    return (text.path, None, None, "train", "test")
+
+
+def _hub_revision(text: TextSource) -> str:
+    from huggingface_hub import HfApi
+
+    name = _hub_entry(text)[0]
+    try:
+        return f"{name}@{HfApi().dataset_info(name, timeout=10).sha}"
+    except Exception as error:  # offline, unknown, gated: all mean that it is not to be had
+        cached = _cached_fingerprint(text)
+        if cached is not None:
+            return f"{name}@{cached}"
+        raise _unreachable(text, type(error).__name__) from error
+
+
+def _cached_fingerprint(text: TextSource) -> str | None:
+    if not os.environ.get("HF_DATASETS_OFFLINE"):
+        return None
+    try:
+        return str(_load(text)._fingerprint)
+    except InputError:
+        return None
+
+
+def _unreachable(text: TextSource, reason: str) -> InputError:
+    section = text.section
+    return InputError(
+        f"{section}.name: the data set {_hub_entry(text)[0]} ({text.name}) cannot be reached "
+        f"({reason}); give a local file: --set {section}.name=text --set {section}.path=FILE"
+    )

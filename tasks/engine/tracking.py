@@ -1,0 +1,193 @@
+"""One MLflow run per flow run, spoken to by its id and in batches."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from tasks.engine.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "blockquant"
+IDENTITY_TAG = "blockquant.identity"
+LONGEST_PARAMETER = 6000
+LARGEST_BATCH = 100
+# a tracking server that is away answers within seconds, not minutes
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One metric value; ``time_ms`` stays the same when it is sent again, so nothing doubles."""
+
+    name: str
+    value: float
+    step: int
+    time_ms: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open MLflow run."""
+
+    uri: str
+    id: str
+    experiment: str
+
+    def client(self) -> MlflowClient:
+        """Return a client of the run's tracking server."""
+        return _client(self.uri)
+
+    def log_points(self, points: Iterable[Point]) -> None:
+        """Send metric values in batches."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(p.name, p.value, p.time_ms, p.step) for p in points]
+        for start in range(0, len(metrics), 1000):
+            self.client().log_batch(self.id, metrics=metrics[start : start + 1000])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags in one call."""
+        from mlflow.entities import RunTag
+
+        self.client().log_batch(self.id, tags=[RunTag(k, v[:5000]) for k, v in tags.items()])
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        """Keep a file as an artifact."""
+        self.client().log_artifact(self.id, str(path), folder)
+
+    def log_table(self, rows: Sequence[Mapping[str, Any]], file: str) -> None:
+        """Keep rows as a table that the MLflow UI shows."""
+        columns = list(rows[0]) if rows else []
+        table = {
+            "columns": columns,
+            "data": [[row.get(column) for column in columns] for row in rows],
+        }
+        self.client().log_dict(self.id, table, file)
+
+    def log_input(self, name: str, digest: str, source: Mapping[str, Any], context: str) -> None:
+        """Record a data set as an input of the run."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        data = Dataset(name, digest[:36], "local", json.dumps(source))
+        tag = InputTag("mlflow.data.context", context)
+        self.client().log_inputs(self.id, datasets=[DatasetInput(data, [tag])])
+
+    def finish(self) -> None:
+        """Close the run as finished."""
+        self.client().set_terminated(self.id, "FINISHED")
+
+    def fail(self, reason: str) -> None:
+        """Keep the run as failed, with its reason."""
+        self.set_tags({"failure": reason})
+        self.client().set_terminated(self.id, "FAILED")
+
+
+def open_run(
+    settings: Settings,
+    identity: str,
+    name: str,
+    parameters: Mapping[str, Any],
+    tags: Mapping[str, str],
+) -> Run:
+    """Open the run of one quantization, or go on in the one that was not finished.
+
+    Args:
+        settings: where the tracking server or database is.
+        identity: what makes two runs the same work: recipe, source and output.
+        name: the run's name.
+        parameters: the recipe's values, flat.
+        tags: versions and digests.
+    """
+    from mlflow.entities import Param
+
+    client = _prepared_client(settings)
+    experiment = _experiment(client, settings)
+    unfinished = client.search_runs(
+        [experiment],
+        f"tags.`{IDENTITY_TAG}` = '{identity}' and attributes.status != 'FINISHED'",
+        max_results=1,
+        order_by=["attributes.start_time DESC"],
+    )
+    if unfinished:
+        run_id = unfinished[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+    else:
+        created = client.create_run(experiment, tags={IDENTITY_TAG: identity}, run_name=name)
+        run_id = created.info.run_id
+    listed = [Param(k, _short(v)) for k, v in sorted(parameters.items())]
+    for start in range(0, len(listed), LARGEST_BATCH):
+        client.log_batch(run_id, params=listed[start : start + LARGEST_BATCH])
+    run = Run(settings.tracking_uri, run_id, experiment)
+    run.set_tags(tags)
+    return run
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings: ``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text[:LONGEST_PARAMETER]
+
+
+def _client(uri: str) -> MlflowClient:
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    # its migrations are no news to a person
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
+
+
+def _prepared_client(settings: Settings) -> MlflowClient:
+    if not settings.tracking_uri.startswith("sqlite:///"):
+        return _client(settings.tracking_uri)
+    database = Path(settings.tracking_uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    # two processes that create the database at once corrupt it
+    with FileLock(database.with_suffix(".lock")):
+        client = _client(settings.tracking_uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def _experiment(client: MlflowClient, settings: Settings) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    local = settings.tracking_uri.startswith("sqlite:")
+    location = settings.artifact_root.as_uri() if local else None
+    try:
+        return client.create_experiment(EXPERIMENT, artifact_location=location)
+    except MlflowException:
+        # another process was first
+        created = client.get_experiment_by_name(EXPERIMENT)
+        if created is None:
+            raise
+        return str(created.experiment_id)

@@ -1,0 +1,160 @@
+"""Token windows for calibration and evaluation, as the sections of a recipe ask for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.fields import effective
+from configs.schema import Calibration, Evaluation
+from configs.vocabulary import DataName
+from tasks.engine.errors import InputError
+from tasks.engine.generate import sample_windows
+from tasks.engine.job import Job
+from tasks.engine.source import Source
+from tasks.engine.store import Draft, Entry, load_tensors
+from tasks.engine.text import (
+    TextSource,
+    check_text,
+    consecutive_windows,
+    encode_documents,
+    encode_joined,
+    load_tokenizer,
+    packed_windows,
+    random_crops,
+    random_document_crops,
+    read_documents,
+    text_digest,
+    tokenizer_digest,
+    truncated_windows,
+)
+
+TOKENS = "tokens.safetensors"
+
+Section = Calibration | Evaluation
+
+
+def _text_of(section: Section) -> TextSource:
+    evaluation = isinstance(section, Evaluation)
+    return TextSource(
+        "eval" if evaluation else "calib",
+        str(section.name),
+        section.path,
+        section.split,
+        section.text_column,
+        evaluation,
+    )
+
+
+def window_lineage(job: Job, section: Section) -> dict[str, Any]:
+    """What decides the windows of a section: the text's bytes and the tokenizer, or the model."""
+    asked = effective(section) | {"path": None}
+    if section.name is DataName.SELF_GENERATED:
+        return {"text": asked, "model": job.source.digest(job.source.tensors)}
+    text = _text_of(section)
+    return {
+        "text": asked,
+        "bytes": text_digest(text),
+        "tokenizer": tokenizer_digest(job.source),
+    }
+
+
+def save_windows(job: Job, draft: Draft, section: Section) -> dict[str, Any]:
+    """Cut the section's text and save ``tokens`` int32 (W, T); returns their counts."""
+    windows = token_windows(job.source, section, job.device)
+    draft.save_tensors(TOKENS, {"tokens": windows.to(torch.int32)})
+    return {
+        "windows": windows.shape[0],
+        "window": windows.shape[1],
+        "tokens": windows.numel(),
+        "name": str(section.name),
+    }
+
+
+def read_tokens(entry: Entry) -> Tensor:
+    """Read the windows of a calibration or evaluation set: int64 (W, T)."""
+    return load_tensors(entry.file(TOKENS))["tokens"].to(torch.int64)
+
+
+def check_section(source: Source, section: Section) -> None:
+    """Check that the text of a section can give windows, without the whole work.
+
+    Raises:
+        InputError: no text, no tokenizer, too short, or windows longer than the model's context.
+    """
+    place = "eval" if isinstance(section, Evaluation) else "calib"
+    context = source.config.get("max_position_embeddings")
+    if context and section.seq_len > context:
+        raise InputError(
+            f"{place}.seq_len: windows of {section.seq_len} tokens are longer than the model's "
+            f"context of {context}; set {place}.seq_len to at most {context}"
+        )
+    if section.name is DataName.SELF_GENERATED:
+        return
+    text = _text_of(section)
+    load_tokenizer(source)
+    text_digest(text)
+    if not text.remote:
+        check_text(text, source, section.seq_len)
+
+
+def token_windows(source: Source, section: Section, device: str) -> Tensor:
+    """Cut the text that a section names into windows: int64 (W, T).
+
+    Evaluation text is encoded once and cut from its start; calibration text follows the preset.
+    """
+    seed = section.seed or 0
+    if isinstance(section, Evaluation):
+        if section.name is DataName.SELF_GENERATED:
+            return sample_windows(source, section.windows or 16, section.seq_len, seed, device)
+        return evaluation_windows(source, _text_of(section), section.seq_len, section.windows)
+    if section.name is DataName.SELF_GENERATED:
+        return sample_windows(source, section.n_samples, section.seq_len, seed, device)
+    text, tokenizer = _text_of(section), load_tokenizer(source)
+    documents = read_documents(text)
+    length, samples = section.seq_len, section.n_samples
+    preset = _preset(section)
+    if preset == "crop":
+        windows = random_crops(
+            text, encode_joined(text, tokenizer, documents), length, samples, seed
+        )
+    else:
+        cut = {
+            "pack": packed_windows,
+            "truncate": truncated_windows,
+            "crop_documents": random_document_crops,
+        }[preset]
+        windows = cut(text, encode_documents(text, tokenizer, documents), length, samples, seed)
+    return require_known_tokens(windows, source)
+
+
+def evaluation_windows(
+    source: Source, text: TextSource, seq_len: int, windows: int | None
+) -> Tensor:
+    """Encode a text once, with one BOS, and cut it into non-overlapping windows from its start."""
+    ids = encode_joined(text, load_tokenizer(source), read_documents(text))
+    return require_known_tokens(consecutive_windows(text, ids, seq_len, windows), source)
+
+
+def require_known_tokens(windows: Tensor, source: Source) -> Tensor:
+    """Return ``windows``, or refuse token ids that the model has no embedding for."""
+    vocabulary = int(source.config.get("vocab_size", 0))
+    if vocabulary and int(windows.max()) >= vocabulary:
+        raise InputError(
+            f"model {source.path}: the tokenizer gives token {int(windows.max())}, but the model "
+            f"knows {vocabulary}; copy the tokenizer that belongs to it"
+        )
+    return windows
+
+
+def _preset(section: Calibration) -> str:
+    asked = (section.preproc or str(section.name)).lower()
+    if "pileval" in asked:
+        return "truncate"
+    if "wikitext2" in asked:
+        return "crop"
+    if "c4" in asked:
+        return "crop_documents"
+    return "pack"

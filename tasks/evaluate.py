@@ -1,0 +1,211 @@
+"""Measure a checkpoint that was reopened from disk: perplexity, KL and agreement with its source.
+
+Both models run block by block, so neither has to fit in memory. Activations are quantized as
+SGLang's kernels do it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from configs.schema import Evaluation
+from tasks.engine.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
+from tasks.engine.decoder import Decoder, build_decoder, micro_batches, run_block
+from tasks.engine.errors import RunError
+from tasks.engine.job import Job
+from tasks.engine.step import step
+from tasks.engine.store import Draft
+from tasks.engine.streams import require
+from tasks.engine.windows import read_tokens
+
+# hidden states of both models that are held at once
+STREAM_BYTES = 1 << 30
+# rows whose logits are held at once
+HEAD_ROWS = 1024
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums over predicted tokens; nats."""
+
+    tokens: int = 0
+    nll: float = 0.0
+    reference_nll: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+
+    def plus(self, other: Scores) -> Scores:
+        """Add up two parts."""
+        return Scores(
+            self.tokens + other.tokens,
+            self.nll + other.nll,
+            self.reference_nll + other.reference_nll,
+            self.kl + other.kl,
+            self.agreed + other.agreed,
+        )
+
+
+def _depends_on(job: Job, exported: str, tokens: str, section: Evaluation) -> dict[str, Any]:
+    return {
+        "exported": exported,
+        "source": job.source.digest(job.source.tensors),
+        "tokens": tokens,
+        "dtype": str(section.dtype),
+    }
+
+
+@step(depends_on=_depends_on, code=("quantizers.activations",), tags=("evaluate",))
+def evaluate(
+    job: Job, draft: Draft, exported: str, tokens: str, section: Evaluation
+) -> dict[str, Any]:
+    """Evaluate the export beside its source on token windows."""
+    del draft
+    windows = read_tokens(require(job, tokens))
+    return measure(
+        open_checkpoint(require(job, exported).folder),
+        windows,
+        checkpoint_of(job.source),
+        device=job.device,
+        dtype=str(section.dtype),
+    )
+
+
+def measure(
+    checkpoint: Checkpoint,
+    windows: Tensor,
+    reference: Checkpoint | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+) -> dict[str, Any]:
+    """Measure a checkpoint on token windows (W, T): each window predicts its tokens but the first.
+
+    Returns:
+        ``nll`` (mean, nats), ``perplexity``, ``tokens`` (predicted), and with a reference
+        ``reference_nll``, ``nll_increase``, ``kl`` (mean KL(reference || checkpoint), nats) and
+        ``top1_agreement`` (share of positions where both find the same token likeliest).
+
+    Raises:
+        RunError: the checkpoint gives NaN or Inf.
+    """
+    computing = _dtype(dtype, device)
+    models = [checkpoint] if reference is None else [checkpoint, reference]
+    decoders = [build_decoder(model.source.config, device) for model in models]
+    width = int(checkpoint.source.config["hidden_size"])
+    per_window = windows.shape[1] * width * computing.itemsize * len(models)
+    scores = Scores()
+    for part in windows.split(max(1, STREAM_BYTES // per_window)):
+        finals = [
+            _final_hidden(model, decoder, part, device, computing)
+            for model, decoder in zip(models, decoders, strict=True)
+        ]
+        heads = [model.head(computing, device) for model in models]
+        for row in _score(finals, heads, part, device):
+            scores = scores.plus(row)
+    return _means(scores, reference is not None)
+
+
+def _dtype(asked: str, device: str) -> torch.dtype:
+    if asked in DTYPES:
+        return DTYPES[asked]
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def _final_hidden(
+    model: Checkpoint, decoder: Decoder, windows: Tensor, device: str, dtype: torch.dtype
+) -> Tensor:
+    """Hidden states after the final norm: (W, T, D) on the host."""
+    embedding = model.outside(model.architecture.embedding, dtype, device)
+    batches, arguments = [], []
+    shapes: dict[torch.Size, Any] = {}
+    for batch in micro_batches(windows, device):
+        hidden, per_block = decoder.embed(embedding, batch.to(device))
+        batches.append(hidden.cpu())
+        arguments.append(shapes.setdefault(batch.shape, per_block))
+    for block in range(model.blocks):
+        weights = model.block_weights(block, dtype, device)
+        hook = model.input_hook(block, device)
+        linears = model.quantized(block)
+        batches = [
+            run_block(
+                decoder.blocks[block], weights, hidden.to(device), given[block], linears, hook
+            ).cpu()
+            for hidden, given in zip(batches, arguments, strict=True)
+        ]
+    norm = {"weight": model.outside(model.architecture.final_norm, dtype, device)}
+    with torch.no_grad():
+        finals = [
+            torch.func.functional_call(decoder.final_norm, norm, (hidden.to(device),)).cpu()
+            for hidden in batches
+        ]
+    return torch.cat(finals)
+
+
+def _score(
+    finals: list[Tensor], heads: list[Tensor], windows: Tensor, device: str
+) -> Iterator[Scores]:
+    for number, window in enumerate(windows):
+        targets = window[1:].to(device)
+        for start in range(0, len(targets), HEAD_ROWS):
+            rows = slice(start, min(start + HEAD_ROWS, len(targets)))
+            logs = [
+                functional.log_softmax(
+                    (final[number, rows].to(device) @ head.T).float(), dim=-1
+                )
+                for final, head in zip(finals, heads, strict=True)
+            ]
+            yield _score_rows(logs, targets[rows])
+
+
+def _score_rows(logs: list[Tensor], targets: Tensor) -> Scores:
+    nll = -logs[0].gather(1, targets[:, None]).double().sum()
+    if len(logs) == 1:
+        return Scores(len(targets), float(nll))
+    ours, reference = logs
+    kl = functional.kl_div(ours, reference, log_target=True, reduction="none").double().sum()
+    return Scores(
+        len(targets),
+        float(nll),
+        float(-reference.gather(1, targets[:, None]).double().sum()),
+        float(kl),
+        int((ours.argmax(-1) == reference.argmax(-1)).sum()),
+    )
+
+
+def _means(scores: Scores, compared: bool) -> dict[str, Any]:
+    nll = scores.nll / scores.tokens
+    if not math.isfinite(nll):
+        raise RunError("evaluate: the checkpoint's log-likelihood is not finite; it is damaged")
+    # e^nll overflows a float from 710 on
+    report: dict[str, Any] = {
+        "nll": nll,
+        "perplexity": math.exp(min(nll, 700.0)),
+        "tokens": scores.tokens,
+    }
+    if compared:
+        report |= {
+            "reference_nll": scores.reference_nll / scores.tokens,
+            "nll_increase": (scores.nll - scores.reference_nll) / scores.tokens,
+            "kl": scores.kl / scores.tokens,
+            "top1_agreement": scores.agreed / scores.tokens,
+        }
+    return report
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """One line of text."""
+    line = f"NLL {metrics['nll']:.4f}, perplexity {metrics['perplexity']:.2f}"
+    if "kl" in metrics:
+        line += (
+            f", NLL increase {metrics['nll_increase']:+.4f}, KL {metrics['kl']:.4f}, "
+            f"top-1 agreement {metrics['top1_agreement']:.1%}"
+        )
+    return line

@@ -1,0 +1,85 @@
+"""Assemble the checkpoint that SGLang loads, inside the store; publishing it is another step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from tasks.engine.export_format import export_dtype, quantization_config
+from tasks.engine.job import Job
+from tasks.engine.source import INDEX, SINGLE
+from tasks.engine.step import step
+from tasks.engine.store import Draft
+from tasks.engine.streams import require
+from tasks.engine.text import TOKENIZER_FILES, tokenizer_digest
+from tasks.pack import split_into_shards, untouched
+
+# small files that a checkpoint carries beside its weights
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json")
+
+
+def _depends_on(job: Job, packed: Sequence[str]) -> dict[str, Any]:
+    return {
+        "blocks": list(packed),
+        "config": dict(job.source.config),
+        "quantization": quantization_config(job.scheme, job.plan.ignore),
+        "outside": job.source.digest(job.plan.outside),
+        "companions": tokenizer_digest(job.source),
+    }
+
+
+@step(depends_on=_depends_on, tags=("export",))
+def export(job: Job, draft: Draft, packed: Sequence[str]) -> dict[str, Any]:
+    """Link the packed blocks, write the other tensors, the index, the config and the tokenizer."""
+    entries = [require(job, key) for key in packed]
+    shards = [entry.file(name) for entry in entries for name in sorted(entry.files)]
+    outside: dict[str, Tensor] = {
+        name: untouched(tensor, job)
+        for name, tensor in job.source.read(job.plan.outside).items()
+    }
+    groups = split_into_shards(outside)
+    total = len(shards) + len(groups)
+    names = [_shard_name(number, total) for number in range(1, total + 1)]
+    for name, shard in zip(names, shards, strict=False):
+        draft.link(name, shard)
+    for name, members in zip(names[len(shards) :], groups, strict=True):
+        draft.save_tensors(name, {n: outside[n] for n in members}, {"format": "pt"})
+    weight_map: dict[str, str] = {}
+    size = 0
+    for name in names:
+        with safe_open(draft.folder / name, framework="pt") as file:
+            weight_map |= {tensor: name for tensor in file.keys()}  # noqa: SIM118
+        size += (draft.folder / name).stat().st_size
+    if total > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(draft, INDEX, index)
+    _write_json(draft, "config.json", exported_config(job))
+    for companion in COMPANIONS:
+        if (job.source.path / companion).is_file():
+            # a copy: the source's own file must not share its bytes with the export
+            (draft.folder / companion).write_bytes((job.source.path / companion).read_bytes())
+    return {"bytes": size, "tensors": len(weight_map), "shards": total}
+
+
+def exported_config(job: Job) -> dict[str, Any]:
+    """The source's ``config.json`` with the exported dtype and the quantization described."""
+    dtype = str(export_dtype(job.dtype)).removeprefix("torch.")
+    config = {k: v for k, v in job.source.config.items() if k not in ("auto_map", "torch_dtype")}
+    return config | {
+        "dtype": dtype,
+        "tie_word_embeddings": job.plan.tied,
+        "quantization_config": quantization_config(job.scheme, job.plan.ignore),
+    }
+
+
+def _shard_name(number: int, total: int) -> str:
+    return SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def _write_json(draft: Draft, name: str, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    (draft.folder / name).write_text(text + "\n", encoding="utf-8")

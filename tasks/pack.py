@@ -1,0 +1,67 @@
+"""Write a quantized block as it will be exported: its codes packed, its other tensors as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tasks.engine.export_format import compress, export_dtype
+from tasks.engine.job import Job
+from tasks.engine.step import step
+from tasks.engine.store import Draft
+from tasks.quantize import Origin, block_codes, quantize
+
+# no file of an export is larger
+LARGEST_SHARD = 5 * 10**9
+
+
+def _depends_on(job: Job, origin: Origin, block: int) -> dict[str, Any]:
+    return {
+        "codes": quantize.key(job, origin, block=block),
+        "format": job.scheme.format,
+        "dtype": str(export_dtype(job.dtype)),
+    }
+
+
+@step(depends_on=_depends_on, code=("quantizers.packing",), tags=("pack",))
+def pack(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:
+    """Write a block's exported tensors into shards of at most 5 GB."""
+    plan = job.plan.blocks[block]
+    codes = block_codes(job, origin, block)
+    packed: dict[str, Tensor] = {}
+    for name, tensor in job.read_block(block).items():
+        linear, _, ending = name.rpartition(".")
+        if linear in codes and ending == "weight":
+            members = compress(codes[linear], job.scheme)
+            packed |= {f"{plan.prefix}{linear}.{part}": t for part, t in members.items()}
+        else:
+            packed[plan.prefix + name] = untouched(tensor, job)
+    shards = split_into_shards(packed)
+    for number, names in enumerate(shards):
+        file = "block.safetensors" if len(shards) == 1 else f"block-{number}.safetensors"
+        draft.save_tensors(file, {n: packed[n] for n in names}, {"format": "pt"})
+    return {"tensors": len(packed), "bytes": sum(_size(t) for t in packed.values())}
+
+
+def untouched(tensor: Tensor, job: Job) -> Tensor:
+    """Return a tensor that is exported as it is; a float32 source is exported as bf16."""
+    return tensor.to(export_dtype(job.dtype)) if tensor.is_floating_point() else tensor
+
+
+def split_into_shards(tensors: dict[str, Tensor], largest: int = LARGEST_SHARD) -> list[list[str]]:
+    """Distribute tensors, in the order of their names, over shards of at most ``largest`` bytes."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(tensors):
+        size = _size(tensors[name])
+        if shards[-1] and filled + size > largest:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize

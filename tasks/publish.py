@@ -1,0 +1,91 @@
+"""Publish a checkpoint: the export with its report and model card, by one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tasks.engine.errors import InputError
+from tasks.engine.store import Entry, checksum, link_or_copy
+from tasks.verify import REPORT
+
+CARD = "README.md"
+
+
+def publish(entry: Entry, report: Mapping[str, Any], output: Path, overwrite: bool) -> str:
+    """Put the export at ``output``: the folder is there as a whole, or not at all.
+
+    Files are hard links to the store where both lie on one disk, else copies whose checksums are
+    compared.
+
+    Raises:
+        InputError: ``output`` appeared meanwhile, and it may not be overwritten.
+        OSError: a copy is not what was exported.
+    """
+    output = output.absolute()
+    staging = output.with_name(f".{output.name}.blockquant-new")
+    replaced = output.with_name(f".{output.name}.blockquant-old")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for name, stored in entry.files.items():
+        copied = link_or_copy(entry.file(name), staging / name)
+        if not copied.samefile(entry.file(name)) and checksum(copied) != stored.checksum:
+            raise OSError(f"{copied}: the copy differs from the export; is the disk full?")
+    text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False)
+    (staging / REPORT).write_text(text + "\n", encoding="utf-8")
+    (staging / CARD).write_text(model_card(report), encoding="utf-8")
+    if output.exists():
+        if not overwrite:
+            raise InputError(f"--output {output}: exists already; give another or use --overwrite")
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(output, replaced)
+    os.rename(staging, output)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return str(output)
+
+
+def model_card(report: Mapping[str, Any]) -> str:
+    """Write the model card of an export from its report."""
+    metrics = report["metrics"]
+    rows = [
+        ("scheme", report["scheme"]),
+        ("method", report["method"]),
+        ("format", f"compressed-tensors, {report['format']}"),
+        ("source", f"{report['source']['name']} (digest {report['source']['digest']})"),
+        ("size", f"{report['bytes'] / 1e6:.1f} MB"),
+        ("evaluated on", report["evaluation"]),
+        ("NLL, source", f"{metrics['reference_nll']:.4f}"),
+        ("NLL, this model", f"{metrics['nll']:.4f} ({metrics['nll_increase']:+.4f})"),
+        ("KL to the source", f"{metrics['kl']:.5f}"),
+        ("top-1 agreement", f"{metrics['top1_agreement']:.2%}"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+tags: [blockquant, compressed-tensors, {report["scheme"].lower().replace(" ", "-")}]
+---
+# {report["source"]["name"]}, quantized to {report["scheme"]}
+
+Quantized with [blockquant](blockquant.json) {report["versions"]["blockquant"]}; the figures were
+measured on this checkpoint after reopening it from disk, with activations quantized as SGLang does.
+
+| | |
+|---|---|
+{table}
+
+Serve it:
+
+```
+{launch_line(Path("."))}
+```
+
+`{REPORT}` holds the recipe, the versions, the metrics and the error of every linear.
+"""
+
+
+def launch_line(checkpoint: Path) -> str:
+    """The command that serves a checkpoint with SGLang on this machine."""
+    return f"python -m sglang.launch_server --model-path {checkpoint} --host 127.0.0.1 --port 30000"

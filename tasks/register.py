@@ -1,0 +1,91 @@
+"""Close the MLflow run with everything that was measured and where the checkpoint lies."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tasks.engine.store import Entry
+from tasks.engine.tracking import Point, Run
+from tasks.verify import REPORT
+
+
+def block_points(block: int, entry: Entry) -> list[Point]:
+    """Metric points of a quantized block: the errors of its linears and their means."""
+    time_ms = int(entry.created * 1000)
+    points = []
+    for kind in ("weight_error", "output_error"):
+        errors = {
+            name: linear[kind] for name, linear in entry.value["linears"].items() if kind in linear
+        }
+        points += [Point(f"{kind}.{n}", e, block, time_ms) for n, e in sorted(errors.items())]
+        if errors:
+            mean = sum(errors.values()) / len(errors)
+            points.append(Point(f"{kind}.mean", mean, block, time_ms))
+    return points
+
+
+def error_rows(blocks: Sequence[Entry]) -> list[dict[str, Any]]:
+    """One row per quantized linear of the model."""
+    return [
+        {
+            "block": number,
+            "linear": name,
+            "weight_error": linear["weight_error"],
+            "output_error": linear.get("output_error"),
+        }
+        for number, entry in enumerate(blocks)
+        for name, linear in entry.value["linears"].items()
+    ]
+
+
+def register(
+    run: Run,
+    report: Mapping[str, Any],
+    blocks: Sequence[Entry],
+    sets: Mapping[str, Entry],
+    location: str,
+    seconds: Mapping[str, float],
+    log: Path | None = None,
+) -> None:
+    """Send final metrics, tables, the recipe, the report, tokens and log, and finish the run.
+
+    Args:
+        run: the open run.
+        report: what lies in the checkpoint as its report.
+        blocks: the quantize entry of each block.
+        sets: calibration and evaluation sets by their role.
+        location: the published folder.
+        seconds: time of each kind of step in this process.
+        log: the run's log file.
+    """
+    evaluated_ms = max(int(entry.created * 1000) for entry in [*blocks, *sets.values()])
+    numbers = {n: v for n, v in report["metrics"].items() if isinstance(v, int | float)}
+    points = [Point(f"eval.{n}", float(v), 0, evaluated_ms) for n, v in sorted(numbers.items())]
+    points.append(Point("export.bytes", float(report["bytes"]), 0, evaluated_ms))
+    points += [Point(f"seconds.{n}", s, 0, evaluated_ms) for n, s in sorted(seconds.items())]
+    run.log_points(points)
+    run.log_table(error_rows(blocks), "errors.json")
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yml"
+        recipe.write_text(yaml.safe_dump(dict(report["recipe"]), sort_keys=False), "utf-8")
+        run.log_file(recipe)
+    run.log_file(Path(location) / REPORT)
+    for role, entry in sets.items():
+        run.log_file(entry.file("tokens.safetensors"), role)
+        run.log_input(str(entry.value["name"]), entry.key, entry.value, role)
+    if log is not None and log.is_file():
+        run.log_file(log)
+    run.set_tags(
+        {
+            "checkpoint": location,
+            "source.digest": str(report["source"]["digest"]),
+            "scheme": str(report["scheme"]),
+            "served": "no",
+        }
+    )
+    run.finish()

@@ -1,0 +1,237 @@
+"""Reopen an exported checkpoint and check it: schema, every tensor, an independent reader."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from pydantic import ValidationError
+from torch import Tensor
+
+from tasks.engine.checkpoint import Checkpoint, open_checkpoint
+from tasks.engine.decoder import Decoder, build_decoder, run_block
+from tasks.engine.errors import InputError, VerificationError
+from tasks.engine.export_format import Scheme, decompress, restore
+from tasks.engine.job import Job
+from tasks.engine.step import step
+from tasks.engine.store import Draft
+from tasks.engine.streams import require
+from tasks.quantize import codes_digest
+
+# models up to this size in float32 are also loaded whole by transformers
+WHOLE_MODEL_BYTES = 512 * 2**20
+LOGIT_TOLERANCE = 1e-4
+PROBE_TOKENS = 64
+REPORT = "blockquant.json"
+
+
+def _depends_on(
+    job: Job, exported: str, digests: Mapping[str, str], whole: bool = True
+) -> dict[str, Any]:
+    del job
+    return {"exported": exported, "digests": dict(digests), "whole": whole}
+
+
+@step(depends_on=_depends_on, tags=("verify",))
+def verify(
+    job: Job, draft: Draft, exported: str, digests: Mapping[str, str], whole: bool = True
+) -> dict[str, Any]:
+    """Check the exported checkpoint against what was quantized, from disk alone.
+
+    Args:
+        job: the run.
+        draft: the entry to fill.
+        exported: key of the export.
+        digests: digest of the codes of each quantized linear, by its full name.
+        whole: load models of up to 512 MiB whole with transformers too.
+    """
+    del draft
+    return verify_folder(require(job, exported).folder, digests, whole)
+
+
+def verify_folder(
+    folder: Path, digests: Mapping[str, str] | None = None, whole: bool = True
+) -> dict[str, Any]:
+    """Check a checkpoint folder.
+
+    Every tensor's name, dtype and shape; finite values; compressed-tensors' own schema and its
+    own decompression of every linear against ours; the codes' digests where they are known; and
+    the logits of transformers' own loader where the model is small enough.
+
+    Raises:
+        InputError: not an exported checkpoint.
+        VerificationError: names the tensor and what is wrong with it.
+    """
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.scheme is None:
+        raise InputError(f"{folder}/config.json: no quantization_config; nothing to verify")
+    reader = _independent_scheme(checkpoint)
+    decoder = build_decoder(checkpoint.source.config)
+    linears = 0
+    expected: set[str] = set()
+    for block in range(checkpoint.blocks):
+        stored = checkpoint.stored_block(block)
+        expected |= set(checkpoint.names(block).values())
+        for linear in checkpoint.quantized(block):
+            name = checkpoint.architecture.block_prefix(block) + linear
+            members = _members(stored, linear)
+            rows, columns = decoder.blocks[block].get_submodule(linear).weight.shape
+            _check_tensors(name, members, checkpoint.scheme, (rows, columns))
+            _check_independent(name, members, checkpoint.scheme, reader)
+            if digests is not None:
+                _check_digest(name, members, checkpoint.scheme, digests)
+            linears += 1
+    _check_outside(checkpoint, expected)
+    report: dict[str, Any] = {"linears": linears, "tensors": len(checkpoint.source.tensors)}
+    if whole and _float32_bytes(checkpoint, decoder) <= WHOLE_MODEL_BYTES:
+        report["logit_difference"] = _compare_logits(checkpoint, decoder)
+    return report
+
+
+def digests_of(folder: Path) -> dict[str, str] | None:
+    """Read the codes' digests from a checkpoint's report, or None where there is none."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        return {name: str(linear["digest"]) for name, linear in report["linears"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _independent_scheme(checkpoint: Checkpoint) -> QuantizationScheme:
+    described = checkpoint.source.config["quantization_config"]
+    try:
+        config = QuantizationConfig.model_validate(described)
+    except ValidationError as error:
+        raise VerificationError(
+            f"{checkpoint.source.path}/config.json: compressed-tensors refuses "
+            f"quantization_config ({error.errors()[0]['msg']})"
+        ) from error
+    scheme = config.config_groups["group_0"]
+    if not isinstance(scheme, QuantizationScheme):
+        raise VerificationError(f"{checkpoint.source.path}/config.json: group_0 holds no scheme")
+    return scheme
+
+
+def _members(stored: Mapping[str, Tensor], linear: str) -> dict[str, Tensor]:
+    prefix = linear + "."
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in stored.items()
+        if name.startswith(prefix) and name != prefix + "bias"
+    }
+
+
+def _check_tensors(
+    name: str, members: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
+) -> None:
+    expected = scheme.expected(*shape)
+    if missing := sorted(set(expected) - set(members)):
+        raise VerificationError(f"{name}.{missing[0]}: not in the checkpoint")
+    if unknown := sorted(set(members) - set(expected)):
+        raise VerificationError(f"{name}.{unknown[0]}: no tensor of the format {scheme.format}")
+    for part, (dtype, extents) in expected.items():
+        found = members[part]
+        if found.dtype != dtype or tuple(found.shape) != tuple(extents):
+            raise VerificationError(
+                f"{name}.{part}: is {found.dtype} {list(found.shape)}, "
+                f"should be {dtype} {list(extents)}"
+            )
+    if "weight_shape" in members and tuple(members["weight_shape"].tolist()) != shape:
+        raise VerificationError(f"{name}.weight_shape: does not say {list(shape)}")
+
+
+def _check_independent(
+    name: str, members: Mapping[str, Tensor], scheme: Scheme, reader: QuantizationScheme
+) -> None:
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    theirs = compressor.decompress(dict(members), reader)["weight"]
+    ours = restore(members, scheme)
+    if not bool(torch.isfinite(theirs.float()).all()):
+        raise VerificationError(f"{name}: compressed-tensors reads NaN or Inf")
+    gap = (theirs.float() - ours.float()).abs().max()
+    if float(gap) > float(ours.float().abs().max()) * torch.finfo(theirs.dtype).eps:
+        raise VerificationError(
+            f"{name}: compressed-tensors reads other weights than were written (by {float(gap):.3g})"
+        )
+
+
+def _check_digest(
+    name: str, members: Mapping[str, Tensor], scheme: Scheme, digests: Mapping[str, str]
+) -> None:
+    if name not in digests:
+        raise VerificationError(f"{name}: quantized in the checkpoint, but not by the run")
+    if codes_digest(decompress(members, scheme)) != digests[name]:
+        raise VerificationError(f"{name}: other codes or scales than the run computed")
+
+
+def _check_outside(checkpoint: Checkpoint, inside: set[str]) -> None:
+    architecture = checkpoint.architecture
+    names = {architecture.embedding, architecture.final_norm}
+    names |= set() if checkpoint.tied else {architecture.head}
+    found = set(checkpoint.source.tensors) - inside
+    if missing := sorted(names - found):
+        raise VerificationError(f"{missing[0]}: not in the checkpoint")
+    if checkpoint.tied and architecture.head in found:
+        raise VerificationError(f"{architecture.head}: written although it is the embedding")
+    for name in sorted(found):
+        # reading refuses NaN and Inf
+        checkpoint.source.read([name])
+
+
+def _float32_bytes(checkpoint: Checkpoint, decoder: Decoder) -> int:
+    numbers = sum(p.numel() for block in decoder.blocks for p in block.parameters())
+    embedding = checkpoint.source.tensors[checkpoint.architecture.embedding]
+    return 4 * (numbers + 2 * embedding.size // embedding.dtype.itemsize)
+
+
+def _compare_logits(checkpoint: Checkpoint, decoder: Decoder) -> float:
+    """Largest difference, over the largest logit, to the logits of transformers' own loader."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers.utils import logging
+
+    vocabulary = int(checkpoint.source.config["vocab_size"])
+    context = int(checkpoint.source.config.get("max_position_embeddings") or PROBE_TOKENS)
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (1, min(PROBE_TOKENS, context)), generator=draw)
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        # transformers says that ours overrides the file's dequantize, which is the point
+        warnings.simplefilter("ignore")
+        theirs_model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.source.path,
+            dtype=torch.float32,
+            quantization_config=CompressedTensorsConfig(dequantize=True),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    with torch.no_grad():
+        theirs = theirs_model(tokens).logits
+    ours = weights_only_logits(checkpoint, decoder, tokens)
+    difference = float((theirs - ours).abs().max() / theirs.abs().max())
+    if not difference <= LOGIT_TOLERANCE:
+        raise VerificationError(
+            f"{checkpoint.source.path}: transformers' loader gives other logits "
+            f"(by {difference:.3g} of the largest; {LOGIT_TOLERANCE} is allowed)"
+        )
+    return difference
+
+
+def weights_only_logits(checkpoint: Checkpoint, decoder: Decoder, tokens: Tensor) -> Tensor:
+    """Logits (B, T, V) in float32, block by block, activations not quantized."""
+    dtype = torch.float32
+    hidden, arguments = decoder.embed(
+        checkpoint.outside(checkpoint.architecture.embedding, dtype), tokens
+    )
+    for block in range(checkpoint.blocks):
+        weights = checkpoint.block_weights(block, dtype)
+        hidden = run_block(decoder.blocks[block], weights, hidden, arguments[block])
+    norm = {"weight": checkpoint.outside(checkpoint.architecture.final_norm, dtype)}
+    hidden = torch.func.functional_call(decoder.final_norm, norm, (hidden,))
+    return hidden @ checkpoint.head(dtype).T
