@@ -220,7 +220,9 @@ def verify(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
 def evaluate(
     checkpoint: CheckpointArgument,
     text: Annotated[Path, typer.Option("--text", help="A text, jsonl or parquet file.")],
-    windows: Annotated[int | None, typer.Option("--windows", min=1, help="At most so many.")] = None,
+    windows: Annotated[
+        int | None, typer.Option("--windows", min=1, help="At most so many.")
+    ] = None,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens per window.")] = 2048,
     reference: Annotated[Path | None, typer.Option("--reference", help="The source.")] = None,
     device: DeviceOption = "cpu",
@@ -277,7 +279,9 @@ def store_ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
     opened = Store(settings(store).store)
     entries = opened.entries()
     if as_json:
-        rows = [{"key": e.key, "task": e.task, "bytes": e.size, "created": e.created} for e in entries]
+        rows = [
+            {"key": e.key, "task": e.task, "bytes": e.size, "created": e.created} for e in entries
+        ]
         print(json.dumps({"store": str(opened.root), "entries": rows}))
         return
     table = Table("task", "entries", "MB", title=str(opened.root))

@@ -17,7 +17,7 @@ RECIPES = {"demo/w4a16": "exports/demo-w4a16", "demo/w8a16": "exports/demo-w8a16
 def run_demo(quantize: Callable[[dict[str, Any]], dict[str, Any]], console: Console) -> None:
     """Quantize the demo model with each recipe and print a table of the results."""
     table = Table("scheme", "NLL", "NLL increase", "KL", "top-1", "size", "seconds")
-    results = []
+    results: list[dict[str, Any]] = []
     for recipe, output in RECIPES.items():
         start = time.perf_counter()
         result = quantize(
@@ -51,7 +51,9 @@ def run_demo(quantize: Callable[[dict[str, Any]], dict[str, Any]], console: Cons
         results.append(result)
     console.print(table)
     for result in results:
-        console.print(f"{result['scheme']}: {result['checkpoint']}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{result['scheme']}: {result['checkpoint']}", highlight=False, soft_wrap=True
+        )
     uri = results[-1]["mlflow"]["uri"]
     console.print(
         f"MLflow UI: .venv/bin/mlflow ui --backend-store-uri {uri}", highlight=False, soft_wrap=True

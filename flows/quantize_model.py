@@ -135,9 +135,7 @@ def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> di
     digests = _digests(job, quantized)
     verified = course.run(verify, job, exported.key, digests)
     sets["evaluation"] = course.run(evaluation_set, job, job.evaluation).entry
-    evaluated = course.run(
-        evaluate, job, exported.key, sets["evaluation"].key, job.evaluation
-    )
+    evaluated = course.run(evaluate, job, exported.key, sets["evaluation"].key, job.evaluation)
     blocks = [q.entry for q in quantized]
     report = _report(job, blocks, exported, verified, evaluated, sets["evaluation"])
     assert request.output is not None

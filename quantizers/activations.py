@@ -1,5 +1,7 @@
 """What quantized kernels see of their inputs, simulated as SGLang's kernels compute it."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ def quantize_dequantize_activation(
 ) -> Tensor:
     """Round activations to a number format and back, in float32.
 
-    Dynamic scales are absmax / qmax, per token or over the tensor: absmax / 127 for int8,
+    Dynamic scales are absmax / qmax, per token, per group of neighbours of a token (as the block
+    kernels do, arXiv:2412.19437, section 3.3.2) or over the tensor: absmax / 127 for int8,
     absmax / 448 for e4m3. Integers round ties away from zero and are clamped to the format's
     range; floats saturate and round ties to even. Values are multiplied by the reciprocal of
     the scale, as SGLang does (int8_kernel.py, per_token_quant_fp8.cu). Zeros stay zeros; a
@@ -32,10 +35,12 @@ def quantize_dequantize_activation(
 
     Raises:
         ValueError: x is not floating point; a scale is missing, unwanted or of another shape
-            or dtype.
+            or dtype; a group size that does not divide K.
     """
     if not x.is_floating_point():
         raise ValueError(f"activations are floating point, not {x.dtype}")
+    if scheme.group_size is not None:
+        return _in_groups(x, scheme, scheme.group_size)
     _check_scale(scheme, scale)
     number = scheme.number_format
     work = x.detach().to(torch.float32, copy=True)
@@ -52,6 +57,14 @@ def quantize_dequantize_activation(
     else:
         work = _round_half_away(work).clamp_(number.qmin, number.qmax)
     return work.mul_(step).to(x.dtype)
+
+
+def _in_groups(x: Tensor, scheme: ActivationScheme, size: int) -> Tensor:
+    """Each group of neighbours as if it were a token."""
+    if x.shape[-1] % size:
+        raise ValueError(f"group size {size} does not divide {x.shape[-1]} channels")
+    tokens = replace(scheme, granularity=Granularity.TOKEN, group_size=None)
+    return quantize_dequantize_activation(x.reshape(-1, size), tokens).reshape(x.shape)
 
 
 def _dynamic(values: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:

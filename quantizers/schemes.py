@@ -17,7 +17,7 @@ class Granularity(StrEnum):
 
     TENSOR = "tensor"  # the whole tensor
     CHANNEL = "channel"  # one row of a weight
-    GROUP = "group"  # group_size neighbours within a row of a weight
+    GROUP = "group"  # group_size neighbours within a row of a weight or of activations
     BLOCK = "block"  # a rectangle of a weight
     TOKEN = "token"  # one row of activations
 
@@ -132,8 +132,9 @@ class ActivationScheme:
     Attributes:
         number_format: the format of the codes.
         symmetric: True; SGLang's kernels know no zero point for activations.
-        granularity: TOKEN or TENSOR.
+        granularity: TOKEN, TENSOR, or GROUP: group_size neighbours of one token.
         dynamic: scales come from the values at hand, not from calibration.
+        group_size: entries per group along K; for GROUP only.
 
     Raises:
         ValueError: a scheme that no kernel offers.
@@ -143,6 +144,7 @@ class ActivationScheme:
     symmetric: bool
     granularity: Granularity
     dynamic: bool
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what the serving kernels would silently ignore."""
@@ -150,12 +152,18 @@ class ActivationScheme:
             raise ValueError(
                 "asymmetric activations are ignored by the serving kernels: set symmetric to True"
             )
-        if self.granularity not in (Granularity.TOKEN, Granularity.TENSOR):
+        if self.granularity not in (Granularity.TOKEN, Granularity.TENSOR, Granularity.GROUP):
             raise ValueError(
-                f"activations have no granularity {self.granularity}: use token or tensor"
+                f"activations have no granularity {self.granularity}: use token, group or tensor"
             )
-        if self.granularity is Granularity.TOKEN and not self.dynamic:
+        if self.granularity is not Granularity.TENSOR and not self.dynamic:
             raise ValueError(
-                "per-token scales are known only when the model runs: "
+                f"per-{self.granularity} scales are known only when the model runs: "
                 "set dynamic to True, or granularity to tensor"
+            )
+        grouped = self.granularity is Granularity.GROUP
+        if grouped != (self.group_size is not None) or (grouped and int(self.group_size or 0) < 1):
+            raise ValueError(
+                f"group_size {self.group_size} does not go with granularity {self.granularity}: "
+                "granularity group needs a positive one, the others none"
             )

@@ -188,9 +188,7 @@ def predict(job: Job) -> Prediction:
 
 def _calibration_tokens(job: Job) -> int:
     return sum(
-        step.calib.n_samples * step.calib.seq_len
-        for step in job.steps
-        if step.calib is not None
+        step.calib.n_samples * step.calib.seq_len for step in job.steps if step.calib is not None
     )
 
 
@@ -266,4 +264,3 @@ def describe(job: Job, prediction: Prediction) -> dict[str, Any]:
         "peak_memory_bytes": prediction.peak_memory_bytes,
         "seconds": round(prediction.seconds, 1),
     }
-

@@ -157,9 +157,7 @@ def _score(
         for start in range(0, len(targets), HEAD_ROWS):
             rows = slice(start, min(start + HEAD_ROWS, len(targets)))
             logs = [
-                functional.log_softmax(
-                    (final[number, rows].to(device) @ head.T).float(), dim=-1
-                )
+                functional.log_softmax((final[number, rows].to(device) @ head.T).float(), dim=-1)
                 for final, head in zip(finals, heads, strict=True)
             ]
             yield _score_rows(logs, targets[rows])

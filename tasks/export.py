@@ -38,8 +38,7 @@ def export(job: Job, draft: Draft, packed: Sequence[str]) -> dict[str, Any]:
     entries = [require(job, key) for key in packed]
     shards = [entry.file(name) for entry in entries for name in sorted(entry.files)]
     outside: dict[str, Tensor] = {
-        name: untouched(tensor, job)
-        for name, tensor in job.source.read(job.plan.outside).items()
+        name: untouched(tensor, job) for name, tensor in job.source.read(job.plan.outside).items()
     }
     groups = split_into_shards(outside)
     total = len(shards) + len(groups)

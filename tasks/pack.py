@@ -1,4 +1,4 @@
-"""Write a quantized block as it will be exported: its codes packed, its other tensors as they are."""
+"""Write a quantized block as it will be exported: codes packed, other tensors as they are."""
 
 from __future__ import annotations
 

@@ -74,9 +74,7 @@ def block_statistics(job: Job, stream: Stream, block: int) -> Mapping[str, Input
     Raises:
         RunError: an input holds NaN or Inf; names block and linear.
     """
-    return job.memo.get(
-        "statistics", f"{stream.key} {block}", lambda: _collect(job, stream, block)
-    )
+    return job.memo.get("statistics", f"{stream.key} {block}", lambda: _collect(job, stream, block))
 
 
 def _collect(job: Job, stream: Stream, block: int) -> dict[str, InputStatistics]:

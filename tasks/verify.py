@@ -12,7 +12,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from tasks.engine.checkpoint import Checkpoint, open_checkpoint
 from tasks.engine.decoder import Decoder, build_decoder, run_block
@@ -75,13 +75,13 @@ def verify_folder(
     decoder = build_decoder(checkpoint.source.config)
     linears = 0
     expected: set[str] = set()
-    for block in range(checkpoint.blocks):
+    for block, module in enumerate(decoder.blocks):
         stored = checkpoint.stored_block(block)
         expected |= set(checkpoint.names(block).values())
         for linear in checkpoint.quantized(block):
             name = checkpoint.architecture.block_prefix(block) + linear
             members = _members(stored, linear)
-            rows, columns = decoder.blocks[block].get_submodule(linear).weight.shape
+            rows, columns = _weight_shape(module, linear)
             _check_tensors(name, members, checkpoint.scheme, (rows, columns))
             _check_independent(name, members, checkpoint.scheme, reader)
             if digests is not None:
@@ -127,6 +127,13 @@ def _members(stored: Mapping[str, Tensor], linear: str) -> dict[str, Tensor]:
     }
 
 
+def _weight_shape(block: nn.Module, linear: str) -> tuple[int, int]:
+    weight = block.get_submodule(linear).weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape
+    return rows, columns
+
+
 def _check_tensors(
     name: str, members: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
 ) -> None:
@@ -157,7 +164,7 @@ def _check_independent(
     gap = (theirs.float() - ours.float()).abs().max()
     if float(gap) > float(ours.float().abs().max()) * torch.finfo(theirs.dtype).eps:
         raise VerificationError(
-            f"{name}: compressed-tensors reads other weights than were written (by {float(gap):.3g})"
+            f"{name}: compressed-tensors reads other weights than we do (by {float(gap):.3g})"
         )
 
 

@@ -132,9 +132,7 @@ def run_block(
 
 
 @contextlib.contextmanager
-def _hooked(
-    block: nn.Module, linears: Sequence[str], on_input: InputHook | None
-) -> Iterator[None]:
+def _hooked(block: nn.Module, linears: Sequence[str], on_input: InputHook | None) -> Iterator[None]:
     def make(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             assert on_input is not None
@@ -165,7 +163,7 @@ def compute_dtype(source: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else source
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_fingerprint(device: str) -> dict[str, str]:
     """What decides the last bits of a computation on ``device``: part of every lineage key."""
     import transformers

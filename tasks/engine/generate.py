@@ -41,7 +41,10 @@ def sample_windows(source: Source, windows: int, seq_len: int, seed: int, device
     with torch.random.fork_rng(devices=[] if device == "cpu" else None):
         torch.manual_seed(seed)
         return torch.cat(
-            [_sample(causal_lm, min(BATCH, windows - i), seq_len, bos or 0, device) for i in batches]
+            [
+                _sample(causal_lm, min(BATCH, windows - i), seq_len, bos or 0, device)
+                for i in batches
+            ]
         )
 
 

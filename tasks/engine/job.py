@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,5 +119,3 @@ def activation_lineage(job: Job) -> dict[str, Any] | None:
         "group_size": activation.group_size,
         "dynamic": activation.dynamic,
     }
-
-

@@ -25,7 +25,7 @@ def lineage_key(task: str, code: str, depends_on: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def code_digest(*modules: str) -> str:
     """Digest of ``modules`` and of everything in ``quantizers/`` that they import, transitively.
 
@@ -50,7 +50,7 @@ def _closure(modules: tuple[str, ...]) -> set[str]:
     return seen
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def quantizer_imports(name: str) -> tuple[str, ...]:
     """Modules of ``quantizers/`` that module ``name`` imports itself."""
     found: list[str] = []

@@ -93,7 +93,9 @@ def plan_model(
         _plan_block(source, prefix, names, left_out)
         for prefix, names in zip(prefixes, linears, strict=True)
     )
-    inside = {prefix + name for prefix, b in zip(prefixes, blocks, strict=True) for name in b.tensors}
+    inside = {
+        prefix + name for prefix, b in zip(prefixes, blocks, strict=True) for name in b.tensors
+    }
     if not any(block.quantized for block in blocks):
         raise InputError("ignored_layers: no linear is left to quantize; take some out of the list")
     tied = is_tied(source)
@@ -118,8 +120,8 @@ def _linears(source: Source, architecture: Architecture, prefix: str) -> list[st
         info = source.tensors.get(f"{prefix}{name}.weight")
         if info is None:
             raise InputError(
-                f"model {source.path}: no tensor {prefix}{name}.weight; a {architecture.model_type} "
-                "checkpoint has it in every block, download it again"
+                f"model {source.path}: no tensor {prefix}{name}.weight; every block of a "
+                f"{architecture.model_type} checkpoint has it, download it again"
             )
         if len(info.shape) != 2 or not info.dtype.is_floating_point or info.dtype.itemsize == 1:
             raise InputError(
@@ -153,16 +155,22 @@ def _match(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
 
 
 def _problem(source: Source, linear: str, scheme: WeightScheme) -> str | None:
+    columns = source.tensors[f"{linear}.weight"].shape[1]
+    if scheme.block_shape is not None and columns % scheme.block_shape[1]:
+        return (
+            f"quant.weight.block_size: {scheme.block_shape[1]} does not divide the {columns} input "
+            f"features of {linear}; take another scheme, or give --keep-incompatible to leave such "
+            "linears unquantized"
+        )
     if scheme.granularity is not Granularity.GROUP or scheme.group_size is None:
         return None
-    columns = source.tensors[f"{linear}.weight"].shape[1]
     if columns % scheme.group_size == 0:
         return None
     fitting = [str(size) for size in SERVED_GROUP_SIZES if columns % size == 0]
     sizes = f"sizes that fit it: {', '.join(fitting)}" if fitting else "no served size fits it"
     return (
-        f"quant.weight.group_size: {scheme.group_size} does not divide the {columns} input features "
-        f"of {linear}; {sizes}; or give --keep-incompatible to leave such linears unquantized"
+        f"quant.weight.group_size: {scheme.group_size} does not divide the {columns} input "
+        f"features of {linear}; {sizes}; or give --keep-incompatible to leave such linears unquantized"
     )
 
 
@@ -197,4 +205,3 @@ def _require_outside(source: Source, architecture: Architecture, tied: bool) -> 
             raise InputError(
                 f"model {source.path}: no tensor {name}; download the checkpoint again"
             )
-

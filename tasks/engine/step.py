@@ -157,7 +157,7 @@ def action(
 
 
 def is_transient(task: Any, task_run: Any, state: Any) -> bool:
-    """Say whether a failure may pass by itself: input and output errors do, wrong numbers do not."""
+    """Say whether a failure may pass by itself: a disk's may, a wrong number does not."""
     del task, task_run
     try:
         state.result()

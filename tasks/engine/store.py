@@ -102,7 +102,11 @@ class Store:
     def get(self, key: str) -> Entry | None:
         """Return the entry of ``key`` when it is whole, else None; damage is never an error."""
         entry = _read_manifest(self.folder(key))
-        if entry is None or entry.key != key or not all(self._is_whole(entry, n) for n in entry.files):
+        if (
+            entry is None
+            or entry.key != key
+            or not all(self._is_whole(entry, n) for n in entry.files)
+        ):
             return None
         return entry
 
@@ -242,4 +246,3 @@ def _read_manifest(folder: Path) -> Entry | None:
         return Entry(**(record | {"folder": folder, "files": files}))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-

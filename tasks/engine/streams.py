@@ -184,7 +184,7 @@ def block_arguments(job: Job, batch: int, length: int) -> tuple[dict[str, Any], 
 def activation_hook(
     scheme: ActivationScheme | None, scales: Mapping[str, Tensor] | None = None
 ) -> InputHook | None:
-    """Quantize the inputs of linears as the serving kernels do; None where they stay as they are."""
+    """Quantize the inputs of linears as the serving kernels do; None where nothing is."""
     if scheme is None:
         return None
     asked = scheme

@@ -166,9 +166,7 @@ def encode_documents(
 def encode_joined(text: TextSource, tokenizer: Any, documents: Sequence[Document]) -> list[int]:
     """Token ids of the documents as one stretch: plain texts joined by blank lines, one BOS."""
     plain = [d for d in documents if isinstance(d, str)]
-    whole: Sequence[Document] = (
-        ["\n\n".join(plain)] if len(plain) == len(documents) else documents
-    )
+    whole: Sequence[Document] = ["\n\n".join(plain)] if len(plain) == len(documents) else documents
     return [token for ids in encode_documents(text, tokenizer, whole) for token in ids]
 
 
@@ -201,7 +199,7 @@ def packed_windows(
 def truncated_windows(
     text: TextSource, encoded: Sequence[Sequence[int]], seq_len: int, samples: int, seed: int
 ) -> Tensor:
-    """Shuffle documents, drop those shorter than a window, cut the others: (<= samples, seq_len)."""
+    """Shuffle documents, drop those shorter than a window, cut the others to one."""
     order = list(range(len(encoded)))
     random.Random(seed).shuffle(order)
     long_enough = [encoded[i][:seq_len] for i in order if len(encoded[i]) >= seq_len]

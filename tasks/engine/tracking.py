@@ -114,7 +114,7 @@ def open_run(
     """
     from mlflow.entities import Param
 
-    client = _prepared_client(settings)
+    client = prepared_client(settings)
     experiment = _experiment(client, settings)
     unfinished = client.search_runs(
         [experiment],
@@ -163,7 +163,8 @@ def _client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
-def _prepared_client(settings: Settings) -> MlflowClient:
+def prepared_client(settings: Settings) -> MlflowClient:
+    """Return a client of the tracking server; a local database is created by one process only."""
     if not settings.tracking_uri.startswith("sqlite:///"):
         return _client(settings.tracking_uri)
     database = Path(settings.tracking_uri.removeprefix("sqlite:///"))

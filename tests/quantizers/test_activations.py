@@ -172,3 +172,21 @@ def test_scales_must_suit_the_scheme():
             quantize_dequantize_activation(x, E4M3_STATIC, scale=scale)
     with pytest.raises(ValueError, match="int64"):
         quantize_dequantize_activation(torch.ones(2, 2, dtype=torch.int64), INT8_TOKEN)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_are_rounded_each_by_its_own_largest_value(dtype):
+    scheme = ActivationScheme(E4M3, True, Granularity.GROUP, True, group_size=4)
+    x = inputs(3, 8, dtype=dtype) * torch.tensor([1.0] * 4 + [1000.0] * 4).to(dtype)
+    rounded = quantize_dequantize_activation(x, scheme)
+    assert rounded.shape == x.shape
+    assert rounded.dtype == x.dtype
+    for row, whole in zip(x.float().tolist(), rounded, strict=True):
+        by_hand = [*row_by_hand(row[:4], "e4m3"), *row_by_hand(row[4:], "e4m3")]
+        assert torch.equal(torch.tensor(np.array(by_hand)).to(dtype), whole)
+
+
+def test_group_sizes_must_divide_the_channels():
+    scheme = ActivationScheme(E4M3, True, Granularity.GROUP, True, group_size=3)
+    with pytest.raises(ValueError, match=r"3 does not divide 8"):
+        quantize_dequantize_activation(inputs(2, 8), scheme)

@@ -72,11 +72,20 @@ def test_schemes_are_values():
     ("symmetric", "granularity", "dynamic", "text"),
     [
         (False, Granularity.TOKEN, True, "symmetric"),
-        (True, Granularity.GROUP, True, "token or tensor"),
-        (True, Granularity.CHANNEL, False, "token or tensor"),
+        (True, Granularity.GROUP, True, "group_size"),
+        (True, Granularity.GROUP, False, "dynamic"),
+        (True, Granularity.CHANNEL, False, "token, group or tensor"),
         (True, Granularity.TOKEN, False, "dynamic"),
     ],
 )
 def test_activation_schemes_without_a_kernel_are_refused(symmetric, granularity, dynamic, text):
     with pytest.raises(ValueError, match=text):
         ActivationScheme(INT8, symmetric, granularity, dynamic)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "size"), [(Granularity.TOKEN, 128), (Granularity.GROUP, 0)]
+)
+def test_activation_group_sizes_go_with_groups_only(granularity, size):
+    with pytest.raises(ValueError, match="group_size"):
+        ActivationScheme(E4M3, True, granularity, True, size)

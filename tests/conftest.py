@@ -1,0 +1,136 @@
+"""What tests share: a Prefect server, a prepared MLflow database, homes of their own, the CLI."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models import DEMO_MODEL, make_checkpoint, make_text
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+# no test reaches for a hub, whatever the machine's network
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["DO_NOT_TRACK"] = "true"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one command gave."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The object that --json printed."""
+        parsed: dict[str, Any] = json.loads(self.out)
+        return parsed
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real models and texts; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Prefect server and the environment that leads to it, one for the whole session."""
+    from flows.prefect_api import prefect_api, quiet_defaults
+
+    folder = tmp_path_factory.mktemp("prefect")
+    os.environ["PREFECT_HOME"] = str(folder)
+    quiet_defaults(folder)
+    with prefect_api(folder / "server.log") as url:
+        before = os.environ.get("PREFECT_API_URL")
+        os.environ["PREFECT_API_URL"] = url
+        try:
+            yield {"PREFECT_API_URL": url, "PREFECT_HOME": str(folder)}
+        finally:
+            os.environ.pop("PREFECT_API_URL")
+            if before is not None:
+                os.environ["PREFECT_API_URL"] = before
+
+
+@pytest.fixture(scope="session")
+def prepared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home whose MLflow database is migrated already: that takes seconds."""
+    from tasks.engine.settings import Settings
+    from tasks.engine.tracking import prepared_client
+
+    folder = tmp_path_factory.mktemp("prepared")
+    prepared_client(
+        Settings(folder / "store", f"sqlite:///{folder / 'mlflow.db'}", folder / "a", folder / "p")
+    )
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path, prepared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of the test's own: store, MLflow database and artifacts."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    shutil.copy(prepared_home / "mlflow.db", folder / "mlflow.db")
+    monkeypatch.setenv("BLOCKQUANT_HOME", str(folder))
+    monkeypatch.delenv("BLOCKQUANT_STORE", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
+
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture
+def cli(home: Path, tmp_path: Path) -> Cli:
+    """Run the command line as a user does, in a process of its own, from an empty folder."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+
+    def run(*arguments: object, env: dict[str, str] | None = None, limit: float = 240) -> Outcome:
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", *map(str, arguments)],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            check=False,
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two blocks."""
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of random words."""
+    return make_text(tmp_path_factory.mktemp("texts") / "words.txt")
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The embedded trained model."""
+    return DEMO_MODEL
