@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -63,8 +64,10 @@ def prefect_api(log: Path) -> Iterator[str]:
     try:
         _wait_until_healthy(url, server, log)
         with temporary_settings({PREFECT_API_URL: url}):
-            yield url
-            _flush()
+            try:
+                yield url
+            finally:
+                _flush()
     finally:
         assert server.stdin is not None
         # the server ends when its standard input does
@@ -106,10 +109,29 @@ def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) ->
     raise RuntimeError(f"the local Prefect server did not start; its last words are in {log}")
 
 
+def _lock_before_reading() -> None:
+    """Have Prefect's writing transactions on SQLite wait for each other instead of failing.
+
+    Prefect begins them DEFERRED, so of two that overlap the later fails with SQLITE_BUSY_SNAPSHOT;
+    the client then waits two seconds. Taking a slot of a tag's concurrency limit, which every
+    tagged task does, is one: a fourth of all steps stalled.
+    """
+    from prefect.server.database.configurations import AioSqliteConfiguration
+
+    begin = AioSqliteConfiguration.begin_transaction
+
+    def immediate(self: Any, session: Any, with_for_update: bool = True) -> Any:
+        del with_for_update
+        return begin(self, session, with_for_update=True)
+
+    AioSqliteConfiguration.begin_transaction = immediate  # type: ignore[assignment]
+
+
 def _serve(port: int) -> None:
     """Serve until standard input ends: it does when the process that started us is gone."""
     import uvicorn
 
+    _lock_before_reading()
     config = uvicorn.Config(
         "prefect.server.api.server:create_app",
         factory=True,

@@ -170,7 +170,8 @@ def _problem(source: Source, linear: str, scheme: WeightScheme) -> str | None:
     sizes = f"sizes that fit it: {', '.join(fitting)}" if fitting else "no served size fits it"
     return (
         f"quant.weight.group_size: {scheme.group_size} does not divide the {columns} input "
-        f"features of {linear}; {sizes}; or give --keep-incompatible to leave such linears unquantized"
+        f"features of {linear}; {sizes}; or give --keep-incompatible to leave such linears "
+        "unquantized"
     )
 
 

@@ -213,8 +213,9 @@ def _check_index(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
 def _require_finite(name: str, tensor: Tensor, path: Path) -> None:
     if not tensor.is_floating_point() or not tensor.numel():
         return
-    # NaN and Inf both show in the extremes, which need no temporary of the tensor's size
-    if not all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax()):
+    # NaN and Inf both show in the extremes, which need no temporary; float8 has no aminmax
+    extremes = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()
+    if not all(bool(torch.isfinite(extreme)) for extreme in extremes):
         raise NonFiniteWeightError(
             f"{path}: {name} holds NaN or Inf; the source checkpoint is damaged, download it again"
         )

@@ -177,7 +177,7 @@ def test_clip_factors_act_on_their_own_side_and_group():
     assert zero.tolist() == [[round(-128 + 0.5 * 255 / 4.5), round(-128 + 2 * 255 / 5)]]
     symmetric = scheme(INT8, Granularity.GROUP, size=2)
     scale, _ = weight_scales(weight, symmetric, clip_low=low, clip_high=high)
-    assert scale.tolist() == torch.tensor([[4.0, 3.0]]).div(127.5).tolist()
+    assert scale.tolist() == torch.tensor([[4.0, 3.0]]).div(127).tolist()
 
 
 def test_clip_factors_receive_gradients():

@@ -64,7 +64,7 @@ def test_small_scales_are_raised_to_the_smallest_normal(device, dtype, size, sym
     weight = torch.tensor([[size, -size, 0.0], [1.0, -1.0, 0.0]], device=device)
     quantized = round_to_nearest(weight, how)
     tiny = torch.finfo(dtype).smallest_normal
-    ideal = size / 127.5
+    ideal = size / 127
     assert quantized.scale[0].item() == pytest.approx(max(ideal, tiny), rel=0.01)
     assert quantized.scale[0].item() >= tiny
     restored = dequantize(quantized, how)
