@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.loading import RecipeError, load_recipe, shipped_recipes
+from configs.vocabulary import EvaluationDtype
 from tasks.engine.errors import InputError
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -24,11 +25,10 @@ DONE, FAILED, BAD_INPUT = 0, 1, 2
 app = typer.Typer(
     name="blockquant",
     help="Quantize large language models for SGLang, block by block.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-store_app = typer.Typer(help="Show and trim the store of results.", no_args_is_help=True)
+store_app = typer.Typer(help="Show and trim the store of results.")
 app.add_typer(store_app, name="store")
 
 out = Console()
@@ -56,21 +56,21 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 def main() -> None:
     """Run the command line; every failure is one line on standard error and an exit status."""
-    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+    arguments = sys.argv[1:] or ["--help"]
+    sys.exit(_guarded(lambda: app(arguments, standalone_mode=False)))
 
 
 def _guarded(run: Callable[[], Any]) -> int:
-    import click
-
     try:
         status = run()
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return int(stop.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         _say("interrupted; the same command goes on from what is done")
         return FAILED
-    except click.ClickException as error:
-        _say(error.format_message())
+    except typer.TyperException as error:
+        said = " ".join(error.format_message().split()).removesuffix(".")
+        _say(f"{said}; blockquant --help shows what there is")
         return BAD_INPUT
     except RecipeError as error:
         _say(str(error))
@@ -183,18 +183,17 @@ def check(
 
 
 def _check(parameters: dict[str, Any]) -> tuple[Any, Any]:
-    from tasks.check import Request
+    from tasks.check import Request, output_folder
     from tasks.check import check as check_request
     from tasks.engine.settings import settings
 
     recipe = load_recipe(parameters["recipe"], parameters["overrides"])
-    output, store = parameters["output"], parameters["store"]
-    named = output or recipe.save.save_path
+    output, model, store = parameters["output"], parameters["model"], parameters["store"]
     return check_request(
         Request(
             recipe,
-            parameters["model"],
-            Path(named).expanduser().absolute() if named else None,
+            model,
+            output_folder(recipe, parameters["recipe"], model, output),
             settings(Path(store) if store else None).store,
             parameters["device"],
             parameters["memory"],
@@ -226,27 +225,39 @@ def evaluate(
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens per window.")] = 2048,
     reference: Annotated[Path | None, typer.Option("--reference", help="The source.")] = None,
     device: DeviceOption = "cpu",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[
+        EvaluationDtype, typer.Option("--dtype", help="The dtype to compute in.")
+    ] = EvaluationDtype.AUTO,
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity; with --reference also KL and top-1 agreement."""
     from tasks.check import check_device
     from tasks.engine.checkpoint import open_checkpoint
-    from tasks.engine.text import TextSource
-    from tasks.engine.windows import evaluation_windows
+    from tasks.engine.text import COMMAND_LINE, TextSource
+    from tasks.engine.windows import evaluation_windows, require_context
     from tasks.evaluate import measure, summary
 
     model = open_checkpoint(checkpoint)
     source = open_checkpoint(reference) if reference else None
     place = check_device(device)
-    tokens = evaluation_windows(
-        model.source, TextSource("--text", "text", str(text), evaluation=True), window, windows
-    )
-    report = measure(model, tokens, source, device=place, dtype=dtype)
+    require_context(model.source, window, "--window")
+    if source is not None:
+        _require_one_vocabulary(model.source.config, source.source.config)
+    given = TextSource(COMMAND_LINE, "text", str(text), evaluation=True)
+    tokens = evaluation_windows(model.source, given, window, windows)
+    report = measure(model, tokens, source, device=place, dtype=str(dtype))
     if as_json:
         print(json.dumps(report))
         return
-    out.print(summary(report))
+    out.print(summary(report), highlight=False, soft_wrap=True)
+
+
+def _require_one_vocabulary(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    if ours.get("vocab_size") != theirs.get("vocab_size"):
+        raise InputError(
+            f"--reference: knows {theirs.get('vocab_size')} tokens, the checkpoint "
+            f"{ours.get('vocab_size')}; give the model that it was quantized from"
+        )
 
 
 @app.command()
@@ -336,16 +347,20 @@ def _bytes(text: str | None) -> int | None:
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError as error:
-        raise typer.BadParameter(f"--memory {text}: not a size; write 40GiB or 500MB") from error
+        asked = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        asked = 0
+    if asked < 1:
+        raise InputError(f"--memory {text}: not a size; write 40GiB or 500MB")
+    return asked
 
 
 def _show_result(result: dict[str, Any]) -> None:
     from tasks.evaluate import summary
 
     found = sum(step["cached"] for step in result["steps"])
-    out.print(f"{result['scheme']}: {summary(result['metrics'])}", highlight=False)
+    line = f"{result['scheme']}: {summary(result['metrics'])}"
+    out.print(line, highlight=False, soft_wrap=True)
     out.print(
         f"{result['bytes'] / 1e6:.1f} MB in {result['checkpoint']} "
         f"({len(result['steps'])} steps, {found} found in the store)",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections import defaultdict
@@ -24,8 +22,9 @@ from configs.schemes import scheme_name
 from flows.progress import reporter
 from tasks.advance import advance
 from tasks.calibration_set import calibration_set
-from tasks.check import Request, check
+from tasks.check import Request, check, output_folder
 from tasks.engine.job import Job
+from tasks.engine.publication import begun, end, work_identity
 from tasks.engine.settings import Settings, settings
 from tasks.engine.step import Result, Step, action
 from tasks.engine.store import Entry
@@ -97,11 +96,10 @@ def quantize_model(
     """
     loaded = load_recipe(recipe, overrides)
     place = settings(Path(store) if store else None)
-    where = output or loaded.save.save_path or default_output(recipe, model or loaded.model.path)
     request = Request(
         loaded,
         model,
-        Path(where).expanduser().absolute(),
+        output_folder(loaded, recipe, model, output),
         place.store,
         device,
         memory,
@@ -114,11 +112,6 @@ def quantize_model(
     run = _open_run(job, place, request)
     with _failure_kept(run):
         return _quantize(job, run, request, Path(log_file) if log_file else None)
-
-
-def default_output(recipe: str, model: str | None) -> str:
-    """Name an output folder after the model and the recipe, in the working directory."""
-    return f"{Path(model or 'model').name}-{Path(recipe).stem}"
 
 
 def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> dict[str, Any]:
@@ -139,9 +132,13 @@ def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> di
     blocks = [q.entry for q in quantized]
     report = _report(job, blocks, exported, verified, evaluated, sets["evaluation"])
     assert request.output is not None
-    location = action(publish)(exported.entry, report, request.output, request.overwrite)
+    identity = work_identity(job, request.output)
+    location = action(publish)(
+        job.store, identity, exported.entry, report, request.output, request.overwrite
+    )
     _show(job, report, blocks)
     action(register)(run, report, blocks, sets, location, dict(course.seconds), log_file)
+    end(job.store.root, request.output)
     log.info("published %s: %s", location, summary(report["metrics"]))
     return {
         "checkpoint": location,
@@ -226,10 +223,9 @@ def _report(
 
 
 def _open_run(job: Job, place: Settings, request: Request) -> Run:
-    recipe = job.recipe.canonical()
-    work = [recipe, str(job.source.path), str(request.output), job.plan.ignore]
-    identity = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:32]
-    parameters = flatten(recipe) | {
+    assert request.output is not None
+    identity = work_identity(job, request.output)
+    parameters = flatten(job.recipe.model_dump(mode="json")) | {
         "source": str(job.source.path),
         "output": str(request.output),
         "device": job.device,
@@ -240,7 +236,8 @@ def _open_run(job: Job, place: Settings, request: Request) -> Run:
         **{f"version.{k}": v for k, v in job.fingerprint.items()},
     }
     name = f"{job.source.path.name} {scheme_name(job.steps[-1].quant)}"
-    return open_run(place, identity, name, parameters, tags)
+    published = begun(job.store.root, request.output) == identity
+    return open_run(place, identity, name, parameters, tags, even_finished=published)
 
 
 @contextmanager

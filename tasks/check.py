@@ -17,9 +17,13 @@ from tasks.engine.errors import InputError
 from tasks.engine.export_format import export_dtype
 from tasks.engine.job import Job
 from tasks.engine.memo import Memo
-from tasks.engine.source import free_bytes, open_source
+from tasks.engine.plan import require_fit
+from tasks.engine.publication import begun, work_identity
+from tasks.engine.source import Source, free_bytes, open_source
 from tasks.engine.store import Store
+from tasks.engine.streams import KEPT_BOUNDARIES
 from tasks.engine.windows import check_section
+from tasks.evaluate import STREAM_BYTES
 
 # what Python, torch, transformers, MLflow and Prefect hold before any tensor
 LIBRARY_BYTES = 900 * 2**20
@@ -46,8 +50,26 @@ class Prediction:
     """What a run will cost: bytes and seconds."""
 
     export_bytes: int
+    store_bytes: int
     peak_memory_bytes: int
+    device_bytes: int
     seconds: float
+
+
+def output_folder(recipe: Recipe, name: str, model: str | None, output: str | None) -> Path:
+    """Return the folder to publish, absolute.
+
+    Args:
+        recipe: the recipe, whose ``save.save_path`` serves where no output is given.
+        name: the recipe's file or name.
+        model: the model, where it is not the recipe's.
+        output: what was asked for; by default named after model and recipe, where one stands.
+    """
+    named = output or recipe.save.save_path
+    if named is None:
+        source = Path(model or recipe.model.path or "model").expanduser().absolute()
+        named = f"{Path(os.path.normpath(source)).name}-{Path(name).stem}"
+    return Path(named).expanduser().absolute()
 
 
 def check(request: Request) -> tuple[Job, Prediction]:
@@ -60,9 +82,10 @@ def check(request: Request) -> tuple[Job, Prediction]:
         InputError: one line: what is wrong, where, and how to mend it.
     """
     _check_recipe(request.recipe)
-    _check_output(request)
+    _check_places(request)
     device = check_device(request.device)
     source = open_source(resolve_model(request), request.store / "digests")
+    _check_overwritten(request, source)
     if "quantization_config" in source.config:
         raise InputError(
             f"model {source.path}: is quantized already; give the checkpoint before quantization"
@@ -81,8 +104,10 @@ def check(request: Request) -> tuple[Job, Prediction]:
         raise InputError(
             f"model.torch_dtype: {asked}, but the checkpoint is {job.dtype}; write auto"
         )
-    # building both finds missing tensors and sizes that do not divide
-    _ = job.plan, job.decoder
+    require_fit(job.source, job.plan, job.decoder)
+    output = request.output
+    if output is not None and begun(request.store, output) != work_identity(job, output):
+        _refuse_existing(request)
     for step in job.steps:
         if step.calib is not None:
             check_section(source, step.calib)
@@ -147,19 +172,42 @@ def _check_recipe(recipe: Recipe) -> None:
         raise InputError("save.save_sgl: false is not built yet; remove it to export for SGLang")
 
 
-def _check_output(request: Request) -> None:
+def _check_places(request: Request) -> None:
+    _check_writable("store", request.store, request.store)
     output = request.output
     if output is None:
         return
-    if output.exists() and not request.overwrite:
-        raise InputError(f"--output {output}: exists already; give another or use --overwrite")
+    if begun(request.store, output) is None:
+        _refuse_existing(request)
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file; give a folder's name")
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"--output {output}: {parent} cannot be written to; give another folder")
+    _check_writable("output", output, output.absolute().parent)
+
+
+def _refuse_existing(request: Request) -> None:
+    output = request.output
+    if output is not None and output.exists() and not request.overwrite:
+        raise InputError(f"--output {output}: exists already; give another or use --overwrite")
+
+
+def _check_writable(option: str, place: Path, folder: Path) -> None:
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"--{option} {place}: {folder} cannot be written to; give another folder")
+
+
+def _check_overwritten(request: Request, source: Source) -> None:
+    """Refuse an output whose replacement would take away what the run reads."""
+    if request.output is None or not request.output.exists():
+        return
+    output = request.output.resolve()
+    for what, place in (("model", source.path), ("store", request.store)):
+        if place.resolve().is_relative_to(output):
+            raise InputError(
+                f"--output {request.output}: replacing it would remove the {what} {place}; "
+                "give another folder"
+            )
 
 
 def predict(job: Job) -> Prediction:
@@ -176,14 +224,16 @@ def predict(job: Job) -> Prediction:
         (sizes[name].shape[1] for b in job.plan.blocks for name in b.full(b.weights)), default=0
     )
     # one block as read, in the compute dtype and restored; the head; a Gram matrix in float32
-    peak = LIBRARY_BYTES + 3 * max(blocks) * width + embedding * width + 2 * stream
-    peak += min(evaluation, 2 * 2**30) + (4 * columns * columns if stream else 0)
+    device = 3 * max(blocks) * width + embedding * width + (4 * columns * columns if stream else 0)
+    peak = LIBRARY_BYTES + 2 * stream + min(evaluation, 2 * STREAM_BYTES)
+    peak += device if job.device == "cpu" else 0
     forward = 2.0 * sum(blocks) * (2 * _calibration_tokens(job) + 2 * _evaluation_tokens(job))
     forward += 2.0 * 2 * embedding * _evaluation_tokens(job)
     read = sum(info.size for info in sizes.values())
     seconds = START_SECONDS + forward / _throughput(job.device)
     seconds += (3 * read + export) / DISK_BYTES_PER_SECOND
-    return Prediction(export, int(peak), seconds)
+    boundaries = (KEPT_BOUNDARIES + 1) * stream
+    return Prediction(export, export + boundaries, int(peak), device, seconds)
 
 
 def _calibration_tokens(job: Job) -> int:
@@ -234,21 +284,29 @@ def _available_memory(device: str) -> int:
 
 
 def _check_room(request: Request, prediction: Prediction) -> None:
-    if prediction.peak_memory_bytes > psutil.virtual_memory().total:
+    total = psutil.virtual_memory().total
+    if prediction.peak_memory_bytes > total:
         raise InputError(
             f"memory: the run needs about {prediction.peak_memory_bytes / 1e9:.1f} GB, this "
-            f"machine has {psutil.virtual_memory().total / 1e9:.1f}; use fewer calibration tokens"
+            f"machine has {total / 1e9:.1f}; use fewer calibration tokens"
         )
-    places = {"store": request.store}
+    if request.memory is not None and prediction.device_bytes > request.memory:
+        raise InputError(
+            f"--memory: one block and the head take about {prediction.device_bytes / 1e6:.1f} MB "
+            f"on {request.device}, but {request.memory / 1e6:.1f} are allowed; allow as much"
+        )
+    _check_disk("store", request.store, prediction.store_bytes)
     if request.output is not None:
-        places["output"] = request.output.absolute().parent
-    for name, place in places.items():
-        free = free_bytes(place)
-        if free < prediction.export_bytes:
-            raise InputError(
-                f"--{name} {place}: the export takes {prediction.export_bytes / 1e6:.1f} MB, but "
-                f"{free / 1e6:.1f} MB are free; free some or give another folder"
-            )
+        _check_disk("output", request.output.absolute().parent, prediction.export_bytes)
+
+
+def _check_disk(option: str, place: Path, needed: int) -> None:
+    free = free_bytes(place)
+    if free < needed:
+        raise InputError(
+            f"--{option} {place}: the export takes {needed / 1e6:.1f} MB, but "
+            f"{free / 1e6:.1f} MB are free; free some or give another folder"
+        )
 
 
 def describe(job: Job, prediction: Prediction) -> dict[str, Any]:
@@ -261,6 +319,8 @@ def describe(job: Job, prediction: Prediction) -> dict[str, Any]:
         "ignored": list(job.plan.ignored),
         "format": job.scheme.format,
         "export_bytes": prediction.export_bytes,
+        "store_bytes": prediction.store_bytes,
         "peak_memory_bytes": prediction.peak_memory_bytes,
+        "device_bytes": prediction.device_bytes,
         "seconds": round(prediction.seconds, 1),
     }

@@ -168,12 +168,12 @@ def _score_rows(logs: list[Tensor], targets: Tensor) -> Scores:
     if len(logs) == 1:
         return Scores(len(targets), float(nll))
     ours, reference = logs
-    kl = functional.kl_div(ours, reference, log_target=True, reduction="none").double().sum()
+    kl = functional.kl_div(ours, reference, log_target=True, reduction="none").sum(-1)
     return Scores(
         len(targets),
         float(nll),
         float(-reference.gather(1, targets[:, None]).double().sum()),
-        float(kl),
+        float(kl.double().sum()),
         int((ours.argmax(-1) == reference.argmax(-1)).sum()),
     )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tasks.engine.errors import InputError
 from tasks.engine.job import Job
+from tasks.engine.plan import require_fit
 from tasks.engine.step import step
 from tasks.engine.store import Draft
 
@@ -24,8 +24,7 @@ def _depends_on(job: Job) -> dict[str, Any]:
 def load_model(job: Job, draft: Draft) -> dict[str, Any]:
     """Check that transformers can build every block, and count what there is."""
     del draft
-    for block, plan in zip(job.decoder.blocks, job.plan.blocks, strict=True):
-        _require_same_names(set(block.state_dict()), set(plan.tensors), plan.prefix)
+    require_fit(job.source, job.plan, job.decoder)
     sizes = [info.size for info in job.source.tensors.values()]
     shapes = [info.shape for info in job.source.tensors.values()]
     return {
@@ -45,16 +44,3 @@ def _count(shape: tuple[int, ...]) -> int:
     for extent in shape:
         count *= extent
     return count
-
-
-def _require_same_names(built: set[str], stored: set[str], prefix: str) -> None:
-    if missing := sorted(built - stored):
-        raise InputError(
-            f"model: no tensor {prefix}{missing[0]}, which transformers' block needs; "
-            "download the checkpoint again"
-        )
-    if unknown := sorted(stored - built):
-        raise InputError(
-            f"model: transformers' block has no place for {prefix}{unknown[0]}; "
-            "is config.json of another model?"
-        )

@@ -10,23 +10,44 @@ from pathlib import Path
 from typing import Any
 
 from tasks.engine.errors import InputError
-from tasks.engine.store import Entry, checksum, link_or_copy
+from tasks.engine.publication import begin, publication_key
+from tasks.engine.store import Entry, Store, checksum, link_or_copy
 from tasks.verify import REPORT
 
 CARD = "README.md"
 
 
-def publish(entry: Entry, report: Mapping[str, Any], output: Path, overwrite: bool) -> str:
+def publish(
+    store: Store,
+    identity: str,
+    entry: Entry,
+    report: Mapping[str, Any],
+    output: Path,
+    overwrite: bool,
+) -> str:
     """Put the export at ``output``: the folder is there as a whole, or not at all.
 
     Files are hard links to the store where both lie on one disk, else copies whose checksums are
-    compared.
+    compared. A folder that holds these very bytes already stays: a run that was killed after
+    publishing, or another one of the same work, put it there.
 
     Raises:
         InputError: ``output`` appeared meanwhile, and it may not be overwritten.
         OSError: a copy is not what was exported.
     """
     output = output.absolute()
+    with store.lock(publication_key(output)):
+        return _publish(store, identity, entry, report, output, overwrite)
+
+
+def _publish(
+    store: Store,
+    identity: str,
+    entry: Entry,
+    report: Mapping[str, Any],
+    output: Path,
+    overwrite: bool,
+) -> str:
     staging = output.with_name(f".{output.name}.blockquant-new")
     replaced = output.with_name(f".{output.name}.blockquant-old")
     shutil.rmtree(staging, ignore_errors=True)
@@ -38,14 +59,31 @@ def publish(entry: Entry, report: Mapping[str, Any], output: Path, overwrite: bo
     text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False)
     (staging / REPORT).write_text(text + "\n", encoding="utf-8")
     (staging / CARD).write_text(model_card(report), encoding="utf-8")
+    if _same_files(staging, output):
+        shutil.rmtree(staging)
+        shutil.rmtree(replaced, ignore_errors=True)
+        return str(output)
     if output.exists():
         if not overwrite:
+            shutil.rmtree(staging)
             raise InputError(f"--output {output}: exists already; give another or use --overwrite")
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(output, replaced)
+    begin(store.root, output, identity)
     os.rename(staging, output)
     shutil.rmtree(replaced, ignore_errors=True)
     return str(output)
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    names = {path.name for path in one.iterdir()}
+    if not other.is_dir() or names != {path.name for path in other.iterdir()}:
+        return False
+    return all(
+        (one / name).samefile(other / name)
+        or ((other / name).is_file() and checksum(one / name) == checksum(other / name))
+        for name in names
+    )
 
 
 def model_card(report: Mapping[str, Any]) -> str:

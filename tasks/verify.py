@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from tasks.engine.checkpoint import Checkpoint, open_checkpoint
 from tasks.engine.decoder import Decoder, build_decoder, run_block
 from tasks.engine.errors import InputError, VerificationError
-from tasks.engine.export_format import Scheme, decompress, restore
+from tasks.engine.export_format import Scheme, decompress, quantization_config, restore
 from tasks.engine.job import Job
+from tasks.engine.plan import outside_shapes
+from tasks.engine.source import TensorInfo
 from tasks.engine.step import step
 from tasks.engine.store import Draft
 from tasks.engine.streams import require
@@ -72,12 +74,14 @@ def verify_folder(
     if checkpoint.scheme is None:
         raise InputError(f"{folder}/config.json: no quantization_config; nothing to verify")
     reader = _independent_scheme(checkpoint)
+    _check_description(checkpoint, checkpoint.scheme)
     decoder = build_decoder(checkpoint.source.config)
     linears = 0
     expected: set[str] = set()
     for block, module in enumerate(decoder.blocks):
         stored = checkpoint.stored_block(block)
         expected |= set(checkpoint.names(block).values())
+        _check_untouched(checkpoint, decoder, block, stored)
         for linear in checkpoint.quantized(block):
             name = checkpoint.architecture.block_prefix(block) + linear
             members = _members(stored, linear)
@@ -87,7 +91,7 @@ def verify_folder(
             if digests is not None:
                 _check_digest(name, members, checkpoint.scheme, digests)
             linears += 1
-    _check_outside(checkpoint, expected)
+    _check_outside(checkpoint, decoder, expected)
     report: dict[str, Any] = {"linears": linears, "tensors": len(checkpoint.source.tensors)}
     if whole and _float32_bytes(checkpoint, decoder) <= WHOLE_MODEL_BYTES:
         report["logit_difference"] = _compare_logits(checkpoint, decoder)
@@ -118,6 +122,52 @@ def _independent_scheme(checkpoint: Checkpoint) -> QuantizationScheme:
     return scheme
 
 
+def _check_description(checkpoint: Checkpoint, scheme: Scheme) -> None:
+    """Compare ``quantization_config`` with what is written for its scheme, key by key."""
+    place = f"{checkpoint.source.path}/config.json: quantization_config"
+    found = checkpoint.source.config["quantization_config"]
+    ignore = list(found.get("ignore", ()))
+    written = quantization_config(scheme, ignore)
+    for key in sorted({*found, *written}):
+        if found.get(key) != written.get(key):
+            raise VerificationError(
+                f"{place}.{key}: is {found.get(key)!r}, should be {written.get(key)!r}"
+            )
+    architecture = checkpoint.architecture
+    head = architecture.head.removesuffix(".weight")
+    if head not in ignore:
+        raise VerificationError(f"{place}.ignore: {head} is missing, it would load as garbage")
+    prefixes = [architecture.block_prefix(block) for block in range(checkpoint.blocks)]
+    linears = {prefix + linear for prefix in prefixes for linear in architecture.linears}
+    if unknown := sorted(set(ignore) - linears - {head}):
+        raise VerificationError(f"{place}.ignore: {unknown[0]} is no linear of the model")
+
+
+def _check_untouched(
+    checkpoint: Checkpoint, decoder: Decoder, block: int, stored: Mapping[str, Tensor]
+) -> None:
+    """Check every tensor of a block that is no part of a quantized linear."""
+    prefix, linears = checkpoint.architecture.block_prefix(block), checkpoint.quantized(block)
+    quantized = {f"{linear}.weight" for linear in linears}
+    built = {n: t for n, t in decoder.blocks[block].state_dict().items() if n not in quantized}
+    for name, tensor in built.items():
+        if name not in stored:
+            raise VerificationError(f"{prefix}{name}: not in the checkpoint")
+        _require(prefix + name, stored[name], checkpoint.dtype, tuple(tensor.shape))
+    for name in sorted(set(stored) - set(built)):
+        if name.rpartition(".")[0] not in linears:
+            raise VerificationError(f"{prefix}{name}: no tensor of the model")
+
+
+def _require(
+    name: str, found: Tensor | TensorInfo, dtype: torch.dtype, extents: tuple[int, ...]
+) -> None:
+    if found.dtype != dtype or tuple(found.shape) != extents:
+        raise VerificationError(
+            f"{name}: is {found.dtype} {list(found.shape)}, should be {dtype} {list(extents)}"
+        )
+
+
 def _members(stored: Mapping[str, Tensor], linear: str) -> dict[str, Tensor]:
     prefix = linear + "."
     return {
@@ -143,12 +193,7 @@ def _check_tensors(
     if unknown := sorted(set(members) - set(expected)):
         raise VerificationError(f"{name}.{unknown[0]}: no tensor of the format {scheme.format}")
     for part, (dtype, extents) in expected.items():
-        found = members[part]
-        if found.dtype != dtype or tuple(found.shape) != tuple(extents):
-            raise VerificationError(
-                f"{name}.{part}: is {found.dtype} {list(found.shape)}, "
-                f"should be {dtype} {list(extents)}"
-            )
+        _require(f"{name}.{part}", members[part], dtype, tuple(extents))
     if "weight_shape" in members and tuple(members["weight_shape"].tolist()) != shape:
         raise VerificationError(f"{name}.weight_shape: does not say {list(shape)}")
 
@@ -177,16 +222,18 @@ def _check_digest(
         raise VerificationError(f"{name}: other codes or scales than the run computed")
 
 
-def _check_outside(checkpoint: Checkpoint, inside: set[str]) -> None:
+def _check_outside(checkpoint: Checkpoint, decoder: Decoder, inside: set[str]) -> None:
     architecture = checkpoint.architecture
-    names = {architecture.embedding, architecture.final_norm}
-    names |= set() if checkpoint.tied else {architecture.head}
+    names = outside_shapes(checkpoint.source.config, architecture, decoder, checkpoint.tied)
     found = set(checkpoint.source.tensors) - inside
-    if missing := sorted(names - found):
+    if missing := sorted(set(names) - found):
         raise VerificationError(f"{missing[0]}: not in the checkpoint")
     if checkpoint.tied and architecture.head in found:
         raise VerificationError(f"{architecture.head}: written although it is the embedding")
-    for name in sorted(found):
+    if unknown := sorted(found - set(names)):
+        raise VerificationError(f"{unknown[0]}: no tensor of the model")
+    for name, shape in names.items():
+        _require(name, checkpoint.source.tensors[name], checkpoint.dtype, shape)
         # reading refuses NaN and Inf
         checkpoint.source.read([name])
 

@@ -28,12 +28,13 @@ def make_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     shard_size: str = "1GB",
     seed: int = 0,
+    vocabulary: int = VOCABULARY,
     **config: Any,
 ) -> Path:
     """Write a random checkpoint with the demo model's tokenizer; its outliers are seeded too."""
     torch.manual_seed(seed)
     parsed = CONFIG_MAPPING[model_type](
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=blocks,

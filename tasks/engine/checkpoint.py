@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ class Checkpoint:
     def blocks(self) -> int:
         """How many decoder blocks there are."""
         return int(self.source.config["num_hidden_layers"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that ``config.json`` gives for tensors that are not quantized."""
+        return _dtype_of(self.source.config)
 
     def names(self, block: int) -> dict[str, str]:
         """Names of a block's tensors: in the block -> in the checkpoint."""
@@ -97,9 +103,13 @@ def checkpoint_of(source: Source) -> Checkpoint:
     """See a source checkpoint as one to run."""
     config = source.config
     described = config.get("quantization_config")
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     scheme = None
     if described is not None:
-        scheme = scheme_from_config(described, _FLOATS.get(stored, torch.bfloat16))
+        scheme = scheme_from_config(described, _dtype_of(config))
     ignore = frozenset(described.get("ignore", ())) if described else frozenset()
     return Checkpoint(source, architecture_of(config), scheme, ignore, is_tied(source))
+
+
+def _dtype_of(config: Mapping[str, Any]) -> torch.dtype:
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return _FLOATS.get(stored, torch.bfloat16)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from quantizers.schemes import Granularity, WeightScheme
 from tasks.engine.architectures import Architecture, architecture_of
+from tasks.engine.decoder import Decoder
 from tasks.engine.errors import InputError
 from tasks.engine.source import Source
 
@@ -85,7 +87,8 @@ def plan_model(
     incompatible = {n: why for n in everything if (why := _problem(source, n, scheme))}
     refused = [name for name in everything if name in incompatible and name not in left_out]
     if refused and not keep_incompatible:
-        more = f" (and {len(refused) - 1} more linears)" if len(refused) > 1 else ""
+        others = len(refused) - 1
+        more = f" (and {others} more linear{'s' * (others > 1)})" if others else ""
         raise InputError(incompatible[refused[0]] + more)
     left_out |= set(refused)
     _require_whole_fusions(prefixes, linears, left_out)
@@ -107,6 +110,57 @@ def plan_model(
     _require_outside(source, architecture, tied)
     ordered = tuple(name for name in everything if name in left_out)
     return Plan(architecture, blocks, outside, ordered, tied)
+
+
+def require_fit(source: Source, plan: Plan, decoder: Decoder) -> None:
+    """Compare the stored tensors with the model that ``config.json`` describes.
+
+    Raises:
+        InputError: a tensor is missing, of another shape, or of no use to the model.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    for block, planned in zip(decoder.blocks, plan.blocks, strict=True):
+        built = {planned.prefix + name: tuple(t.shape) for name, t in block.state_dict().items()}
+        if unknown := sorted(set(planned.full(planned.tensors)) - set(built)):
+            raise InputError(
+                f"model {source.path}: transformers' block has no place for {unknown[0]}; "
+                "is config.json of another model?"
+            )
+        expected |= built
+    expected |= outside_shapes(source.config, plan.architecture, decoder, plan.tied)
+    for name, shape in expected.items():
+        info = source.tensors.get(name)
+        if info is None:
+            raise InputError(
+                f"model {source.path}: no tensor {name}, which transformers' model needs; "
+                "download the checkpoint again"
+            )
+        if info.shape != shape:
+            raise InputError(
+                f"model {source.path}: {name} is {list(info.shape)}, but config.json makes it "
+                f"{list(shape)}; is config.json of another model?"
+            )
+    for name in plan.outside:
+        if name.startswith(f"{plan.architecture.blocks}."):
+            raise InputError(
+                f"model {source.path}: {name} is of a block beyond the {len(plan.blocks)} of "
+                "config.json; set num_hidden_layers to what is stored"
+            )
+        if name not in expected:
+            raise InputError(
+                f"model {source.path}: transformers' model has no place for {name}; "
+                "is config.json of another model?"
+            )
+
+
+def outside_shapes(
+    config: Mapping[str, Any], architecture: Architecture, decoder: Decoder, tied: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors outside of the blocks: embedding, final norm, head where untied."""
+    width = tuple(decoder.final_norm.state_dict()["weight"].shape)
+    embedding = (int(config["vocab_size"]), *width)
+    shapes = {architecture.final_norm: width, architecture.embedding: embedding}
+    return shapes if tied else shapes | {architecture.head: embedding}
 
 
 def is_tied(source: Source) -> bool:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tasks.engine.errors import InputError, NonFiniteWeightError
-from tasks.engine.store import write_text
+from tasks.engine.store import sealed, unsealed, write_text
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -135,7 +135,9 @@ def open_source(path: Path, digest_memo: Path | None = None) -> Source:
     for file in _weight_files(folder):
         tensors |= _read_header(folder, file)
     _check_index(folder, tensors)
-    return Source(folder, config, tensors, digest_memo)
+    # older checkpoints hold rotary tables; they follow from the config, and every loader skips them
+    kept = {n: info for n, info in tensors.items() if not n.endswith(".rotary_emb.inv_freq")}
+    return Source(folder, config, kept, digest_memo)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -229,7 +231,7 @@ def _recall(memo: Path | None, mark: list[Any]) -> dict[str, str]:
     if memo is None:
         return {}
     try:
-        record = json.loads(_memo_file(memo, mark).read_text(encoding="utf-8"))
+        record = unsealed(_memo_file(memo, mark).read_text(encoding="utf-8"))
         if record["mark"] == mark:
             return {str(k): str(v) for k, v in record["tensors"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -241,7 +243,7 @@ def _remember(memo: Path | None, mark: list[Any], digests: Mapping[str, str]) ->
     if memo is None:
         return
     memo.mkdir(parents=True, exist_ok=True)
-    write_text(_memo_file(memo, mark), json.dumps({"mark": mark, "tensors": dict(digests)}))
+    write_text(_memo_file(memo, mark), sealed({"mark": mark, "tensors": dict(digests)}))
 
 
 def free_bytes(path: Path) -> int:

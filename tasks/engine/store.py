@@ -135,7 +135,7 @@ class Store:
         files = {name: _describe(draft.folder / name) for name in names}
         entry = Entry(key, task, self.folder(key), value, time.time(), files)
         record = asdict(entry) | {"folder": None}
-        write_text(draft.folder / MANIFEST, json.dumps(record, indent=1, sort_keys=True))
+        write_text(draft.folder / MANIFEST, sealed(record))
         self.remove(key)
         entry.folder.parent.mkdir(parents=True, exist_ok=True)
         os.rename(draft.folder, entry.folder)
@@ -220,6 +220,30 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def sealed(record: Mapping[str, Any]) -> str:
+    """Return ``record`` as JSON with its own checksum: damage would still read as JSON."""
+    return json.dumps({"checksum": _seal(record), "record": record}, indent=1, sort_keys=True)
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """Return the record of :func:`sealed`.
+
+    Raises:
+        ValueError: not a record, or not the one that was written.
+    """
+    parsed = json.loads(text)
+    if not isinstance(parsed, dict) or not isinstance(parsed.get("record"), dict):
+        raise ValueError("not a sealed record")
+    record: dict[str, Any] = parsed["record"]
+    if parsed.get("checksum") != _seal(record):
+        raise ValueError("the record was damaged")
+    return record
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
+
+
 def checksum(path: Path) -> str:
     """Return the xxh3-128 checksum of a file's bytes."""
     digest = xxhash.xxh3_128()
@@ -241,7 +265,7 @@ def _describe(path: Path) -> StoredFile:
 
 def _read_manifest(folder: Path) -> Entry | None:
     try:
-        record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        record = unsealed((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {name: StoredFile(**described) for name, described in record.pop("files").items()}
         return Entry(**(record | {"folder": folder, "files": files}))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

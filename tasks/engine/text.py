@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ HUB = {
     "c4": ("allenai/c4", None, "en/c4-train.00000-of-01024.json.gz", "train", "train"),
 }
 LOCAL_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# what a section of a recipe and the command line call the same
+COMMAND_LINE = "--text"
+_OPTIONS = {"path": COMMAND_LINE, "seq_len": "--window"}
 _PROBE_CHARACTERS_PER_TOKEN = 64
 
 
@@ -56,8 +60,26 @@ class TextSource:
             return not Path(str(self.path)).expanduser().exists()
         return self.path is None and self.name in HUB
 
+    def key(self, name: str) -> str:
+        """What the user writes to set ``name``: a key of the recipe, or an option."""
+        return _OPTIONS[name] if self.section == COMMAND_LINE else f"{self.section}.{name}"
+
+    @property
+    def column_mend(self) -> str:
+        """How the user names another column."""
+        given = self.section == COMMAND_LINE
+        return f"call it {self.column!r}" if given else f"set {self.section}.text_column"
+
 
 Document = str | list[dict[str, Any]]
+
+
+class Cut(Enum):
+    """What windows are cut from: documents joined as text, their tokens packed, or one of them."""
+
+    JOINED = "joined"
+    PACKED = "packed"
+    ONE = "one"
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -99,8 +121,13 @@ def text_digest(text: TextSource) -> str:
     return ";".join(checksum(file) for file in files)
 
 
-def read_documents(text: TextSource) -> list[Document]:
+def read_documents(text: TextSource, blank: bool = False) -> list[Document]:
     """Read the documents of a text with ``datasets``; a plain text file is one document.
+
+    Args:
+        text: the text.
+        blank: whether to keep blank rows: WikiText's belong to the string that perplexity is
+            measured on, as GPTQ (arXiv 2210.17323) and all after it join it.
 
     Raises:
         InputError: unreadable, without the named column, or empty.
@@ -110,35 +137,73 @@ def read_documents(text: TextSource) -> list[Document]:
     if "messages" in columns and text.column not in columns:
         documents: list[Document] = [row for row in rows["messages"] if row]
     elif text.column in columns:
-        documents = [row for row in rows[text.column] if row and row.strip()]
+        kind = rows.features[text.column]
+        if getattr(kind, "dtype", None) not in ("string", "large_string"):
+            raise InputError(
+                f"{text.section}: the column {text.column!r} holds no text; {text.column_mend}"
+            )
+        written: list[str] = [row for row in rows[text.column] if row is not None]
+        filled = [row for row in written if row.strip()]
+        documents = [*written] if blank and filled else [*filled]
     else:
         raise InputError(
             f"{text.section}: no column {text.column!r} (columns: {', '.join(columns)}); "
-            f"set {text.section}.text_column"
+            f"{text.column_mend}"
         )
     if not documents:
-        raise InputError(f"{text.section}.path: {text.path or text.name} holds no text")
+        raise InputError(f"{text.key('path')}: {text.path or text.name} holds no text")
     return documents
 
 
-def check_text(text: TextSource, source: Source, seq_len: int) -> None:
+def check_text(text: TextSource, source: Source, seq_len: int, cut: Cut = Cut.JOINED) -> list[int]:
     """Check, without the whole work, that at least one window of ``seq_len`` can be cut.
+
+    Args:
+        text: the text.
+        source: the checkpoint whose tokenizer counts.
+        seq_len: tokens of a window.
+        cut: what a window is cut from.
+
+    Returns:
+        The token ids that were looked at.
 
     Raises:
         InputError: as :func:`read_documents` and the cutting functions would raise it.
     """
     tokenizer = load_tokenizer(source)
     enough = seq_len * _PROBE_CHARACTERS_PER_TOKEN
-    documents = read_documents(text)
+    documents = read_documents(text, blank=cut is Cut.JOINED)
+    if cut is Cut.ONE:
+        return _longest_document(text, tokenizer, documents, seq_len)
+    encode = encode_joined if cut is Cut.JOINED else _encode_packed
     sample: list[Document] = []
     for document in documents:
         sample.append(document[:enough] if isinstance(document, str) else document)
         if sum(len(str(d)) for d in sample) >= enough:
             break
-    if len(encode_joined(text, tokenizer, sample)) >= seq_len:
-        return
-    length = len(encode_joined(text, tokenizer, documents))
-    _require_window(text, length, seq_len)
+    ids = encode(text, tokenizer, sample)
+    if len(ids) < seq_len:
+        ids = encode(text, tokenizer, documents)
+    _require_window(text, len(ids), seq_len)
+    return ids
+
+
+def _encode_packed(text: TextSource, tokenizer: Any, documents: Sequence[Document]) -> list[int]:
+    return [token for ids in encode_documents(text, tokenizer, documents) for token in ids]
+
+
+def _longest_document(
+    text: TextSource, tokenizer: Any, documents: Sequence[Document], seq_len: int
+) -> list[int]:
+    """Return the first document found that fills a window, the likeliest looked at first."""
+    longest = 0
+    for document in sorted(documents, key=lambda d: len(str(d)), reverse=True):
+        (ids,) = encode_documents(text, tokenizer, [document])
+        if len(ids) >= seq_len:
+            return ids
+        longest = max(longest, len(ids))
+    _require_window(text, longest, seq_len)
+    raise AssertionError("a document was too short and was not refused")
 
 
 def encode_documents(
@@ -156,7 +221,7 @@ def encode_documents(
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
             f"{text.section}: the file holds conversations, but the model's tokenizer has no chat "
-            f"template; give plain text, or set {text.section}.text_column"
+            f"template; give plain text, or {text.column_mend}"
         )
     return [
         list(tokenizer.apply_chat_template(d, tokenize=True, return_dict=False)) for d in documents
@@ -237,8 +302,8 @@ def random_document_crops(
 def _require_window(text: TextSource, length: int, seq_len: int) -> None:
     if length < seq_len:
         raise InputError(
-            f"{text.section}.path: {text.path or text.name} gives {length} tokens, fewer than one "
-            f"window of {seq_len}; give more text or set {text.section}.seq_len"
+            f"{text.key('path')}: {text.path or text.name} gives {length} tokens, fewer than one "
+            f"window of {seq_len}; give more text or set {text.key('seq_len')}"
         )
 
 
@@ -247,7 +312,7 @@ def _local_path(text: TextSource) -> Path:
         raise InputError(f"{text.section}.path: {text.name} needs a file; set {text.section}.path")
     path = Path(text.path).expanduser()
     if not path.exists():
-        raise InputError(f"{text.section}.path: {text.path}: no such file; give a text file")
+        raise InputError(f"{text.key('path')}: {text.path}: no such file; give a text file")
     return path
 
 
@@ -255,6 +320,8 @@ def _load(text: TextSource) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
+    # what it logs, it also raises
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         if text.remote:
             name, config, file, calibration_split, evaluation_split = _hub_entry(text)
@@ -265,8 +332,10 @@ def _load(text: TextSource) -> Any:
             loaded = datasets.load_from_disk(str(path))
             return loaded[text.split or next(iter(loaded))] if isinstance(loaded, dict) else loaded
         if path.stat().st_size == 0:
-            raise InputError(f"{text.section}.path: {text.path} is empty; give a file with text")
-        kind = LOCAL_LOADERS.get(path.suffix)
+            raise InputError(f"{text.key('path')}: {text.path} is empty; give a file with text")
+        # a compressed file has its kind before its last ending
+        named = (LOCAL_LOADERS.get(ending) for ending in (f".{text.name}", *path.suffixes))
+        kind = next((loader for loader in named if loader is not None), None)
         if kind is None:
             return datasets.load_dataset(
                 "text", data_files=str(path), split="train", sample_by="document"
@@ -279,7 +348,10 @@ def _load(text: TextSource) -> Any:
         reason = (str(cause).splitlines() or [type(cause).__name__])[0][:200]
         if text.remote:
             raise _unreachable(text, reason) from error
-        raise InputError(f"{text.section}.path: {text.path} cannot be read ({reason})") from error
+        raise InputError(
+            f"{text.key('path')}: {text.path} cannot be read ({reason}); give a file of text, "
+            "jsonl or parquet"
+        ) from error
 
 
 def _hub_entry(text: TextSource) -> tuple[str, str | None, str | None, str, str]:

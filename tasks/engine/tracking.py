@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "blockquant"
 IDENTITY_TAG = "blockquant.identity"
+FAILURE_TAG = "failure"
 LONGEST_PARAMETER = 6000
 LARGEST_BATCH = 100
 # a tracking server that is away answers within seconds, not minutes
@@ -59,6 +60,10 @@ class Run:
         for start in range(0, len(metrics), 1000):
             self.client().log_batch(self.id, metrics=metrics[start : start + 1000])
 
+    def known_metrics(self) -> set[str]:
+        """Names of the metrics that the run has already."""
+        return set(self.client().get_run(self.id).data.metrics)
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags in one call."""
         from mlflow.entities import RunTag
@@ -92,7 +97,7 @@ class Run:
 
     def fail(self, reason: str) -> None:
         """Keep the run as failed, with its reason."""
-        self.set_tags({"failure": reason})
+        self.set_tags({FAILURE_TAG: reason})
         self.client().set_terminated(self.id, "FAILED")
 
 
@@ -102,6 +107,8 @@ def open_run(
     name: str,
     parameters: Mapping[str, Any],
     tags: Mapping[str, str],
+    *,
+    even_finished: bool = False,
 ) -> Run:
     """Open the run of one quantization, or go on in the one that was not finished.
 
@@ -111,6 +118,7 @@ def open_run(
         name: the run's name.
         parameters: the recipe's values, flat.
         tags: versions and digests.
+        even_finished: go on in the newest run even if it was: the flow died right after.
     """
     from mlflow.entities import Param
 
@@ -118,13 +126,16 @@ def open_run(
     experiment = _experiment(client, settings)
     unfinished = client.search_runs(
         [experiment],
-        f"tags.`{IDENTITY_TAG}` = '{identity}' and attributes.status != 'FINISHED'",
+        f"tags.`{IDENTITY_TAG}` = '{identity}'"
+        + ("" if even_finished else " and attributes.status != 'FINISHED'"),
         max_results=1,
         order_by=["attributes.start_time DESC"],
     )
     if unfinished:
         run_id = unfinished[0].info.run_id
         client.update_run(run_id, status="RUNNING")
+        if FAILURE_TAG in unfinished[0].data.tags:
+            client.delete_tag(run_id, FAILURE_TAG)
     else:
         created = client.create_run(experiment, tags={IDENTITY_TAG: identity}, run_name=name)
         run_id = created.info.run_id
@@ -171,9 +182,20 @@ def prepared_client(settings: Settings) -> MlflowClient:
     database.parent.mkdir(parents=True, exist_ok=True)
     # two processes that create the database at once corrupt it
     with FileLock(database.with_suffix(".lock")):
+        if not database.exists():
+            _create_database(database)
         client = _client(settings.tracking_uri)
         client.search_experiments(max_results=1)
     return client
+
+
+def _create_database(database: Path) -> None:
+    """Create and migrate the database under another name: killed half-way, it could not be used."""
+    unfinished = database.with_name(f".{database.name}.new")
+    for leftover in database.parent.glob(f"{unfinished.name}*"):
+        leftover.unlink()
+    _client(f"sqlite:///{unfinished}").search_experiments(max_results=1)
+    os.replace(unfinished, database)
 
 
 def _experiment(client: MlflowClient, settings: Settings) -> str:

@@ -16,6 +16,7 @@ from tasks.engine.job import Job
 from tasks.engine.source import Source
 from tasks.engine.store import Draft, Entry, load_tensors
 from tasks.engine.text import (
+    Cut,
     TextSource,
     check_text,
     consecutive_windows,
@@ -32,6 +33,13 @@ from tasks.engine.text import (
 )
 
 TOKENS = "tokens.safetensors"
+# what the windows of each preset are cut from
+_CUT_FROM = {
+    "crop": Cut.JOINED,
+    "pack": Cut.PACKED,
+    "truncate": Cut.ONE,
+    "crop_documents": Cut.ONE,
+}
 
 Section = Calibration | Evaluation
 
@@ -85,19 +93,26 @@ def check_section(source: Source, section: Section) -> None:
         InputError: no text, no tokenizer, too short, or windows longer than the model's context.
     """
     place = "eval" if isinstance(section, Evaluation) else "calib"
-    context = source.config.get("max_position_embeddings")
-    if context and section.seq_len > context:
-        raise InputError(
-            f"{place}.seq_len: windows of {section.seq_len} tokens are longer than the model's "
-            f"context of {context}; set {place}.seq_len to at most {context}"
-        )
+    require_context(source, section.seq_len, f"{place}.seq_len")
     if section.name is DataName.SELF_GENERATED:
         return
     text = _text_of(section)
     load_tokenizer(source)
     text_digest(text)
     if not text.remote:
-        check_text(text, source, section.seq_len)
+        cut = _CUT_FROM[_preset(section)] if isinstance(section, Calibration) else Cut.JOINED
+        ids = check_text(text, source, section.seq_len, cut)
+        require_known_tokens(torch.tensor(ids), source)
+
+
+def require_context(source: Source, seq_len: int, key: str) -> None:
+    """Refuse windows that are longer than the model's context; ``key`` is what sets them."""
+    context = source.config.get("max_position_embeddings")
+    if context and seq_len > context:
+        raise InputError(
+            f"{key}: windows of {seq_len} tokens are longer than the model's context of {context}; "
+            f"set {key} to at most {context}"
+        )
 
 
 def token_windows(source: Source, section: Section, device: str) -> Tensor:
@@ -113,9 +128,9 @@ def token_windows(source: Source, section: Section, device: str) -> Tensor:
     if section.name is DataName.SELF_GENERATED:
         return sample_windows(source, section.n_samples, section.seq_len, seed, device)
     text, tokenizer = _text_of(section), load_tokenizer(source)
-    documents = read_documents(text)
     length, samples = section.seq_len, section.n_samples
     preset = _preset(section)
+    documents = read_documents(text, blank=_CUT_FROM[preset] is Cut.JOINED)
     if preset == "crop":
         windows = random_crops(
             text, encode_joined(text, tokenizer, documents), length, samples, seed
@@ -134,7 +149,7 @@ def evaluation_windows(
     source: Source, text: TextSource, seq_len: int, windows: int | None
 ) -> Tensor:
     """Encode a text once, with one BOS, and cut it into non-overlapping windows from its start."""
-    ids = encode_joined(text, load_tokenizer(source), read_documents(text))
+    ids = encode_joined(text, load_tokenizer(source), read_documents(text, blank=True))
     return require_known_tokens(consecutive_windows(text, ids, seq_len, windows), source)
 
 

@@ -1,0 +1,49 @@
+"""Publications that were begun and not ended.
+
+A run that dies between the publishing rename and its last word to MLflow finds, when it is run
+again, an output folder that is its own: this record says so. Any other folder is in the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from tasks.engine.job import Job
+from tasks.engine.store import write_text
+
+
+def work_identity(job: Job, output: Path | None) -> str:
+    """What makes two runs the same work: recipe, source, output and what is left out."""
+    work = [job.recipe.canonical(), str(job.source.path), str(output), job.plan.ignore]
+    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def publication_key(output: Path) -> str:
+    """Name of the lock and of the record of publishing at ``output``."""
+    return hashlib.sha256(f"publication {output}".encode()).hexdigest()
+
+
+def begin(store: Path, output: Path, identity: str) -> None:
+    """Note that the work ``identity`` is about to publish at ``output``."""
+    record = _record(store, output)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_text(record, identity)
+
+
+def begun(store: Path, output: Path) -> str | None:
+    """Return the identity of the work that published at ``output`` and has not ended."""
+    try:
+        return _record(store, output).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def end(store: Path, output: Path) -> None:
+    """Note that the work is done: from now on its output is in the way of any other run."""
+    _record(store, output).unlink(missing_ok=True)
+
+
+def _record(store: Path, output: Path) -> Path:
+    return store / "publishing" / publication_key(output)

@@ -1,0 +1,124 @@
+"""A real ``blockquant quantize`` with its own Prefect server, killed at random moments."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tasks.engine.publication import begun
+from tests.integration.test_resume import assert_tracked, contents
+from tests.models import make_checkpoint, make_text
+
+KILLS = 10
+BLOCKS = 2
+ROOT = Path(__file__).parent.parent.parent
+# a server that migrates its new database finishes that first
+LAST_SECONDS = 60
+RECIPE = """
+calib: {{name: text, path: {text}, n_samples: 4, seq_len: 64}}
+eval: {{name: text, path: {text}, windows: 2, seq_len: 64}}
+quant:
+  method: Identity
+  quant_out: true
+  weight: {{bit: 8, symmetric: true, granularity: per_channel}}
+  act: {{bit: 8, symmetric: true, granularity: per_token}}
+"""
+
+
+def command(recipe: Path, model: Path, output: Path) -> list[str]:
+    options = ["--model", str(model), "--output", str(output), "--json"]
+    return [sys.executable, "-m", "flows.cli", "quantize", str(recipe), *options]
+
+
+def environment(home: Path) -> dict[str, str]:
+    # nothing of the session's own server: the command starts one
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "BLOCKQUANT_"))}
+    return kept | {"BLOCKQUANT_HOME": str(home), "PYTHONPATH": str(ROOT)}
+
+
+def servers(home: Path) -> list[int]:
+    """Prefect servers of this home that still live."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "flows.prefect_api" not in " ".join(process.cmdline()):
+                continue
+            if process.environ().get("BLOCKQUANT_HOME") == str(home):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_until_gone(home: Path) -> float:
+    """Wait until no server of this home lives; return how long that took."""
+    start = time.monotonic()
+    while servers(home):
+        assert time.monotonic() - start < LAST_SECONDS, "a Prefect server outlives its command"
+        time.sleep(0.2)
+    return time.monotonic() - start
+
+
+def launch(arguments: list[str], home: Path) -> subprocess.Popen[str]:
+    pipe: Any = subprocess.PIPE
+    return subprocess.Popen(
+        arguments, env=environment(home), stdout=pipe, stderr=pipe, text=True, cwd=home
+    )
+
+
+@pytest.mark.ops
+@pytest.mark.timeout(1500)
+def test_ten_kills_at_random_moments(prepared_home: Path, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "tiny", blocks=BLOCKS)
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(RECIPE.format(text=make_text(tmp_path / "words.txt", words=3000)))
+
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    begun = time.monotonic()
+    undisturbed = launch(command(recipe, model, tmp_path / "published" / "out"), calm)
+    _, complaint = undisturbed.communicate()
+    duration = time.monotonic() - begun
+    assert undisturbed.returncode == 0, complaint
+    expected = contents(tmp_path / "published" / "out")
+
+    draw = random.Random(20240917)
+    killed = rounds = 0
+    while killed < KILLS:
+        # a round begins with nothing, not even databases, and ends with a published checkpoint
+        rounds += 1
+        home = tmp_path / f"home-{rounds}"
+        home.mkdir()
+        output = tmp_path / f"killed-{rounds}" / "out"
+        while not ended(home, output):
+            process = launch(command(recipe, model, output), home)
+            moment = draw.uniform(0, duration) if killed < KILLS else None
+            try:
+                _, complaint = process.communicate(timeout=moment)
+                assert process.returncode == 0, complaint
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                assert process.returncode == -signal.SIGKILL
+                killed += 1
+        found = contents(output)
+        assert sorted(found) == sorted(expected)
+        assert [name for name in found if found[name] != expected[name]] == []
+        assert os.listdir(output.parent) == ["out"]
+        assert_tracked(home)
+        wait_until_gone(home)
+    print(f"{killed} kills in {rounds} rounds, {duration:.1f} s undisturbed")
+
+
+def ended(home: Path, output: Path) -> bool:
+    """Published, and MLflow told so: a kill after that leaves nothing to be done."""
+    return output.exists() and begun(home / "store", output) is None

@@ -1,0 +1,484 @@
+"""Kill a run anywhere, run it again: the same bytes, and only what was lost is computed again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.integration.crashing import Ran, Work, finish, run, start
+from tests.models import make_checkpoint, make_text
+
+BLOCKS = 2
+LINEARS = 7
+KILLED = -9
+SCHEMES = {
+    "w8a8": """
+  quant_out: true
+  weight: {bit: 8, symmetric: true, granularity: per_channel}
+  act: {bit: 8, symmetric: true, granularity: per_token}
+""",
+    "w4a16": """
+  quant_out: false
+  weight: {bit: 4, symmetric: true, granularity: per_group, group_size: 128, need_pack: true}
+""",
+}
+STEPS = [
+    "load_model",
+    "calibration_set",
+    "transform[block 0]",
+    "quantize[block 0]",
+    "pack[block 0]",
+    "advance[block 0]",
+    "transform[block 1]",
+    "quantize[block 1]",
+    "pack[block 1]",
+    "export",
+    "verify",
+    "evaluation_set",
+    "evaluate",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe with its model, and what an undisturbed run of it did and gave."""
+
+    folder: Path
+    prepared: Path
+    recipe: Path
+    model: Path
+    undisturbed: Ran
+    files: dict[str, bytes]
+
+    def parameters(self, output: Path, **more: Any) -> dict[str, Any]:
+        given = {"recipe": str(self.recipe), "model": str(self.model), "output": str(output)}
+        return given | more
+
+
+@pytest.fixture(scope="module")
+def w8a8(
+    services: dict[str, str], prepared_home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Case:
+    return make_case(tmp_path_factory.mktemp("one"), "w8a8", prepared_home)
+
+
+@pytest.fixture(scope="module")
+def w4a16(
+    services: dict[str, str], prepared_home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Case:
+    return make_case(tmp_path_factory.mktemp("one"), "w4a16", prepared_home)
+
+
+def make_case(folder: Path, scheme: str, prepared: Path) -> Case:
+    model = make_checkpoint(folder / "tiny", blocks=BLOCKS)
+    text = make_text(folder / "words.txt", words=3000)
+    recipe = folder / f"{scheme}.yml"
+    recipe.write_text(
+        f"calib: {{name: text, path: {text}, n_samples: 4, seq_len: 64}}\n"
+        f"eval: {{name: text, path: {text}, windows: 2, seq_len: 64}}\n"
+        f"quant:\n  method: Identity{SCHEMES[scheme]}"
+    )
+    empty = Case(folder, prepared, recipe, model, Ran(0, [], {}, {}), {})
+    output = folder / "undisturbed" / "out"
+    ran = run(Work(new_home(empty, "undisturbed"), empty.parameters(output), folder / "trace"))
+    assert ran.exitcode == 0, ran.result
+    assert ran.made == STEPS
+    assert ran.counts == {"decide": BLOCKS, "round": BLOCKS * LINEARS}
+    return Case(folder, prepared, recipe, model, ran, contents(output))
+
+
+def new_home(case: Case, name: str) -> Path:
+    home = case.folder / name / "home"
+    home.mkdir(parents=True)
+    shutil.copy(case.prepared / "mlflow.db", home / "mlflow.db")
+    return home
+
+
+def used_home(case: Case, name: str) -> Path:
+    """The home that the undisturbed run left, to be damaged."""
+    home = case.folder / name / "home"
+    # real copies: the damage must not reach the original through a hard link
+    shutil.copytree(case.folder / "undisturbed" / "home", home)
+    return home
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def assert_published(case: Case, output: Path) -> None:
+    found = contents(output)
+    assert sorted(found) == sorted(case.files)
+    assert [name for name in found if found[name] != case.files[name]] == []
+    assert os.listdir(output.parent) == [output.name], "something is left beside the output"
+
+
+def assert_tracked(home: Path, runs: int = 1) -> None:
+    """Every run finished, with one point per metric and step."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("blockquant")
+    found = client.search_runs([experiment.experiment_id])
+    assert [r.info.status for r in found] == ["FINISHED"] * runs
+    for tracked in found:
+        assert "failure" not in tracked.data.tags
+        assert {f"eval.{n}" for n in ("nll", "kl", "top1_agreement")} <= set(tracked.data.metrics)
+        for name in tracked.data.metrics:
+            points = [p.step for p in client.get_metric_history(tracked.info.run_id, name)]
+            several = name.startswith(("weight_error.", "output_error."))
+            assert sorted(points) == list(range(BLOCKS if several else 1)), name
+
+
+def assert_store_clean(home: Path) -> None:
+    assert list((home / "store" / "staging").iterdir()) == []
+
+
+def kill_and_resume(
+    case: Case, at: int | str, place: str, old: bool = False, **more: Any
+) -> list[str]:
+    """Kill at one event, run the same again, check all; return the events up to the kill."""
+    home = new_home(case, place)
+    output = case.folder / place / "published" / "out"
+    if old:
+        output.mkdir(parents=True)
+        (output / "old.txt").write_text("what was published before")
+    parameters = case.parameters(output, **more)
+    killed = run(Work(home, parameters, home.parent / "killed", kill_at=at))
+    assert killed.exitcode == KILLED, killed.result
+    if output.exists() and not (output / "old.txt").exists():
+        assert contents(output) == case.files, "published, but not whole"
+    resumed = run(Work(home, parameters, home.parent / "resumed"))
+    assert resumed.exitcode == 0, resumed.result
+    assert_published(case, output)
+    done = {event.removesuffix(": committed") for event in killed.events}
+    assert resumed.made == [step for step in STEPS if step not in done]
+    for what, once in (("decide", 1), ("round", LINEARS)):
+        computed = killed.counts.get(what, 0) + resumed.counts.get(what, 0)
+        assert computed <= (BLOCKS + 1) * once, f"more than one block again: {computed} {what}"
+    assert_tracked(home)
+    assert_store_clean(home)
+    return killed.events
+
+
+def kill_each(case: Case, points: Iterable[int | str], name: str, **more: Any) -> None:
+    """Kill at each of these events, two at a time; report every one that fails."""
+
+    def attempt(point: int | str) -> str | None:
+        place = f"{name}-{str(point).replace(': ', '-').replace(' ', '-').replace('/', '-')}"
+        try:
+            events = kill_and_resume(case, point, place, **more)
+            if isinstance(point, int):
+                assert events == case.undisturbed.events[: point + 1]
+            else:
+                assert events[-1] == point
+        except Exception as error:
+            named = case.undisturbed.events[point] if isinstance(point, int) else point
+            return f"{named}: {type(error).__name__}: {error}"
+        # a failed one is kept to be looked at
+        shutil.rmtree(case.folder / place)
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        failures = [failure for failure in pool.map(attempt, points) if failure]
+    assert not failures, "\n\n".join(failures)
+
+
+def test_one_kill_of_each_kind(w8a8: Case) -> None:
+    points = (
+        "open_run: set_tags sent",
+        "transform[block 0]: digests torn",
+        "quantize[block 0]: committed",
+        "advance[block 0]: hidden.safetensors torn",
+        "advance[block 0]: before rename to entries",
+        "transform[block 1]: decision.safetensors torn",
+        "transform[block 1]: committed",
+        "quantize[block 1]: locked",
+        "quantize[block 1]: record torn",
+        "pack[block 1]: block.safetensors torn",
+        "pack[block 1]: block.safetensors written",
+        "pack[block 1]: manifest torn",
+        "pack[block 1]: before replace to manifest.json",
+        "pack[block 1]: before rename to entries",
+        "drop_boundaries: trash made",
+        "export: before link to model-00002-of-00003.safetensors",
+        "evaluate: committed",
+        "publish: blockquant.json torn",
+        "publish: before rename to out",
+        "publish: .out.blockquant-old removed",
+        "register: log_points sent",
+        "register: finish sent",
+    )
+    kill_each(w8a8, points, "kind")
+
+
+def test_kills_where_blocks_run_with_their_source_weights(w4a16: Case) -> None:
+    points = (
+        "calibration_set: committed",
+        "advance[block 0]: committed",
+        "transform[block 1]: locked",
+        "quantize[block 1]: committed",
+    )
+    kill_each(w4a16, points, "source")
+
+
+def test_kills_while_an_older_output_is_replaced(w8a8: Case) -> None:
+    points = (
+        "publish: before rename to .out.blockquant-old",
+        "publish: before rename to out",
+        "publish: ends",
+    )
+    kill_each(w8a8, points, "overwrite", old=True, overwrite=True)
+
+
+@pytest.mark.ops
+@pytest.mark.timeout(1500)
+def test_a_kill_at_every_event(w8a8: Case) -> None:
+    kill_each(w8a8, range(len(w8a8.undisturbed.events)), "every")
+
+
+@pytest.mark.ops
+@pytest.mark.timeout(900)
+def test_a_kill_at_every_task_boundary(w4a16: Case) -> None:
+    """Before each step computes, and when its entry is there but Prefect has no record of it."""
+    events = w4a16.undisturbed.events
+    points = [n for n, e in enumerate(events) if e.endswith((": locked", ": committed"))]
+    kill_each(w4a16, points, "boundary")
+
+
+# What was found, what was damaged
+
+
+def again(case: Case, home: Path, name: str = "again", **more: Any) -> Ran:
+    """Run once more with another output, and compare what is published."""
+    output = home.parent / name / "out"
+    ran = run(Work(home, case.parameters(output, **more), home.parent / f"{name}.trace"))
+    assert ran.exitcode == 0, ran.result
+    if "overrides" not in more:
+        assert_published(case, output)
+    return ran
+
+
+def entries(home: Path, task: str) -> list[Path]:
+    """Folders of a task's entries, oldest first."""
+    found = []
+    for manifest in (home / "store" / "entries").glob("*/*/manifest.json"):
+        record = json.loads(manifest.read_text())["record"]
+        if record["task"] == task:
+            found.append((record["created"], manifest.parent))
+    return [folder for _, folder in sorted(found)]
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    replace(path, path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    replace(path, b"")
+
+
+def flip(path: Path) -> None:
+    """Change the last digit or byte: the file still reads as what it was."""
+    data = bytearray(path.read_bytes())
+    digits = [i for i, byte in enumerate(data) if byte in b"0123456789"]
+    place = digits[len(digits) // 2] if path.suffix == ".json" else len(data) - 1
+    data[place] ^= 1
+    replace(path, bytes(data))
+
+
+def replace(path: Path, data: bytes) -> None:
+    # a new file: the old one may be linked from the export and from what was published
+    path.unlink()
+    path.write_bytes(data)
+
+
+DAMAGES = [delete, truncate, flip]
+
+
+def test_a_second_run_finds_everything(w8a8: Case) -> None:
+    home = used_home(w8a8, "second")
+    ran = again(w8a8, home)
+    assert ran.made == []
+    assert ran.counts == {}
+    assert_tracked(home, runs=2)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_payload_is_computed_again(w8a8: Case, damage: Callable[[Path], None]) -> None:
+    home = used_home(w8a8, f"payload-{damage.__name__}")
+    damage(entries(home, "calibration_set")[0] / "tokens.safetensors")
+    damage(entries(home, "transform")[1] / "decision.safetensors")
+    damage(entries(home, "pack")[0] / "block.safetensors")
+    damage(entries(home, "export")[0] / "model-00003-of-00003.safetensors")
+    damage(entries(home, "evaluation_set")[0] / "tokens.safetensors")
+    ran = again(w8a8, home)
+    assert ran.made == [
+        "calibration_set",
+        "pack[block 0]",
+        "transform[block 1]",
+        "export",
+        "evaluation_set",
+    ]
+
+
+def test_damage_that_reaches_the_export_through_its_link(w8a8: Case) -> None:
+    home = new_home(w8a8, "linked")
+    again(w8a8, home, "first")
+    shard = entries(home, "pack")[1] / "block.safetensors"
+    assert shard.stat().st_nlink == 3, "in the store, in the export, published"
+    os.truncate(shard, 1000)
+    assert again(w8a8, home, "next").made == ["pack[block 1]", "export"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_manifest_is_computed_again(w8a8: Case, damage: Callable[[Path], None]) -> None:
+    home = used_home(w8a8, f"manifest-{damage.__name__}")
+    tasks = {"load_model": 0, "quantize": 1, "advance": 0, "verify": 0, "evaluate": 0}
+    for folder in [entries(home, task)[number] for task, number in tasks.items()]:
+        damage(folder / "manifest.json")
+    made = ["load_model", "advance[block 0]", "quantize[block 1]", "verify", "evaluate"]
+    assert again(w8a8, home).made == made
+
+
+@pytest.mark.parametrize("damage", [delete, truncate, empty, flip])
+def test_damaged_records_of_prefect_and_of_digests(
+    w8a8: Case, damage: Callable[[Path], None]
+) -> None:
+    home = used_home(w8a8, f"records-{damage.__name__}")
+    records = list((home / "store" / "prefect").iterdir())
+    memos = list((home / "store" / "digests").iterdir())
+    assert len(records) == len(STEPS)
+    assert len(memos) == 1
+    for path in (*records, *memos):
+        damage(path)
+    assert again(w8a8, home).made == []
+
+
+def test_a_lost_store_is_made_again(w8a8: Case) -> None:
+    home = used_home(w8a8, "lost")
+    shutil.rmtree(home / "store" / "entries")
+    assert again(w8a8, home).made == STEPS
+
+
+def test_a_changed_scheme_computes_only_what_depends_on_it(w4a16: Case, w8a8: Case) -> None:
+    rounded = ["quantize[block 0]", "pack[block 0]", "quantize[block 1]", "pack[block 1]"]
+    measured = ["export", "verify", "evaluate"]
+    home = used_home(w4a16, "changed")
+    smaller = again(w4a16, home, overrides=["quant.weight.group_size=64"])
+    assert smaller.made == [*rounded, *measured]
+    assert smaller.counts == {"round": BLOCKS * LINEARS}
+    # quantized blocks pass on other hidden states: what comes later is searched again
+    home = used_home(w8a8, "changed")
+    other = again(w8a8, home, overrides=["quant.act=null", "quant.weight.need_pack=true"])
+    assert "transform[block 0]" not in other.made
+    assert "transform[block 1]" in other.made
+
+
+def test_kills_while_a_damaged_entry_is_replaced(w8a8: Case) -> None:
+    for point in (
+        "pack[block 1]: before rename to trash",
+        "pack[block 1]: trash made",
+        "pack[block 1]: before rename to entries",
+    ):
+        home = used_home(w8a8, point.replace(": ", "-").replace(" ", "-"))
+        truncate(entries(home, "pack")[1] / "block.safetensors")
+        work = w8a8.parameters(home.parent / "published" / "out")
+        killed = run(Work(home, work, home.parent / "killed", kill_at=point))
+        assert killed.exitcode == KILLED, killed.result
+        resumed = run(Work(home, work, home.parent / "resumed"))
+        assert resumed.exitcode == 0, resumed.result
+        assert resumed.made == ["pack[block 1]"]
+        assert_published(w8a8, home.parent / "published" / "out")
+
+
+# Locks, failures, company
+
+
+def test_locks_of_a_killed_process_are_free(w8a8: Case) -> None:
+    home = new_home(w8a8, "locks")
+    work = w8a8.parameters(home.parent / "published" / "out")
+    killed = run(
+        Work(home, work, home.parent / "killed", "advance[block 0]: hidden.safetensors torn")
+    )
+    assert killed.exitcode == KILLED
+    locks = set((home / "store" / "locks").iterdir())
+    assert len(locks) == len(STEPS[:6]) + 1, "of six steps and of the boundary"
+    resumed = run(Work(home, work, home.parent / "resumed"))
+    assert resumed.exitcode == 0, resumed.result
+    assert_published(w8a8, home.parent / "published" / "out")
+
+
+def test_a_failed_run_is_kept_and_gone_on_with(w8a8: Case) -> None:
+    from mlflow import MlflowClient
+
+    home = new_home(w8a8, "failed")
+    model = home.parent / w8a8.model.name
+    shutil.copytree(w8a8.model, model)
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    work = w8a8.parameters(home.parent / "published" / "out", model=str(model))
+    failed = run(Work(home, work, home.parent / "failed"))
+    assert failed.exitcode == 1
+    assert "model.layers.1.mlp.up_proj.weight" in failed.result["error"]
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    (tracked,) = client.search_runs([client.get_experiment_by_name("blockquant").experiment_id])
+    assert tracked.info.status == "FAILED"
+    assert "model.layers.1.mlp.up_proj.weight" in tracked.data.tags["failure"]
+    assert not (home.parent / "published").exists()
+
+    weights.write_bytes(whole)
+    mended = run(Work(home, work, home.parent / "mended"))
+    assert mended.exitcode == 0, mended.result
+    assert mended.made == [step for step in STEPS if step not in STEPS[:6]]
+    assert_published(w8a8, home.parent / "published" / "out")
+    assert_tracked(home)
+
+
+def test_two_processes_share_the_work(w8a8: Case) -> None:
+    home = new_home(w8a8, "company")
+    works = [
+        Work(home, w8a8.parameters(home.parent / name / "out"), home.parent / f"{name}.trace")
+        for name in ("one", "other")
+    ]
+    processes = [start(work) for work in works]
+    both = [finish(work, process) for work, process in zip(works, processes, strict=True)]
+    assert [ran.exitcode for ran in both] == [0, 0], [ran.result for ran in both]
+    for name in ("one", "other"):
+        assert_published(w8a8, home.parent / name / "out")
+    assert sorted([*both[0].made, *both[1].made]) == sorted(STEPS), "each step once in total"
+    assert_tracked(home, runs=2)
+
+
+def test_two_processes_with_one_output(w8a8: Case) -> None:
+    home = new_home(w8a8, "rivals")
+    output = home.parent / "published" / "out"
+    works = [
+        Work(home, w8a8.parameters(output), home.parent / f"{name}.trace") for name in ("a", "b")
+    ]
+    processes = [start(work) for work in works]
+    both = [finish(work, process) for work, process in zip(works, processes, strict=True)]
+    assert 0 in [ran.exitcode for ran in both], [ran.result for ran in both]
+    for ran in both:
+        # one that comes when all is done is refused
+        assert ran.exitcode == 0 or "exists already" in ran.result["error"], ran.result
+    assert_published(w8a8, output)

@@ -1,0 +1,200 @@
+"""What is checked and predicted before any work."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs.loading import load_recipe
+from configs.schema import Recipe
+from tasks.check import Request, check, check_device, describe, output_folder, resolve_model
+from tasks.engine.errors import InputError
+from tasks.engine.source import INDEX, open_source
+from tests.models import make_checkpoint
+
+
+def recipe(*overrides: str, name: str = "rtn_w4a16") -> Recipe:
+    return load_recipe(name, overrides)
+
+
+@pytest.fixture
+def request_for(tmp_path: Path, tiny: Path) -> Callable[..., Request]:
+    """A request to quantize the random model."""
+
+    def make(asked: Recipe | None = None, **changes: Any) -> Request:
+        given = {"model": str(tiny), "output": tmp_path / "out", "store": tmp_path / "store"}
+        return Request(asked or recipe(), **(given | changes))
+
+    return make
+
+
+# where the output goes
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "output", "expected"),
+    [
+        ("rtn_w4a16", "some/folder", "out", "out"),
+        ("rtn_w4a16", "some/folder", None, "folder-rtn_w4a16"),
+        ("configs/fp8/rtn_fp8.yml", "/some/folder/", None, "folder-rtn_fp8"),
+        ("rtn_w4a16", "org/name", None, "name-rtn_w4a16"),
+        ("rtn_w4a16", ".", None, "here-rtn_w4a16"),
+        ("rtn_w4a16", "../other", None, "other-rtn_w4a16"),
+        ("rtn_w4a16", None, None, "model-rtn_w4a16"),
+    ],
+)
+def test_output_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    model: str | None,
+    output: str | None,
+    expected: str,
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert output_folder(recipe(), name, model, output) == here / expected
+
+
+def test_output_folder_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = recipe("save.save_path=exports/here", "model.path=models/llama")
+    assert output_folder(asked, "rtn_w4a16", None, None) == tmp_path / "exports" / "here"
+    assert output_folder(asked, "rtn_w4a16", None, "out") == tmp_path / "out"
+    asked = recipe("model.path=models/llama")
+    assert output_folder(asked, "rtn_w4a16", None, None) == tmp_path / "llama-rtn_w4a16"
+
+
+# what is predicted
+
+
+def test_prediction_follows_the_scheme(request_for: Callable[..., Request]) -> None:
+    sizes = {}
+    for name in ("rtn_w4a16", "rtn_w4a16_asym", "rtn_w8a16"):
+        job, prediction = check(request_for(recipe(name=name)))
+        described = describe(job, prediction)
+        assert described["export_bytes"] == prediction.export_bytes
+        assert described["linears"] == 14
+        sizes[name] = prediction.export_bytes
+    assert sizes["rtn_w4a16"] < sizes["rtn_w4a16_asym"] < sizes["rtn_w8a16"]
+
+
+def test_prediction_grows_with_the_calibration_set(
+    request_for: Callable[..., Request], words: Path
+) -> None:
+    text = ("quant.method=Identity", "calib.name=text", f"calib.path={words}", "calib.seq_len=64")
+    _, small = check(request_for(recipe(*text, "calib.n_samples=64")))
+    _, large = check(request_for(recipe(*text, "calib.n_samples=65536")))
+    # both hold hidden states of float32 twice
+    tokens = (65536 - 64) * 64
+    assert large.peak_memory_bytes - small.peak_memory_bytes == 2 * tokens * 128 * 4
+    assert large.seconds > small.seconds
+
+
+def test_memory_that_is_not_there(
+    request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(total=2**20, available=2**20)
+    )
+    with pytest.raises(InputError, match=r"memory: the run needs about .* use fewer calibration"):
+        check(request_for())
+
+
+def test_nothing_is_left_behind(request_for: Callable[..., Request], tmp_path: Path) -> None:
+    check(request_for())
+    assert list(tmp_path.iterdir()) == []
+
+
+# which models are taken
+
+
+def test_float32_and_float16_sources(request_for: Callable[..., Request], tmp_path: Path) -> None:
+    for dtype, name in ((torch.float32, "float32"), (torch.float16, "float16")):
+        model = make_checkpoint(tmp_path / name, blocks=1, hidden=128, dtype=dtype)
+        job, _ = check(request_for(recipe(f"model.torch_dtype={name}"), model=str(model)))
+        assert job.dtype is dtype
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "500KB"])
+def test_rotary_tables_of_older_checkpoints_are_skipped(
+    request_for: Callable[..., Request], tmp_path: Path, shard_size: str
+) -> None:
+    """Llama checkpoints of 2023 hold a table in every block; transformers skips it too."""
+    model = make_checkpoint(tmp_path / "model", shard_size=shard_size)
+    files = sorted(model.glob("*.safetensors"))
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file(load_file(files[-1]) | {name: torch.ones(16)}, files[-1], {"format": "pt"})
+    if (model / INDEX).is_file():
+        index = json.loads((model / INDEX).read_text())
+        index["weight_map"][name] = files[-1].name
+        (model / INDEX).write_text(json.dumps(index))
+    assert name not in open_source(model).tensors
+    check(request_for(model=str(model)))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", "no place for model.layers.0.self_attn.q_proj"),
+        ("model.layers.2.input_layernorm.weight", "beyond the 2 of config.json"),
+        ("vision.weight", "no place for vision.weight"),
+    ],
+)
+def test_tensors_of_another_model(
+    request_for: Callable[..., Request], tmp_path: Path, name: str, says: str
+) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors[name] = torch.zeros(128, dtype=torch.bfloat16)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=says):
+        check(request_for(model=str(model)))
+
+
+def test_hub_gives_no_pickles_and_no_code(
+    request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.update(name=name, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve_model(request_for(model="org/name")) == tmp_path
+    assert asked["name"] == "org/name"
+
+    def wanted(file: str) -> bool:
+        return any(fnmatch.fnmatch(file, pattern) for pattern in asked["patterns"])
+
+    for file in ("model-00001-of-00002.safetensors", INDEX, "config.json", "tokenizer.model"):
+        assert wanted(file)
+    for file in ("pytorch_model.bin", "model.pt", "modeling_org.py", "weights.pkl", "model.gguf"):
+        assert not wanted(file)
+
+
+# devices
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "cuda:x", "meta", "cuda:-1"])
+def test_devices_that_are_none(device: str) -> None:
+    with pytest.raises(InputError, match="--device"):
+        check_device(device)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [check_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:0", "cuda:1"]
+    with pytest.raises(InputError, match="this machine has 2 CUDA devices"):
+        check_device("cuda:2")
