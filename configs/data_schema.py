@@ -96,6 +96,11 @@ class Evaluation(_Data):
     @model_validator(mode="after")
     def _text_can_be_found(self) -> Evaluation:
         _check_path(self.name, self.download, self.path)
+        if self.name is DataName.SELF_GENERATED and self.path is not None:
+            raise ValueError(
+                f"path: {self.path} would not be read, the model writes its own text; "
+                "write name: text beside it"
+            )
         if self.name is DataName.SELF_GENERATED and self.windows is None:
             raise ValueError("windows: text that the model writes has no end; write windows: 16")
         return self

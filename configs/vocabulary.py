@@ -107,7 +107,7 @@ class DataName(StrEnum):
 
 
 class EvaluationDtype(StrEnum):
-    """The dtype that the model is evaluated in; auto is the checkpoint's."""
+    """The dtype that the model is evaluated in; auto is float32 on a CPU, else bfloat16."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -121,7 +121,7 @@ class EvaluationType(StrEnum):
 
 
 class TorchDtype(StrEnum):
-    """The dtype that the source's weights are taken in; auto is the checkpoint's."""
+    """The dtype that the source's weights are taken in; auto is float32 on a CPU, else bfloat16."""
 
     AUTO = "auto"
     FLOAT32 = "float32"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +57,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 def main() -> None:
     """Run the command line; every failure is one line on standard error and an exit status."""
+    from flows.prefect_api import quiet_defaults
+    from tasks.engine.settings import settings
+
+    # before anything imports Prefect, which speaks and sends as soon as it is imported
+    quiet_defaults(settings().prefect_home)
     arguments = sys.argv[1:] or ["--help"]
     sys.exit(_guarded(lambda: app(arguments, standalone_mode=False)))
 
@@ -127,12 +133,11 @@ def quantize(
 
 def run_quantization(parameters: dict[str, Any]) -> dict[str, Any]:
     """Check the input, then run the flow under a Prefect API."""
-    from flows.prefect_api import prefect_api, quiet_defaults
+    from flows.prefect_api import prefect_api
     from tasks.engine.settings import settings
 
     store = parameters["store"]
     place = settings(Path(store) if store else None)
-    quiet_defaults(place.prefect_home)
     # before any server starts: bad input costs a second and leaves nothing behind
     _check(parameters)
     from flows.progress import shown
@@ -265,7 +270,7 @@ def recipes(as_json: JsonOption = False) -> None:
     """List the recipes that ship."""
     shipped = shipped_recipes()
     if as_json:
-        print(json.dumps([{k: str(v) for k, v in vars(r).items()} for r in shipped]))
+        print(json.dumps({"recipes": [{k: str(v) for k, v in vars(r).items()} for r in shipped]}))
         return
     table = Table("recipe", "scheme", "method", "needs")
     for recipe in shipped:
@@ -274,11 +279,15 @@ def recipes(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def demo() -> None:
+def demo(as_json: JsonOption = False) -> None:
     """Quantize the embedded demo model to W4A16 and W8A16, and show what it costs."""
-    from flows.demo import run_demo
+    from flows.demo import run_demo, show_demo
 
-    run_demo(run_quantization, out)
+    results = run_demo(run_quantization)
+    if as_json:
+        print(json.dumps({"runs": results}))
+        return
+    show_demo(results, out, mlflow_line(results[-1]["mlflow"]["uri"]))
 
 
 @store_app.command("ls")
@@ -368,6 +377,16 @@ def _show_result(result: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     out.print(f"serve it: {result['launch']}", highlight=False, soft_wrap=True)
+    out.print(
+        f"look at it: {mlflow_line(result['mlflow']['uri'])}", highlight=False, soft_wrap=True
+    )
+
+
+def mlflow_line(uri: str) -> str:
+    """The command that opens the MLflow UI on a tracking database, or the server's address."""
+    if uri.startswith(("http://", "https://")):
+        return uri
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def _show_pairs(title: str, values: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import httpx
 
+from tasks.engine.errors import InputError
+
 START_LIMIT_S = 180.0
 OFFLINE = {
     "DO_NOT_TRACK": "true",
@@ -48,6 +50,7 @@ def prefect_api(log: Path) -> Iterator[str]:
 
     configured = PREFECT_API_URL.value()
     if configured:
+        _require_server(str(configured))
         yield str(configured)
         return
     port = _free_port()
@@ -77,6 +80,16 @@ def prefect_api(log: Path) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def _require_server(url: str) -> None:
+    try:
+        httpx.get(f"{url}/health", timeout=30).raise_for_status()
+    except httpx.HTTPError as error:
+        raise InputError(
+            f"PREFECT_API_URL: no Prefect server answers there ({type(error).__name__}); start "
+            "one with `prefect server start`, or unset it to use one that comes and goes with us"
+        ) from error
 
 
 def _flush() -> None:

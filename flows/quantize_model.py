@@ -64,7 +64,7 @@ class Course:
         return result
 
 
-@flow(name="quantize", flow_run_name="quantize {model} with {recipe}", validate_parameters=False)
+@flow(name="quantize", flow_run_name="quantize with {recipe}", validate_parameters=False)
 def quantize_model(
     recipe: str,
     model: str | None = None,
@@ -120,6 +120,8 @@ def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> di
     reporter().plan(described.value["blocks"])
     sets: dict[str, Entry] = {}
     stream = None
+    # before the blocks: a text that cannot be had is better found now
+    sets["evaluation"] = course.run(evaluation_set, job, job.evaluation).entry
     if step.calib is not None:
         sets["calibration"] = course.run(calibration_set, job, step.calib).entry
         stream = Stream(sets["calibration"].key)
@@ -127,7 +129,6 @@ def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> di
     exported = course.run(export, job, tuple(p.key for p in packed))
     digests = _digests(job, quantized)
     verified = course.run(verify, job, exported.key, digests)
-    sets["evaluation"] = course.run(evaluation_set, job, job.evaluation).entry
     evaluated = course.run(evaluate, job, exported.key, sets["evaluation"].key, job.evaluation)
     blocks = [q.entry for q in quantized]
     report = _report(job, blocks, exported, verified, evaluated, sets["evaluation"])
@@ -194,7 +195,7 @@ def _report(
     evaluated: Result,
     tokens: Entry,
 ) -> dict[str, Any]:
-    """Everything that belongs to the checkpoint; nothing of this machine or this moment."""
+    """Everything that belongs to the checkpoint; no place, no time: those differ by run."""
     value = tokens.value
     linears = {
         plan.prefix + name: linear
@@ -206,7 +207,7 @@ def _report(
         "scheme": scheme_name(quant),
         "method": " then ".join(str(step.quant.method) for step in job.steps),
         "format": job.scheme.format,
-        "recipe": job.recipe.canonical(),
+        "recipe": _without_places(job.recipe.canonical()),
         "source": {
             "name": job.source.path.name,
             "digest": job.source.digest(job.source.tensors),
@@ -222,15 +223,26 @@ def _report(
     }
 
 
+def _without_places(value: Any) -> Any:
+    """Keep the names of files, not the folders they lay in on this machine."""
+    if isinstance(value, dict):
+        return {
+            k: Path(v).name if k == "path" and isinstance(v, str) else _without_places(v)
+            for k, v in value.items()
+        }
+    return [_without_places(v) for v in value] if isinstance(value, list) else value
+
+
 def _open_run(job: Job, place: Settings, request: Request) -> Run:
     assert request.output is not None
     identity = work_identity(job, request.output)
     parameters = flatten(job.recipe.model_dump(mode="json")) | {
         "source": str(job.source.path),
         "output": str(request.output),
-        "device": job.device,
     }
+    # a resumed run may go on elsewhere, and a parameter cannot change
     tags = {
+        "device": job.device,
         "blockquant.version": version("blockquant"),
         "prefect.flow_run": str(flow_run.id or ""),
         **{f"version.{k}": v for k, v in job.fingerprint.items()},

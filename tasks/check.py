@@ -13,6 +13,7 @@ import torch
 
 from configs.schema import Recipe
 from configs.schemes import export_problems, not_implemented
+from tasks.engine.decoder import STREAM_BYTES
 from tasks.engine.errors import InputError
 from tasks.engine.export_format import export_dtype
 from tasks.engine.job import Job
@@ -23,7 +24,6 @@ from tasks.engine.source import Source, free_bytes, open_source
 from tasks.engine.store import Store
 from tasks.engine.streams import KEPT_BOUNDARIES
 from tasks.engine.windows import check_section
-from tasks.evaluate import STREAM_BYTES
 
 # what Python, torch, transformers, MLflow and Prefect hold before any tensor
 LIBRARY_BYTES = 900 * 2**20

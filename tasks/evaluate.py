@@ -17,7 +17,13 @@ from torch.nn import functional
 
 from configs.schema import Evaluation
 from tasks.engine.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
-from tasks.engine.decoder import Decoder, build_decoder, micro_batches, run_block
+from tasks.engine.decoder import (
+    STREAM_BYTES,
+    Decoder,
+    build_decoder,
+    micro_batches,
+    run_block,
+)
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job
 from tasks.engine.step import step
@@ -25,8 +31,6 @@ from tasks.engine.store import Draft
 from tasks.engine.streams import require
 from tasks.engine.windows import read_tokens
 
-# hidden states of both models that are held at once
-STREAM_BYTES = 1 << 30
 # rows whose logits are held at once
 HEAD_ROWS = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,7 +108,7 @@ tags: [blockquant, compressed-tensors, {report["scheme"].lower().replace(" ", "-
 ---
 # {report["source"]["name"]}, quantized to {report["scheme"]}
 
-Quantized with [blockquant](blockquant.json) {report["versions"]["blockquant"]}; the figures were
+Quantized with blockquant {report["versions"]["blockquant"]}; the figures were
 measured on this checkpoint after reopening it from disk, with activations quantized as SGLang does.
 
 | | |
@@ -126,4 +127,5 @@ Serve it:
 
 def launch_line(checkpoint: Path) -> str:
     """The command that serves a checkpoint with SGLang on this machine."""
-    return f"python -m sglang.launch_server --model-path {checkpoint} --host 127.0.0.1 --port 30000"
+    path = shlex.quote(str(checkpoint))
+    return f"python -m sglang.launch_server --model-path {path} --host 127.0.0.1 --port 30000"

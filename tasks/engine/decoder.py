@@ -23,6 +23,9 @@ from tasks.engine.errors import InputError
 # hidden states of a whole micro-batch pass a block at once; part of every lineage key
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
+# hidden states of both models that an evaluation holds at once
+STREAM_BYTES = 1 << 30
+
 InputHook = Callable[[str, Tensor], Tensor]
 
 

@@ -28,24 +28,25 @@ def sample_windows(source: Source, windows: int, seq_len: int, seed: int, device
     names = [n for n in source.tensors if n in causal_lm.state_dict()]
     try:
         weights = source.read(names, device)
+        if is_tied(source):
+            weights[_HEAD] = weights[_EMBEDDING]
+        causal_lm.load_state_dict(weights, assign=True, strict=False)
+        return _sample_all(causal_lm, source, windows, seq_len, seed, device)
     except torch.cuda.OutOfMemoryError as error:
         raise InputError(
             f"name: self_generated: the model does not fit {device}; give a text file instead"
         ) from error
-    if is_tied(source):
-        weights[_HEAD] = weights[_EMBEDDING]
-    causal_lm.load_state_dict(weights, assign=True, strict=False)
+
+
+def _sample_all(
+    causal_lm: object, source: Source, windows: int, seq_len: int, seed: int, device: str
+) -> Tensor:
     bos = source.config.get("bos_token_id")
-    bos = bos[0] if isinstance(bos, list) else bos
-    batches = range(0, windows, BATCH)
+    first = bos[0] if isinstance(bos, list) else bos
+    counts = [min(BATCH, windows - start) for start in range(0, windows, BATCH)]
     with torch.random.fork_rng(devices=[] if device == "cpu" else None):
         torch.manual_seed(seed)
-        return torch.cat(
-            [
-                _sample(causal_lm, min(BATCH, windows - i), seq_len, bos or 0, device)
-                for i in batches
-            ]
-        )
+        return torch.cat([_sample(causal_lm, n, seq_len, first or 0, device) for n in counts])
 
 
 _EMBEDDING = "model.embed_tokens.weight"

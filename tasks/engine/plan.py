@@ -100,7 +100,10 @@ def plan_model(
         prefix + name for prefix, b in zip(prefixes, blocks, strict=True) for name in b.tensors
     }
     if not any(block.quantized for block in blocks):
-        raise InputError("ignored_layers: no linear is left to quantize; take some out of the list")
+        raise InputError(
+            "ignored_layers, --keep-incompatible: no linear is left to quantize; leave out fewer, "
+            "or choose another group size"
+        )
     tied = is_tied(source)
     outside = tuple(
         name

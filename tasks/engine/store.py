@@ -71,6 +71,8 @@ class Draft:
         path = self.folder / name
         ordered = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
         save_file(ordered, path, metadata=dict(metadata) if metadata else None)
+        # safetensors makes files for their owner only; a server may run as somebody else
+        path.chmod(0o644)
         return path
 
     def link(self, name: str, source: Path) -> Path:

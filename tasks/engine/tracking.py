@@ -148,9 +148,11 @@ def open_run(
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings: ``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    """Flatten nested mappings and lists of them: ``{"a": [{"b": 1}]}`` -> ``{"a.0.b": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
+            value = {str(number): item for number, item in enumerate(value)}
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:

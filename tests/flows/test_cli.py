@@ -91,7 +91,7 @@ def test_recipes(here: Here, tmp_path: Path) -> None:
     before = tree(tmp_path)
     listed = here("recipes", "--json")
     assert (listed.status, listed.err) == (0, "")
-    rows = json.loads(listed.out)
+    rows = json.loads(listed.out)["recipes"]
     assert [row["name"] for row in rows] == shipped_names()
     by_name = {row["name"]: row for row in rows}
     wanted = {

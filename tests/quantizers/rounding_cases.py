@@ -78,7 +78,8 @@ def scales_by_hand(weight, how):
             span, steps = high - low, np.float32(2**bits - 1)
         else:
             span = max(-low, high)
-            steps = np.float32({"e4m3": 448, "e5m2": 57344, "int8": 127}.get(name, (2**bits - 1) / 2))
+            largest = {"e4m3": 448, "e5m2": 57344, "int8": 127}
+            steps = np.float32(largest.get(name, (2**bits - 1) / 2))
         scale[index] = float(span / steps)
         if not how.symmetric:
             stored = np.float32(scale[index].to(how.scale_dtype).item())
