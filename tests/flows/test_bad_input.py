@@ -157,7 +157,7 @@ def sharded(tmp_path: Path) -> Path:
         ),
         pytest.param(
             {"ignored_layers": ["re:.*"]},
-            ("ignored_layers", "no linear is left", "take some out"),
+            ("ignored_layers", "no linear is left", "leave out fewer"),
             id="everything_ignored",
         ),
         pytest.param(

@@ -118,9 +118,7 @@ def test_the_name_decides_before_the_ending(tmp_path: Path) -> None:
     assert read_documents(TextSource("calib", "jsonl", str(path))) == DOCUMENTS
 
 
-@pytest.mark.parametrize(
-    "text", ["\n\n one \n\n\n two\n", "no end of line", "a\n", "é ü 中文\nx"]
-)
+@pytest.mark.parametrize("text", ["\n\n one \n\n\n two\n", "no end of line", "a\n", "é ü 中文\nx"])
 def test_a_plain_file_is_one_document_to_the_letter(tmp_path: Path, text: str) -> None:
     path = tmp_path / "some.txt"
     path.write_bytes(text.encode())
