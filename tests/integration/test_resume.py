@@ -33,6 +33,7 @@ SCHEMES = {
 }
 STEPS = [
     "load_model",
+    "evaluation_set",
     "calibration_set",
     "transform[block 0]",
     "quantize[block 0]",
@@ -43,7 +44,6 @@ STEPS = [
     "pack[block 1]",
     "export",
     "verify",
-    "evaluation_set",
     "evaluate",
 ]
 
