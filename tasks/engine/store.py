@@ -190,9 +190,14 @@ class Store:
             except Timeout:
                 continue
             removed, freed = removed + 1, freed + entry.size
-        for leftover in [*(self.root / "staging").glob("*"), *(self.root / "trash").glob("*")]:
+        folders = (self.root / "entries").glob("*/*")
+        broken = [folder for folder in folders if _read_manifest(folder) is None]
+        leftovers = [*(self.root / "staging").glob("*"), *(self.root / "trash").glob("*")]
+        for leftover in [*leftovers, *broken]:
             with contextlib.suppress(Timeout), FileLock(self._lock_file(leftover.name), timeout=0):
-                shutil.rmtree(leftover, ignore_errors=True)
+                # a broken entry may have been made again meanwhile
+                if leftover in leftovers or _read_manifest(leftover) is None:
+                    shutil.rmtree(leftover, ignore_errors=True)
         kept = {entry.key for entry in self.entries()}
         for record in (self.root / "prefect").glob("*"):
             if record.name not in kept:
