@@ -93,7 +93,7 @@ def parse(arguments: list[str]) -> None:
 
 def test_the_example_needs_torch_and_nothing_else(tmp_path: Path) -> None:
     (example,) = fenced(README, "python")
-    assert len(example.splitlines()) == 5
+    assert len([line for line in example.splitlines() if line.strip()]) == 5
     shutil.copytree(ROOT / "quantizers", tmp_path / "quantizers")
 
     done = subprocess.run(
