@@ -57,11 +57,12 @@ def quantizer_imports(name: str) -> tuple[str, ...]:
     for node in ast.walk(ast.parse(_path(name).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), _home(name))
+            inner = [f"{base}.{alias.name}" for alias in node.names]
             submodules = [m for m in inner if _is_ours(m) and _exists(m)]
             # the package's __init__ re-exports everything: only what is named counts
-            found += submodules or [node.module]
+            found += submodules or [base]
     return tuple(sorted({m for m in found if _is_ours(m)}))
 
 
@@ -81,6 +82,12 @@ def _path(module: str) -> Path:
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(module)
     return Path(spec.origin)
+
+
+def _home(module: str) -> str:
+    """Return the package that the relative imports of ``module`` start from."""
+    spec = importlib.util.find_spec(module)
+    return (spec.parent if spec is not None else None) or PACKAGE
 
 
 def _normalised(path: Path) -> str:
