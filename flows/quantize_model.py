@@ -24,7 +24,7 @@ from tasks.advance import advance
 from tasks.calibration_set import calibration_set
 from tasks.check import Request, check, output_folder
 from tasks.engine.job import Job
-from tasks.engine.publication import begun, end, work_identity
+from tasks.engine.publication import alone, begun, end, work_identity
 from tasks.engine.settings import Settings, settings
 from tasks.engine.step import Result, Step, action
 from tasks.engine.store import Entry
@@ -106,12 +106,14 @@ def quantize_model(
         keep_incompatible,
         overwrite,
     )
-    job, _ = action(check)(request)
+    job, _ = action(check)(request, download=True)
     for key in ineffective_keys(loaded):
         log.info("%s has no effect here and is ignored", key)
-    run = _open_run(job, place, request)
-    with _failure_kept(run):
-        return _quantize(job, run, request, Path(log_file) if log_file else None)
+    assert request.output is not None
+    with alone(job.store, request.output):
+        run = _open_run(job, place, request)
+        with _failure_kept(run):
+            return _quantize(job, run, request, Path(log_file) if log_file else None)
 
 
 def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from configs.schemes import export_problems, not_implemented
 from tasks.engine.decoder import STREAM_BYTES
 from tasks.engine.errors import InputError
 from tasks.engine.export_format import export_dtype
+from tasks.engine.hub import fetched, is_hub_id, look_up
 from tasks.engine.job import Job
 from tasks.engine.memo import Memo
 from tasks.engine.plan import require_fit
-from tasks.engine.publication import begun, work_identity
+from tasks.engine.publication import REPORT, begun, work_identity
 from tasks.engine.source import Source, free_bytes, open_source
 from tasks.engine.store import Store
 from tasks.engine.streams import KEPT_BOUNDARIES
@@ -72,8 +73,13 @@ def output_folder(recipe: Recipe, name: str, model: str | None, output: str | No
     return Path(named).expanduser().absolute()
 
 
-def check(request: Request) -> tuple[Job, Prediction]:
+def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
     """Check a request as a whole.
+
+    Args:
+        request: what was asked for.
+        download: whether a hub model's weights are downloaded once all else is right; its headers
+            are enough to check.
 
     Returns:
         The job to run, and what it will cost.
@@ -84,7 +90,7 @@ def check(request: Request) -> tuple[Job, Prediction]:
     _check_recipe(request.recipe)
     _check_places(request)
     device = check_device(request.device)
-    source = open_source(resolve_model(request), request.store / "digests")
+    source = _open_model(request)
     _check_overwritten(request, source)
     if "quantization_config" in source.config:
         raise InputError(
@@ -114,31 +120,22 @@ def check(request: Request) -> tuple[Job, Prediction]:
     check_section(source, job.evaluation)
     prediction = predict(job)
     _check_room(request, prediction)
+    named = _named_model(request)
+    if download and is_hub_id(named):
+        job = replace(job, source=fetched(source, named))
     return job, prediction
 
 
-def resolve_model(request: Request) -> Path:
-    """Return the source's folder; a hub id is downloaded, safetensors and small files only.
-
-    Raises:
-        InputError: no model given, no such folder, or the hub cannot be reached.
-    """
+def _named_model(request: Request) -> str:
     named = request.model or request.recipe.model.path
     if not named:
         raise InputError("model: none given; use --model FOLDER or set model.path in the recipe")
-    folder = Path(named).expanduser()
-    if folder.exists() or folder.is_absolute() or named.startswith(".") or named.count("/") != 1:
-        return folder
-    from huggingface_hub import snapshot_download
+    return named
 
-    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab*"]
-    try:
-        return Path(snapshot_download(named, allow_patterns=patterns))
-    except Exception as error:  # offline, unknown, gated: all mean that it is not to be had
-        raise InputError(
-            f"model {named}: no such folder here, and the hub cannot give it "
-            f"({type(error).__name__}); give a local folder"
-        ) from error
+
+def _open_model(request: Request) -> Source:
+    named, digests = _named_model(request), request.store / "digests"
+    return look_up(named, digests) if is_hub_id(named) else open_source(Path(named), digests)
 
 
 def check_device(device: str) -> str:
@@ -198,7 +195,7 @@ def _check_writable(option: str, place: Path, folder: Path) -> None:
 
 
 def _check_overwritten(request: Request, source: Source) -> None:
-    """Refuse an output whose replacement would take away what the run reads."""
+    """Refuse an output whose replacement would take away what the run reads, or another's work."""
     if request.output is None or not request.output.exists():
         return
     output = request.output.resolve()
@@ -208,6 +205,11 @@ def _check_overwritten(request: Request, source: Source) -> None:
                 f"--output {request.output}: replacing it would remove the {what} {place}; "
                 "give another folder"
             )
+    if any(output.iterdir()) and not (output / REPORT).is_file():
+        raise InputError(
+            f"--output {request.output}: is no export of blockquant (no {REPORT} in it) and is not "
+            "replaced; give another folder, or empty it"
+        )
 
 
 def predict(job: Job) -> Prediction:

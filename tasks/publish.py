@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.engine.errors import InputError
-from tasks.engine.publication import begin, publication_key
+from tasks.engine.publication import REPORT, begin, publication_key
 from tasks.engine.store import Entry, Store, checksum, link_or_copy
-from tasks.verify import REPORT
 
 CARD = "README.md"
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from tasks.engine.publication import REPORT
 from tasks.engine.store import Entry
 from tasks.engine.tracking import Point, Run
-from tasks.verify import REPORT
 
 
 def block_points(block: int, entry: Entry) -> list[Point]:

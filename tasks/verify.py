@@ -20,6 +20,7 @@ from tasks.engine.errors import InputError, VerificationError
 from tasks.engine.export_format import Scheme, decompress, quantization_config, restore
 from tasks.engine.job import Job
 from tasks.engine.plan import outside_shapes
+from tasks.engine.publication import REPORT
 from tasks.engine.source import TensorInfo
 from tasks.engine.step import step
 from tasks.engine.store import Draft
@@ -30,7 +31,6 @@ from tasks.quantize import codes_digest
 WHOLE_MODEL_BYTES = 512 * 2**20
 LOGIT_TOLERANCE = 1e-4
 PROBE_TOKENS = 64
-REPORT = "blockquant.json"
 
 
 def _depends_on(

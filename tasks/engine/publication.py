@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tasks.engine.errors import RunError
 from tasks.engine.job import Job
-from tasks.engine.store import write_text
+from tasks.engine.store import Store, write_text
+
+# lies in every export: what it was made of and what was measured
+REPORT = "blockquant.json"
 
 
 def work_identity(job: Job, output: Path | None) -> str:
@@ -23,6 +29,24 @@ def work_identity(job: Job, output: Path | None) -> str:
 def publication_key(output: Path) -> str:
     """Name of the lock and of the record of publishing at ``output``."""
     return hashlib.sha256(f"publication {output}".encode()).hexdigest()
+
+
+@contextmanager
+def alone(store: Store, output: Path) -> Iterator[None]:
+    """Be the only run of this store that works for ``output``.
+
+    Raises:
+        RunError: another process does already.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(store.lock(f"{publication_key(output)}-run", timeout_s=0))
+        except TimeoutError as error:
+            raise RunError(
+                f"--output {output}: another run works for it right now; wait until it ends, or "
+                "give another folder"
+            ) from error
+        yield
 
 
 def begin(store: Path, output: Path, identity: str) -> None:

@@ -130,17 +130,25 @@ def open_source(path: Path, digest_memo: Path | None = None) -> Source:
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
         raise InputError(f"model {path}: no such folder; give a folder with safetensors files")
-    config = _read_config(folder)
+    config = read_config(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(folder):
         tensors |= _read_header(folder, file)
     _check_index(folder, tensors)
-    # older checkpoints hold rotary tables; they follow from the config, and every loader skips them
-    kept = {n: info for n, info in tensors.items() if not n.endswith(".rotary_emb.inv_freq")}
-    return Source(folder, config, kept, digest_memo)
+    return Source(folder, config, used(tensors), digest_memo)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def used(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Leave out the rotary tables of older checkpoints: they follow from the config."""
+    return {n: info for n, info in tensors.items() if not n.endswith(".rotary_emb.inv_freq")}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json`` of a checkpoint folder.
+
+    Raises:
+        InputError: missing, or not a JSON object.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"model {folder}: no config.json; is this a transformers checkpoint?")

@@ -113,9 +113,17 @@ class Store:
         return entry
 
     @contextlib.contextmanager
-    def lock(self, key: str) -> Iterator[None]:
-        """Hold ``key`` for this process; the operating system frees it when the process dies."""
-        with FileLock(self._lock_file(key)):
+    def lock(self, key: str, timeout_s: float = -1) -> Iterator[None]:
+        """Hold ``key`` for this process; the operating system frees it when the process dies.
+
+        Args:
+            key: what to hold.
+            timeout_s: how long to wait for another process; for ever where it is negative.
+
+        Raises:
+            TimeoutError: another process still holds it.
+        """
+        with FileLock(self._lock_file(key), timeout=timeout_s):
             yield
 
     @contextlib.contextmanager
@@ -174,7 +182,10 @@ class Store:
         return sorted(found, key=lambda e: e.created)
 
     def collect(self, older_than_s: float) -> tuple[int, int]:
-        """Remove entries older than some seconds, and what dead processes left behind.
+        """Remove what is older than some seconds, and what dead processes left behind.
+
+        Entries, remembered digests and logs have an age; the locks of what is gone go too. What
+        another process is using stays.
 
         Returns:
             How many entries were removed, and the bytes they held.
@@ -183,13 +194,17 @@ class Store:
         for entry in self.entries():
             if time.time() - entry.created < older_than_s:
                 continue
-            try:
-                # an entry that another process is using stays
-                with FileLock(self._lock_file(entry.key), timeout=0):
-                    self.remove(entry.key)
-            except Timeout:
-                continue
-            removed, freed = removed + 1, freed + entry.size
+            with contextlib.suppress(Timeout), FileLock(self._lock_file(entry.key), timeout=0):
+                self.remove(entry.key)
+                removed, freed = removed + 1, freed + entry.size
+        self._collect_leftovers()
+        for file in [*(self.root / "digests").glob("*"), *(self.root / "logs").glob("*")]:
+            if time.time() - file.stat().st_mtime >= older_than_s:
+                file.unlink(missing_ok=True)
+        self._collect_records({entry.key for entry in self.entries()})
+        return removed, freed
+
+    def _collect_leftovers(self) -> None:
         folders = (self.root / "entries").glob("*/*")
         broken = [folder for folder in folders if _read_manifest(folder) is None]
         leftovers = [*(self.root / "staging").glob("*"), *(self.root / "trash").glob("*")]
@@ -198,11 +213,16 @@ class Store:
                 # a broken entry may have been made again meanwhile
                 if leftover in leftovers or _read_manifest(leftover) is None:
                     shutil.rmtree(leftover, ignore_errors=True)
-        kept = {entry.key for entry in self.entries()}
+
+    def _collect_records(self, kept: set[str]) -> None:
         for record in (self.root / "prefect").glob("*"):
             if record.name not in kept:
                 record.unlink(missing_ok=True)
-        return removed, freed
+        for lock in (self.root / "locks").glob("*"):
+            if lock.stem not in kept:
+                # whoever waits for a lock whose file is gone takes a new one: filelock sees to it
+                with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
+                    lock.unlink(missing_ok=True)
 
     def _lock_file(self, key: str) -> Path:
         path = self.root / "locks" / f"{key}.lock"

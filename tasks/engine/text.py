@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -335,12 +336,18 @@ def _load(text: TextSource) -> Any:
             raise InputError(f"{text.key('path')}: {text.path} is empty; give a file with text")
         # a compressed file has its kind before its last ending
         named = (LOCAL_LOADERS.get(ending) for ending in (f".{text.name}", *path.suffixes))
-        kind = next((loader for loader in named if loader is not None), None)
-        if kind is None:
+        kind = next((loader for loader in named if loader is not None), "text")
+        whole = {"sample_by": "document"} if kind == "text" else {}
+        # in memory, its copy in a folder that goes away: a text that is read leaves nothing behind
+        with tempfile.TemporaryDirectory() as cache:
             return datasets.load_dataset(
-                "text", data_files=str(path), split="train", sample_by="document"
+                kind,
+                data_files=str(path),
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
+                **whole,
             )
-        return datasets.load_dataset(kind, data_files=str(path), split="train")
     except InputError:
         raise
     except Exception as error:  # datasets raises many kinds, wrapped in its own

@@ -764,6 +764,16 @@ def test_output_that_exists(refused: Refused, tmp_path: Path, tiny: Path) -> Non
     refused("quantize", "rtn_w4a16", "--model", tiny, "--output", tmp_path / "out", says=said)
 
 
+def test_output_that_is_no_export_is_not_replaced(
+    refused: Refused, tmp_path: Path, tiny: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("kept")
+    said = (f"--output {tmp_path}/out", "is no export of blockquant", "give another folder")
+    options = ("--output", tmp_path / "out", "--overwrite")
+    refused("quantize", "rtn_w4a16", "--model", tiny, *options, says=said)
+
+
 def test_output_that_exists_and_was_not_named(refused: Refused, tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "work" / f"{tiny.name}-rtn_w4a16").mkdir()
     said = (f"{tiny.name}-rtn_w4a16", "exists already", "--overwrite")

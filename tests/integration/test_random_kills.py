@@ -84,10 +84,10 @@ def test_ten_kills_at_random_moments(prepared_home: Path, tmp_path: Path) -> Non
 
     calm = tmp_path / "calm"
     calm.mkdir()
-    begun = time.monotonic()
+    start = time.monotonic()
     undisturbed = launch(command(recipe, model, tmp_path / "published" / "out"), calm)
     _, complaint = undisturbed.communicate()
-    duration = time.monotonic() - begun
+    duration = time.monotonic() - start
     assert undisturbed.returncode == 0, complaint
     expected = contents(tmp_path / "published" / "out")
 
@@ -108,8 +108,9 @@ def test_ten_kills_at_random_moments(prepared_home: Path, tmp_path: Path) -> Non
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
-                assert process.returncode == -signal.SIGKILL
-                killed += 1
+                # it may have ended by itself in that very moment
+                assert process.returncode in (0, -signal.SIGKILL)
+                killed += process.returncode != 0
         found = contents(output)
         assert sorted(found) == sorted(expected)
         assert [name for name in found if found[name] != expected[name]] == []

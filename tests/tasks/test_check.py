@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.loading import load_recipe
 from configs.schema import Recipe
-from tasks.check import Request, check, check_device, describe, output_folder, resolve_model
+from tasks.check import Request, check, check_device, describe, output_folder
 from tasks.engine.errors import InputError
 from tasks.engine.source import INDEX, open_source
 from tests.models import make_checkpoint
@@ -160,28 +159,6 @@ def test_tensors_of_another_model(
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=says):
         check(request_for(model=str(model)))
-
-
-def test_hub_gives_no_pickles_and_no_code(
-    request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    asked: dict[str, Any] = {}
-
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked.update(name=name, patterns=allow_patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert resolve_model(request_for(model="org/name")) == tmp_path
-    assert asked["name"] == "org/name"
-
-    def wanted(file: str) -> bool:
-        return any(fnmatch.fnmatch(file, pattern) for pattern in asked["patterns"])
-
-    for file in ("model-00001-of-00002.safetensors", INDEX, "config.json", "tokenizer.model"):
-        assert wanted(file)
-    for file in ("pytorch_model.bin", "model.pt", "modeling_org.py", "weights.pkl", "model.gguf"):
-        assert not wanted(file)
 
 
 # devices

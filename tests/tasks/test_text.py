@@ -328,3 +328,24 @@ def test_words_of_the_command_line(tmp_path: Path, source: Source) -> None:
         check_text(given, source, 2048)
     assert str(raised.value).startswith(f"--text: {path} gives ")
     assert str(raised.value).endswith("give more text or set --window")
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "jsonl.gz"])
+def test_reading_a_file_leaves_no_copy(
+    tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    import datasets
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    rows = [{"text": document} for document in DOCUMENTS]
+    text = (
+        TextSource("eval", "text", str(words))
+        if kind == "text"
+        else save_rows(tmp_path, kind, rows)
+    )
+    assert read_documents(text)
+    assert not cache.exists()
+    assert list((tmp_path / "temporary").iterdir()) == []

@@ -344,3 +344,24 @@ def test_collect_removes_damaged_entries_and_leftovers(store: Store) -> None:
     # no key will ever lead to it, so it would lie there for good
     assert not folder.exists()
     assert not leftover.exists()
+
+
+def test_collect_removes_old_logs_digests_and_locks_of_nothing(store: Store) -> None:
+    put(store)
+    with store.lock("gone"):
+        pass
+    for folder in ("logs", "digests"):
+        (store.root / folder).mkdir()
+        for name, age in (("old", 1000), ("new", 10)):
+            (store.root / folder / name).write_text("")
+            os.utime(store.root / folder / name, (time.time() - age,) * 2)
+    with store.lock("held"):
+        store.collect(older_than_s=500)
+        assert sorted(p.stem for p in (store.root / "locks").iterdir()) == sorted([KEY, "held"])
+    for folder in ("logs", "digests"):
+        assert [p.name for p in (store.root / folder).iterdir()] == ["new"]
+
+
+def test_lock_waits_no_longer_than_asked(store: Store) -> None:
+    with store.lock(KEY), pytest.raises(TimeoutError), store.lock(KEY, timeout_s=0):
+        pass
