@@ -1,0 +1,56 @@
+"""Jobs and results of steps without Prefect: what a step computes, put into the store by hand."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.loading import load_recipe
+from tasks.engine.job import Job
+from tasks.engine.memo import Memo
+from tasks.engine.source import open_source
+from tasks.engine.store import Entry, Store
+from tasks.engine.windows import TOKENS
+
+JobOf = Callable[..., Job]
+
+
+@pytest.fixture
+def job_of(tmp_path: Path) -> JobOf:
+    """Make the job of quantizing a model with a recipe and overrides; its memory starts empty."""
+
+    def make(model: Path, recipe: str, *overrides: str, **more: Any) -> Job:
+        loaded = load_recipe(recipe, overrides)
+        store = Store(tmp_path / "store")
+        return Job(loaded, open_source(model), store, Memo(), "cpu", 1 << 30, **more)
+
+    return make
+
+
+def put_tokens(store: Store, tokens: Tensor, name: str = "text") -> Entry:
+    """Put token windows into the store as a set of windows is."""
+    key = hashlib.sha256(f"{name} {tokens.tolist()}".encode()).hexdigest()
+    value = {"windows": len(tokens), "window": tokens.shape[1], "tokens": tokens.numel()}
+    with store.lock(key), store.draft(key) as draft:
+        draft.save_tensors(TOKENS, {"tokens": tokens.to(torch.int32)})
+        return store.commit(key, "calibration_set", draft, value | {"name": name})
+
+
+def make_entry(step: Any, job: Job, *args: Any, **kwargs: Any) -> Entry:
+    """What calling a step gives, without a Prefect server."""
+    key = step.key(job, *args, **kwargs)
+    with job.store.lock(key), job.store.draft(key) as draft:
+        value = step.compute(job, draft, *args, **kwargs)
+        return job.store.commit(key, step.name, draft, value)
+
+
+def random_tokens(windows: int, length: int, vocabulary: int = 8192, seed: int = 0) -> Tensor:
+    """Token ids int64 (windows, length)."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (windows, length), generator=draw)

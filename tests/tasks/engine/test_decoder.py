@@ -1,0 +1,192 @@
+"""Blocks run one by one give the hidden states of transformers' own forward pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from tasks.engine.decoder import (
+    build_decoder,
+    compute_dtype,
+    device_fingerprint,
+    micro_batches,
+    run_block,
+)
+from tasks.engine.errors import InputError
+from tests.models import make_checkpoint
+from tests.tasks.conftest import random_tokens
+
+LENGTH = 40
+SHAPE = {"blocks": 3, "hidden": 32, "intermediate": 48, "vocabulary": 256}
+# windows shorter than the text; qwen2 slides from a block on
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": {},
+}
+
+
+def make(folder: Path, name: str, **changes: Any) -> Path:
+    options = {**SHAPE, **MODELS[name], **changes}
+    return make_checkpoint(folder, name.split()[0], dtype=torch.float32, **options)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def block_tensors(folder: Path, block: int) -> dict[str, Tensor]:
+    prefix = f"model.layers.{block}."
+    tensors = load_file(folder / "model.safetensors")
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def whole_model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@torch.no_grad()
+def block_by_block(folder: Path, tokens: Tensor) -> list[Tensor]:
+    """The embedded tokens, what comes out of each block but the last, and of the final norm."""
+    decoder = build_decoder(config_of(folder))
+    outside = load_file(folder / "model.safetensors")
+    hidden, arguments = decoder.embed(outside["model.embed_tokens.weight"], tokens)
+    passed = [hidden]
+    for number, block in enumerate(decoder.blocks):
+        hidden = run_block(block, block_tensors(folder, number), hidden, arguments[number])
+        passed.append(hidden)
+    norm = {"weight": outside["model.norm.weight"]}
+    passed[-1] = torch.func.functional_call(decoder.final_norm, norm, (hidden,))
+    for parameter in [*decoder.model.parameters(), *nn.ModuleList(decoder.blocks).parameters()]:
+        assert parameter.is_meta, "no module holds a weight"
+    return passed
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hidden_states_after_each_block(tmp_path: Path, name: str) -> None:
+    folder = make(tmp_path, name)
+    tokens = random_tokens(2, LENGTH, 256)
+    with torch.no_grad():
+        wanted = whole_model(folder)(tokens, output_hidden_states=True).hidden_states
+    found = block_by_block(folder, tokens)
+    assert len(found) == len(wanted) == SHAPE["blocks"] + 1
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_the_sliding_window_is_seen(tmp_path: Path, name: str) -> None:
+    slid = make(tmp_path / "slid", name)
+    full = make(tmp_path / "full", name, sliding_window=None, use_sliding_window=False)
+    tokens = random_tokens(1, LENGTH, 256)
+    first = 0 if name == "mistral" else 1
+    pairs = zip(block_by_block(slid, tokens), block_by_block(full, tokens), strict=True)
+    for number, (one, other) in enumerate(pairs):
+        # up to the window's length nothing slides; before the first sliding block neither
+        torch.testing.assert_close(one[:, :8], other[:, :8], rtol=1e-5, atol=1e-5)
+        assert torch.allclose(one, other, atol=1e-5) == (number <= first)
+
+
+def test_inputs_of_linears_are_seen_and_replaced(tmp_path: Path) -> None:
+    folder = make(tmp_path, "qwen3")
+    tokens = random_tokens(2, LENGTH, 256)
+    linears = ("self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj")
+    model = whole_model(folder)
+    wanted: dict[str, Tensor] = {}
+
+    def halve(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            wanted[name] = inputs[0]
+            return (inputs[0] * 0.5,)
+
+        return hook
+
+    for linear in linears:
+        model.model.layers[0].get_submodule(linear).register_forward_pre_hook(halve(linear))
+    with torch.no_grad():
+        after = model(tokens, output_hidden_states=True).hidden_states[1]
+
+    decoder = build_decoder(config_of(folder))
+    hidden, arguments = decoder.embed(model.model.embed_tokens.weight.detach(), tokens)
+    seen: dict[str, Tensor] = {}
+
+    def on_input(linear: str, x: Tensor) -> Tensor:
+        seen[linear] = x
+        return x * 0.5
+
+    weights, block = block_tensors(folder, 0), decoder.blocks[0]
+    found = run_block(block, weights, hidden, arguments[0], linears, on_input)
+    torch.testing.assert_close(found, after, rtol=1e-5, atol=1e-5)
+    assert list(seen) == list(linears)
+    for linear in linears:
+        torch.testing.assert_close(seen[linear], wanted[linear], rtol=1e-5, atol=1e-5)
+    # hooks are gone, after a failure too
+    plain = run_block(block, weights, hidden, arguments[0])
+    assert not torch.allclose(plain, found)
+
+    def stop(linear: str, x: Tensor) -> Tensor:
+        raise RuntimeError(linear)
+
+    with pytest.raises(RuntimeError, match="k_proj"):
+        run_block(block, weights, hidden, arguments[0], linears, stop)
+    assert torch.equal(run_block(block, weights, hidden, arguments[0]), plain)
+
+
+@pytest.mark.parametrize("missing", ["mlp.up_proj.weight", "input_layernorm.weight"])
+def test_a_block_is_not_run_without_one_of_its_weights(tmp_path: Path, missing: str) -> None:
+    # torch multiplies with a weight on the meta device, and gives what lay in memory
+    folder = make(tmp_path, "llama")
+    decoder = build_decoder(config_of(folder))
+    hidden, arguments = decoder.embed(torch.randn(256, 32), random_tokens(1, 4, 256))
+    weights = block_tensors(folder, 0)
+    del weights[missing]
+    with pytest.raises((RuntimeError, ValueError), match=missing):
+        run_block(decoder.blocks[0], weights, hidden, arguments[0])
+
+
+def test_configs_that_cannot_be_built(tmp_path: Path) -> None:
+    config = config_of(make(tmp_path, "llama"))
+    with pytest.raises(InputError, match="model_type: 'gpt2' is not an architecture known here"):
+        build_decoder(config | {"model_type": "gpt2"})
+    with pytest.raises(InputError, match="transformers cannot build this model"):
+        build_decoder(config | {"hidden_act": "no such function"})
+    # what would lead transformers to other code is not passed on
+    build_decoder(config | {"auto_map": {"AutoConfig": "x.Y"}, "quantization_config": {"bits": 4}})
+
+
+@pytest.mark.parametrize(
+    ("device", "length", "sizes"),
+    [
+        ("cpu", 512, [4, 4, 1]),
+        ("cpu", 2048, [1] * 9),
+        ("cpu", 5000, [1] * 9),
+        ("cpu", 1, [9]),
+        ("cuda", 2048, [8, 1]),
+        ("cuda:1", 4096, [4, 4, 1]),
+    ],
+)
+def test_micro_batches_have_a_fixed_number_of_tokens(
+    device: str, length: int, sizes: list[int]
+) -> None:
+    windows = torch.arange(9 * length).reshape(9, length)
+    parts = micro_batches(windows, device)
+    assert [len(part) for part in parts] == sizes
+    assert torch.equal(torch.cat(parts), windows)
+
+
+def test_dtype_and_fingerprint_of_a_cpu() -> None:
+    assert compute_dtype(torch.bfloat16, "cpu") is torch.float32
+    assert compute_dtype(torch.float16, "cuda:0") is torch.float16
+    found = device_fingerprint("cpu")
+    assert found["torch"] == torch.__version__
+    assert found["device"].endswith(f"threads={torch.get_num_threads()}")
