@@ -13,9 +13,11 @@ import torch
 
 from configs.schema import Recipe
 from configs.schemes import export_problems, not_implemented
+from configs.vocabulary import DataName
 from tasks.engine.decoder import STREAM_BYTES
 from tasks.engine.errors import InputError
 from tasks.engine.export_format import export_dtype
+from tasks.engine.generate import BATCH
 from tasks.engine.hub import fetched, is_hub_id, look_up
 from tasks.engine.job import Job
 from tasks.engine.memo import Memo
@@ -30,6 +32,8 @@ from tasks.engine.windows import check_section
 LIBRARY_BYTES = 900 * 2**20
 START_SECONDS = 12.0
 DISK_BYTES_PER_SECOND = 1e9
+# launching the operations of one block for one token: as on two CPU cores; a guess for a GPU
+BLOCK_CALL_SECONDS = {"cpu": 0.002, "cuda": 0.0005}
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
             check_section(source, step.calib)
     check_section(source, job.evaluation)
     prediction = predict(job)
-    _check_room(request, prediction)
+    _check_room(job, request, prediction)
     named = _named_model(request)
     if download and is_hub_id(named):
         job = replace(job, source=fetched(source, named))
@@ -234,8 +238,31 @@ def predict(job: Job) -> Prediction:
     read = sum(info.size for info in sizes.values())
     seconds = START_SECONDS + forward / _throughput(job.device)
     seconds += (3 * read + export) / DISK_BYTES_PER_SECOND
+    seconds += _sampling_seconds(job, sum(numbers.values()))
+    if job.device != "cpu" and _sampled(job):
+        # sampling text needs the whole model on the device
+        device = max(device, read)
     boundaries = (KEPT_BOUNDARIES + 1) * stream
     return Prediction(export, export + boundaries, int(peak), device, seconds)
+
+
+def _sampled(job: Job) -> list[tuple[int, int]]:
+    """Windows and their length of the texts that the model writes itself."""
+    sections = [(s.calib, s.calib.n_samples) for s in job.steps if s.calib is not None]
+    asked = [*sections, (job.evaluation, job.evaluation.windows or 0)]
+    return [(n, text.seq_len) for text, n in asked if text.name is DataName.SELF_GENERATED]
+
+
+def _sampling_seconds(job: Job, parameters: int) -> float:
+    """Time of sampling: each token of a batch is a pass through the whole model."""
+    kind = torch.device(job.device).type
+    seconds = 0.0
+    for windows, length in _sampled(job):
+        batches = -(-windows // BATCH)
+        per_step = batches * len(job.plan.blocks) * BLOCK_CALL_SECONDS[kind]
+        per_step += 2.0 * parameters * windows / _throughput(job.device)
+        seconds += length * per_step
+    return seconds
 
 
 def _calibration_tokens(job: Job) -> int:
@@ -285,17 +312,21 @@ def _available_memory(device: str) -> int:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
-def _check_room(request: Request, prediction: Prediction) -> None:
+def _check_room(job: Job, request: Request, prediction: Prediction) -> None:
     total = psutil.virtual_memory().total
     if prediction.peak_memory_bytes > total:
         raise InputError(
             f"memory: the run needs about {prediction.peak_memory_bytes / 1e9:.1f} GB, this "
             f"machine has {total / 1e9:.1f}; use fewer calibration tokens"
         )
-    if request.memory is not None and prediction.device_bytes > request.memory:
+    allowed = job.memory if job.device != "cpu" else request.memory
+    if allowed is not None and prediction.device_bytes > allowed:
+        what, mend = "one block and the head take", "allow as much"
+        if job.device != "cpu" and _sampled(job):
+            what, mend = "the model, which writes its own text, takes", "name a text file instead"
         raise InputError(
-            f"--memory: one block and the head take about {prediction.device_bytes / 1e6:.1f} MB "
-            f"on {request.device}, but {request.memory / 1e6:.1f} are allowed; allow as much"
+            f"--memory: {what} about {prediction.device_bytes / 1e6:.1f} MB on {request.device}, "
+            f"but {allowed / 1e6:.1f} are free or allowed; {mend}"
         )
     _check_disk("store", request.store, prediction.store_bytes)
     if request.output is not None:

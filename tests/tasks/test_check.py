@@ -100,6 +100,16 @@ def test_prediction_grows_with_the_calibration_set(
     assert large.seconds > small.seconds
 
 
+def test_text_that_the_model_writes_costs_time(
+    request_for: Callable[..., Request], words: Path
+) -> None:
+    text = ("eval.name=text", f"eval.path={words}", "eval.windows=16", "eval.seq_len=512")
+    _, read = check(request_for(recipe(*text)))
+    _, sampled = check(request_for(recipe("eval.windows=16", "eval.seq_len=512")))
+    # 512 times two blocks, two milliseconds each, beside the arithmetic
+    assert sampled.seconds - read.seconds > 1.5
+
+
 def test_memory_that_is_not_there(
     request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
