@@ -1,0 +1,113 @@
+"""What is big is kept once, the newest of its kind, in one process."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+
+import pytest
+
+from tasks.engine.memo import Memo
+
+
+class Value:
+    """Something big."""
+
+
+def counting() -> tuple[Callable[[], int], list[int]]:
+    calls: list[int] = []
+
+    def compute() -> int:
+        calls.append(1)
+        return len(calls)
+
+    return compute, calls
+
+
+def test_a_value_is_computed_once() -> None:
+    memo, (compute, calls) = Memo(), counting()
+    assert [memo.get("codes", "a", compute) for _ in range(3)] == [1, 1, 1]
+    assert len(calls) == 1
+    assert memo.has("codes", "a")
+    assert not memo.has("codes", "b")
+    assert not memo.has("stream", "a")
+
+
+def test_the_newest_of_each_kind_is_kept() -> None:
+    memo, (compute, calls) = Memo(), counting()
+    memo.get("codes", "a", compute)
+    memo.get("stream", "a", compute)
+    memo.get("codes", "b", compute)
+    assert [memo.has(*place) for place in [("codes", "a"), ("codes", "b"), ("stream", "a")]] == [
+        *(False, True, True)
+    ]
+    assert memo.get("codes", "a", compute) == 4
+    assert len(calls) == 4
+
+
+def test_what_was_used_last_stays_longest() -> None:
+    memo, (compute, _) = Memo(keep=2), counting()
+    for key in ("a", "b", "a", "c"):
+        memo.get("codes", key, compute)
+    assert [memo.has("codes", key) for key in "abc"] == [True, False, True]
+    memo.put("codes", "d", 0)
+    assert [memo.has("codes", key) for key in "acd"] == [False, True, True]
+
+
+def test_put_replaces() -> None:
+    memo = Memo()
+    memo.put("codes", "a", 1)
+    memo.put("codes", "a", 2)
+    assert memo.get("codes", "a", lambda: 3) == 2
+
+
+def test_none_is_a_value() -> None:
+    memo, (compute, calls) = Memo(), counting()
+    memo.put("codes", "a", None)
+    assert memo.get("codes", "a", compute) is None
+    assert calls == []
+
+
+def test_a_failed_computation_leaves_what_was_there() -> None:
+    memo = Memo()
+    memo.put("codes", "a", 1)
+
+    def fail() -> int:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        memo.get("codes", "b", fail)
+    assert memo.has("codes", "a")
+    assert not memo.has("codes", "b")
+
+
+def test_values_may_need_others_of_their_kind() -> None:
+    memo = Memo()
+    found = memo.get("stream", "b", lambda: memo.get("stream", "a", lambda: 1) + 1)
+    assert found == 2
+    assert memo.has("stream", "b")
+
+
+def test_a_dropped_value_is_free() -> None:
+    memo = Memo()
+    kept = [memo.get("codes", key, Value) for key in "ab"]
+    first, second = weakref.ref(kept[0]), weakref.ref(kept[1])
+    kept.clear()
+    gc.collect()
+    assert first() is None
+    assert second() is not None
+    memo.clear()
+    gc.collect()
+    assert second() is None
+
+
+def test_values_do_not_travel() -> None:
+    memo = Memo(keep=2)
+    memo.put("codes", "a", lambda: "cannot be pickled")
+    copy = pickle.loads(pickle.dumps(memo))
+    assert not copy.has("codes", "a")
+    for key in "abc":
+        copy.put("codes", key, key)
+    assert [copy.has("codes", key) for key in "abc"] == [False, True, True]
