@@ -17,6 +17,9 @@ from tasks.engine.memo import Memo
 from tasks.engine.source import open_source
 from tasks.engine.store import Entry, Store
 from tasks.engine.windows import TOKENS
+from tasks.export import export
+from tasks.pack import pack
+from tasks.quantize import Origin, quantize
 
 JobOf = Callable[..., Job]
 
@@ -48,6 +51,22 @@ def make_entry(step: Any, job: Job, *args: Any, **kwargs: Any) -> Entry:
     with job.store.lock(key), job.store.draft(key) as draft:
         value = step.compute(job, draft, *args, **kwargs)
         return job.store.commit(key, step.name, draft, value)
+
+
+def export_of(job: Job) -> tuple[Path, dict[str, str]]:
+    """Round to nearest and export; the folder in the store, and the digest of each linear's codes.
+
+    The folder's files are the store's: copy it to change it.
+    """
+    origin = Origin(job.steps[-1], None, None)
+    digests: dict[str, str] = {}
+    packed = []
+    for block in job.blocks:
+        linears = make_entry(quantize, job, origin, block=block).value["linears"]
+        prefix = job.plan.blocks[block].prefix
+        digests |= {prefix + name: linear["digest"] for name, linear in linears.items()}
+        packed.append(make_entry(pack, job, origin, block=block).key)
+    return make_entry(export, job, tuple(packed)).folder, digests
 
 
 def random_tokens(windows: int, length: int, vocabulary: int = 8192, seed: int = 0) -> Tensor:
