@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.engine.publication import begin, begun, end, publication_key, work_identity
+from tasks.engine.errors import RunError
+from tasks.engine.publication import alone, begin, begun, end, publication_key, work_identity
+from tasks.engine.store import Store
 from tests.models import make_checkpoint
 from tests.tasks.conftest import JobOf
 
@@ -45,6 +47,22 @@ def test_a_damaged_record_is_none(tmp_path: Path) -> None:
     record.unlink()
     record.mkdir()
     assert begun(tmp_path, tmp_path / "out") is None
+
+
+def test_one_run_at_a_time_works_for_an_output(tmp_path: Path) -> None:
+    store, out = tmp_path / "store", tmp_path / "out"
+    with alone(Store(store), out):
+        with (
+            pytest.raises(RunError, match=f"{out}: another run works for it right now"),
+            alone(Store(store), out),
+        ):
+            raise AssertionError("two at a time")
+        with alone(Store(store), tmp_path / "other"):
+            pass
+    with pytest.raises(ValueError, match="stop"), alone(Store(store), out):
+        raise ValueError("stop")
+    with alone(Store(store), out):
+        pass
 
 
 def test_outputs_have_keys_of_their_own(tmp_path: Path) -> None:
