@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from tasks.advance import advance
@@ -194,13 +193,13 @@ def test_where_the_files_lie_does_not_matter(case: Case) -> None:
 def test_what_decides_the_last_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     before = case.keys("rtn_w8a8")
     threads = torch.get_num_threads()
-    for package, name, value in (
-        (torch, "get_num_threads", lambda: threads + 1),
-        (torch, "__version__", "9.9.9"),
-        (transformers, "__version__", "9.9.9"),
+    for name, value in (
+        ("torch.get_num_threads", lambda: threads + 1),
+        ("torch.__version__", "9.9.9"),
+        ("transformers.__version__", "9.9.9"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(package, name, value)
+            patch.setattr(name, value)
             device_fingerprint.cache_clear()
             assert changed(before, case.keys("rtn_w8a8")) == ALL
         device_fingerprint.cache_clear()
