@@ -220,8 +220,8 @@ def _wrap_store(recorder: Recorder) -> None:
     write_text = Path.write_text
 
     @contextlib.contextmanager
-    def locked(self: Any, key: str) -> Iterator[None]:
-        with lock(self, key):
+    def locked(self: Any, key: str, timeout_s: float = -1) -> Iterator[None]:
+        with lock(self, key, timeout_s):
             recorder.at("locked")
             yield
 
