@@ -44,6 +44,10 @@ def _unused(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for path, quant in quants:
         if "quant_out" in quant.model_fields_set and not needs_calibration(quant):
             yield f"{path}.quant_out", reason
+        if quant.act is not None and not quant.act.static:
+            for key in ("calib_algo", "percentile"):
+                if key in quant.act.model_fields_set:
+                    yield f"{path}.act.{key}", "a dynamic scale covers the values at hand"
     for i, step in enumerate(recipe.steps or ()):
         if step.calib is not None and not needs_calibration(step.quant):
             yield f"steps.{i}.calib", f"method {step.quant.method} reads no calibration text"

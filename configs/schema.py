@@ -12,6 +12,7 @@ from configs.data_schema import Calibration, Evaluation
 from configs.fields import (
     Bits,
     Count,
+    Fraction,
     Layers,
     NoEffect,
     NotHashed,
@@ -55,7 +56,7 @@ Data = TypeVar("Data", Calibration, Evaluation)
 _FOLLOWS = NotHashed("follows from bit")
 _QTORCH = NoEffect("torch has native float8")
 _STE = NoEffect("rounding is straight-through wherever a method learns")
-_ALGORITHM = NoEffect("the method and act.static decide")
+_ALGORITHM = NoEffect("the method decides")
 _QMAX = NoEffect("it never had one in LLMC either")
 
 
@@ -139,7 +140,9 @@ class Act(_Numbers):
     )
     group_size: Annotated[Count, Field(ge=1)] | None = None
     static: bool = False
-    calib_algo: Annotated[ActAlgorithm | None, choice(ActAlgorithm), _ALGORITHM] = None
+    # What a static scale covers; dynamic scales cover what is at hand.
+    calib_algo: Annotated[ActAlgorithm | None, choice(ActAlgorithm)] = None
+    percentile: Annotated[Fraction, Field(gt=0, le=100)] = 99.99
 
     @model_validator(mode="before")
     @classmethod

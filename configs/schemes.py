@@ -8,12 +8,24 @@ from typing import Any
 from configs.fields import effective
 from configs.schema import IMPLEMENTED_METHODS, Act, Quant, Recipe, Weight
 from configs.special_keys import GptqSpecial
-from configs.vocabulary import ActGranularity, FloatFormat, WeightAlgorithm, WeightGranularity
+from configs.vocabulary import (
+    ActAlgorithm,
+    ActGranularity,
+    FloatFormat,
+    WeightAlgorithm,
+    WeightGranularity,
+)
 
 __all__ = ["export_problems", "not_implemented", "scheme_name"]
 
 _MARLIN_GROUP_SIZES = (32, 64, 128)
 _FP8_BLOCK = 128
+_STATIC_RANGES = (
+    None,
+    ActAlgorithm.MINMAX,
+    ActAlgorithm.STATIC_MINMAX,
+    ActAlgorithm.STATIC_PERCENTILE,
+)
 _NEED_PACK = "need_pack: packing is for integer weights without act: remove it"
 
 
@@ -52,6 +64,12 @@ def not_implemented(recipe: Recipe) -> list[str]:
         if quant.weight.calib_algo is WeightAlgorithm.MSE:
             lines.append(
                 f"{place}.weight.calib_algo: the mse search is not implemented; write minmax"
+            )
+        act = quant.act
+        if act is not None and act.static and act.calib_algo not in _STATIC_RANGES:
+            known = ", ".join(str(algorithm) for algorithm in _STATIC_RANGES if algorithm)
+            lines.append(
+                f"{place}.act.calib_algo: {act.calib_algo} is not implemented; write one of {known}"
             )
     return lines
 

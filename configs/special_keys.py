@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from configs.fields import Count, Fraction, NoEffect, NotHashed, Section, choice
-from configs.vocabulary import Method, RotateMode, Version
+from configs.vocabulary import ClipVersion, Importance, Method, RotateMode, TransVersion
 
 __all__ = [
     "SPECIAL_KEYS",
@@ -23,6 +23,7 @@ __all__ = [
 
 _STORED = NoEffect("every step's decision is kept in the store and passed on from there")
 _ALWAYS_BATCHED = NoEffect("the search needs the Gram matrix only, never a batch of inputs")
+_ONE_CLIP = NoEffect("a clip is always the range that a scale comes from")
 _FLOAT64 = NoEffect("rotations are always computed in float64")
 _REFUSED_ELSE_OFF = NotHashed("true is refused, so it is always off")
 
@@ -56,14 +57,24 @@ class NoSpecial(Section):
 
 
 class AwqSpecial(Section):
-    """AWQ (arXiv 2306.00978): the scale search and the clip search."""
+    """AWQ (arXiv 2306.00978): the scale search and the clip search.
+
+    Not in LLMC: trans_version best, importance, ratios, refine, clip_query_key, clip_steps and
+    clip_shrink; their defaults are LLMC's fixed choices.
+    """
 
     trans: bool = True
-    trans_version: Annotated[Version, choice(Version)] = Version.V2
+    trans_version: Annotated[TransVersion, choice(TransVersion)] = TransVersion.V2
+    importance: Annotated[Importance, choice(Importance)] = Importance.MEAN_ABS
+    ratios: Annotated[Count, Field(ge=1, le=1000)] = 20
+    refine: bool = False
+    do_gqa_trans: bool = True
     weight_clip: bool = True
-    clip_version: Annotated[Version, choice(Version)] = Version.V1
-    clip_sym: bool | None = None
-    do_gqa_trans: bool = False
+    clip_query_key: bool = False
+    clip_steps: Annotated[Count, Field(ge=1, le=256)] = 10
+    clip_shrink: Annotated[Fraction, Field(gt=0, le=1)] = 0.5
+    clip_version: Annotated[ClipVersion, choice(ClipVersion), _ONE_CLIP] = ClipVersion.V1
+    clip_sym: Annotated[bool | None, NoEffect("a factor moves both ends of a range")] = None
     awq_bs: Annotated[Count | None, _ALWAYS_BATCHED] = None
     save_mem: Annotated[bool, NoEffect("one block at a time is on the device in any case")] = False
     save_scale: Annotated[bool, _STORED] = False
@@ -123,7 +134,7 @@ class SmoothQuantSpecial(Section):
 class OsPlusSpecial(Section):
     """Outlier Suppression+ (arXiv 2304.09145)."""
 
-    alpha: Alpha = 0.5
+    alpha: Annotated[Alpha, NoEffect("the threshold is searched")] = 0.5
     # Not in the seed document, but in the file that LLMC ships for this method.
     true_sequential: Annotated[bool, NoEffect("statistics are collected once per block")] = True
 

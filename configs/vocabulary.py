@@ -9,15 +9,17 @@ __all__ = [
     "METHODS_WITHOUT_CALIBRATION",
     "ActAlgorithm",
     "ActGranularity",
+    "ClipVersion",
     "DataName",
     "EvaluationDtype",
     "EvaluationType",
     "FloatFormat",
+    "Importance",
     "Method",
     "QuantType",
     "RotateMode",
     "TorchDtype",
-    "Version",
+    "TransVersion",
     "WeightAlgorithm",
     "WeightGranularity",
 ]
@@ -37,7 +39,9 @@ class Method(StrEnum):
 
 
 # The schema knows every method of the seed document; the rest are refused before any work.
-IMPLEMENTED_METHODS = frozenset({Method.RTN, Method.IDENTITY})
+IMPLEMENTED_METHODS = frozenset(
+    {Method.RTN, Method.IDENTITY, Method.AWQ, Method.SMOOTHQUANT, Method.OSPLUS}
+)
 
 # The rotation of Quarot is drawn from the seed, and round to nearest looks at weights only.
 METHODS_WITHOUT_CALIBRATION = frozenset({Method.RTN, Method.QUAROT})
@@ -83,7 +87,7 @@ class WeightAlgorithm(StrEnum):
 
 
 class ActAlgorithm(StrEnum):
-    """LLMC's ``calib_algo`` of activations."""
+    """LLMC's ``calib_algo`` of activations; static_percentile is ours."""
 
     MINMAX = "minmax"
     MSE = "mse"
@@ -91,6 +95,7 @@ class ActAlgorithm(StrEnum):
     STATIC_MINMAX = "static_minmax"
     STATIC_MOVING_MINMAX = "static_moving_minmax"
     STATIC_HIST = "static_hist"
+    STATIC_PERCENTILE = "static_percentile"
 
 
 class DataName(StrEnum):
@@ -129,11 +134,26 @@ class TorchDtype(StrEnum):
     FLOAT16 = "float16"
 
 
-class Version(StrEnum):
-    """Versions of AWQ's scale search and of the clip search."""
+class TransVersion(StrEnum):
+    """AWQ's formula for channel scales; best, ours, takes per group what loses least."""
 
     V1 = "v1"
     V2 = "v2"
+    BEST = "best"
+
+
+class ClipVersion(StrEnum):
+    """LLMC's ways to apply a clip."""
+
+    V1 = "v1"
+    V2 = "v2"
+
+
+class Importance(StrEnum):
+    """How AWQ measures the size of a channel's inputs; LLMC knows the mean only."""
+
+    MEAN_ABS = "mean_abs"
+    ROOT_MEAN_SQUARE = "root_mean_square"
 
 
 class RotateMode(StrEnum):

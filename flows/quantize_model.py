@@ -23,12 +23,13 @@ from flows.progress import reporter
 from tasks.advance import advance
 from tasks.calibration_set import calibration_set
 from tasks.check import Request, check, output_folder
+from tasks.clip import clip, has_clip
 from tasks.engine.job import Job
 from tasks.engine.publication import alone, begun, end, work_identity
 from tasks.engine.settings import Settings, settings
 from tasks.engine.step import Result, Step, action
 from tasks.engine.store import Entry
-from tasks.engine.streams import Stream, drop_boundaries
+from tasks.engine.streams import Stream, drop_boundaries, start_stream
 from tasks.engine.tracking import Run, flatten, open_run
 from tasks.evaluate import evaluate, summary
 from tasks.evaluation_set import evaluation_set
@@ -38,7 +39,7 @@ from tasks.pack import pack
 from tasks.publish import launch_line, model_card, publish
 from tasks.quantize import Origin, quantize
 from tasks.register import block_points, error_rows, register
-from tasks.transform import DECIDES, transform
+from tasks.transform import has_transform, transform
 from tasks.verify import verify
 
 log = logging.getLogger("blockquant")
@@ -126,8 +127,8 @@ def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> di
     sets["evaluation"] = course.run(evaluation_set, job, job.evaluation).entry
     if step.calib is not None:
         sets["calibration"] = course.run(calibration_set, job, step.calib).entry
-        stream = Stream(sets["calibration"].key)
-    quantized, packed = _blocks(job, run, course, step, stream)
+        stream = start_stream(job, sets["calibration"].key)
+    quantized, packed, decided = _blocks(job, run, course, step, stream)
     exported = course.run(export, job, tuple(p.key for p in packed))
     digests = _digests(job, quantized)
     verified = course.run(verify, job, exported.key, digests)
@@ -140,7 +141,8 @@ def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> di
         job.store, identity, exported.entry, report, request.output, request.overwrite
     )
     _show(job, report, blocks)
-    action(register)(run, report, blocks, sets, location, dict(course.seconds), log_file)
+    found = [d.entry for d in decided]
+    action(register)(run, report, blocks, found, sets, location, dict(course.seconds), log_file)
     end(job.store.root, request.output)
     log.info("published %s: %s", location, summary(report["metrics"]))
     return {
@@ -157,14 +159,24 @@ def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> di
 
 def _blocks(
     job: Job, run: Run, course: Course, step: ResolvedStep, stream: Stream | None
-) -> tuple[list[Result], list[Result]]:
-    """Take every block through its steps; those that the method does not have are left out."""
-    quantized, packed = [], []
+) -> tuple[list[Result], list[Result], list[Result]]:
+    """Take every block through its steps; those that the method does not have are left out.
+
+    Returns:
+        what was quantized, packed and decided.
+    """
+    quantized: list[Result] = []
+    packed: list[Result] = []
+    decided: list[Result] = []
     for block in job.blocks:
-        decision = None
-        if stream is not None and step.quant.method in DECIDES:
-            decision = course.run(transform, job, step, stream, block=block).key
-        origin = Origin(step, stream, decision)
+        decision = clipped = None
+        if stream is not None and has_transform(step.quant):
+            decided.append(course.run(transform, job, step, stream, block=block))
+            decision = decided[-1].key
+        if stream is not None and has_clip(step.quant):
+            decided.append(course.run(clip, job, step, stream, decision, block=block))
+            clipped = decided[-1].key
+        origin = Origin(step, stream, decision, clipped)
         codes = course.run(quantize, job, origin, block=block)
         shard = course.run(pack, job, origin, block=block)
         run.log_points(block_points(block, codes.entry))
@@ -178,7 +190,7 @@ def _blocks(
     if stream is not None:
         drop_boundaries(job, stream)
     job.memo.clear()
-    return quantized, packed
+    return quantized, packed, decided
 
 
 def _digests(job: Job, quantized: Sequence[Result]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Scales, rounding to nearest, and back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ __all__ = [
     "dequantize",
     "expand_scale",
     "quantize_weight",
+    "round_group",
     "round_to_nearest",
     "weight_scales",
 ]
@@ -139,7 +140,9 @@ def quantize_weight(
     return QuantizedWeight(codes, scale, zero_point)
 
 
-def round_to_nearest(weight: Tensor, scheme: WeightScheme) -> QuantizedWeight:
+def round_to_nearest(
+    weight: Tensor, scheme: WeightScheme, clip: Tensor | None = None
+) -> QuantizedWeight:
     """Quantize a weight by its own extremes: weight_scales, then quantize_weight.
 
     Waits for the device once.
@@ -147,15 +150,45 @@ def round_to_nearest(weight: Tensor, scheme: WeightScheme) -> QuantizedWeight:
     Args:
         weight: (N, K), floating point.
         scheme: the scheme.
+        clip: factors on both extremes, scheme.scale_shape(N, K); 1 where None.
 
     Raises:
         NonFiniteError: weight holds NaN or infinity, or a range that float32 cannot hold.
         ValueError: weight does not suit the scheme.
     """
-    scale, zero_point = weight_scales(weight.detach(), scheme)
+    scale, zero_point = _finite_scales(weight, scheme, clip)
+    return quantize_weight(weight, scale, zero_point, scheme)
+
+
+def round_group(
+    weights: Sequence[Tensor], scheme: WeightScheme, clips: Sequence[Tensor | None]
+) -> list[QuantizedWeight]:
+    """Quantize linears that a server fuses: one scale for all where a tensor has one.
+
+    Args:
+        weights: (N_i, K) each, floating point.
+        scheme: the scheme.
+        clips: of each weight, as round_to_nearest takes it; all the same where the scale is.
+
+    Raises:
+        NonFiniteError, ValueError: as round_to_nearest.
+    """
+    if scheme.granularity is not Granularity.TENSOR:
+        return [
+            round_to_nearest(weight, scheme, clip)
+            for weight, clip in zip(weights, clips, strict=True)
+        ]
+    scale, zero_point = _finite_scales(torch.cat(list(weights)), scheme, clips[0])
+    return [quantize_weight(weight, scale, zero_point, scheme) for weight in weights]
+
+
+def _finite_scales(
+    weight: Tensor, scheme: WeightScheme, clip: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    scale, zero_point = weight_scales(weight.detach(), scheme, clip_low=clip, clip_high=clip)
     if not bool(scale.isfinite().all()):
         raise NonFiniteError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity")
-    return quantize_weight(weight, scale, zero_point, scheme)
+    return scale, zero_point
 
 
 def dequantize(

@@ -16,19 +16,36 @@ class InputStatistics:
 
     Attributes:
         gram: (K, K) float32, the sum of x x^T (not divided by the number of tokens).
-        absmax: (K,) float32, the largest |x| per channel; 0 before the first token.
+        total: (K,) float32, the sum of x (not divided).
         mean_abs_sum: (K,) float32, the sum of |x| (not divided).
-        minimum: (K,) float32, the smallest x; infinity before the first token.
-        maximum: (K,) float32, the largest x; minus infinity before the first token.
+        window_minimum: (W, K) float32, the smallest x of each window.
+        window_maximum: (W, K) float32, the largest x of each window.
+        sample: (m, K), rows that were asked to be kept, as they came, in the inputs' dtype.
         tokens: number of tokens summed.
     """
 
     gram: Tensor
-    absmax: Tensor
+    total: Tensor
     mean_abs_sum: Tensor
-    minimum: Tensor
-    maximum: Tensor
+    window_minimum: Tensor
+    window_maximum: Tensor
+    sample: Tensor
     tokens: int
+
+    @property
+    def minimum(self) -> Tensor:
+        """(K,) float32, the smallest x per channel; infinity before the first token."""
+        return _with_row(self.window_minimum, torch.inf).amin(0)
+
+    @property
+    def maximum(self) -> Tensor:
+        """(K,) float32, the largest x per channel; minus infinity before the first token."""
+        return _with_row(self.window_maximum, -torch.inf).amax(0)
+
+    @property
+    def absmax(self) -> Tensor:
+        """(K,) float32, the largest |x| per channel; 0 before the first token."""
+        return torch.maximum(self.maximum, -self.minimum).clamp(min=0.0)
 
     def gram_mean(self) -> Tensor:
         """The Gram matrix H = X^T X / T, (K, K) float32; zeros if there were no tokens."""
@@ -42,18 +59,20 @@ def empty_statistics(columns: int, device: torch.device | str = "cpu") -> InputS
         columns: K.
         device: where the sums live.
     """
-    vector = torch.zeros(columns, device=device)
     return InputStatistics(
         gram=torch.zeros(columns, columns, device=device),
-        absmax=vector,
-        mean_abs_sum=vector.clone(),
-        minimum=torch.full_like(vector, torch.inf),
-        maximum=torch.full_like(vector, -torch.inf),
+        total=torch.zeros(columns, device=device),
+        mean_abs_sum=torch.zeros(columns, device=device),
+        window_minimum=torch.empty(0, columns, device=device),
+        window_maximum=torch.empty(0, columns, device=device),
+        sample=torch.empty(0, columns, device=device),
         tokens=0,
     )
 
 
-def add_batch(statistics: InputStatistics, x: Tensor, *, chunk: int = 2048) -> InputStatistics:
+def add_batch(
+    statistics: InputStatistics, x: Tensor, *, keep: Tensor | None = None, chunk: int = 2048
+) -> InputStatistics:
     """Statistics with a batch added; the argument stays as it is.
 
     Rows are taken chunk by chunk, each from the batch's start, and summed in float32, so equal
@@ -62,14 +81,16 @@ def add_batch(statistics: InputStatistics, x: Tensor, *, chunk: int = 2048) -> I
 
     Args:
         statistics: what was seen before.
-        x: (..., K), floating point, on the device of the statistics; no gradient passes.
+        x: (..., T, K), floating point, on the device of the statistics; no gradient passes. Each
+            (T, K) is a window.
+        keep: int64, numbers of the rows of this batch that are kept as a sample.
         chunk: rows per product, part of what decides the last bits.
 
     Raises:
         NonFiniteError: x holds NaN or infinity, or a sum overflows float32.
         ValueError: x is not floating point or has another number of channels; chunk < 1.
     """
-    columns = statistics.absmax.shape[0]
+    columns = statistics.total.shape[0]
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}: use at least one row")
     if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] != columns:
@@ -82,25 +103,31 @@ def add_batch(statistics: InputStatistics, x: Tensor, *, chunk: int = 2048) -> I
     native = x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
 
     gram, owned = statistics.gram, False
-    sums, minimum, maximum = statistics.mean_abs_sum, statistics.minimum, statistics.maximum
+    total, sums = statistics.total, statistics.mean_abs_sum
     for start in range(0, rows.shape[0], chunk):
         part = rows[start : start + chunk]
         part = part if native else part.to(torch.float32)
         gram, owned = _add_product(gram, part, owned), True
+        total = total + part.sum(0, dtype=torch.float32)
         sums = sums + part.abs().sum(0, dtype=torch.float32)
-        minimum = torch.minimum(minimum, part.amin(0).to(torch.float32))
-        maximum = torch.maximum(maximum, part.amax(0).to(torch.float32))
     # A finite diagonal bounds the whole matrix: (x_i x_j)^2 <= x_i^2 x_j^2, summed.
     if not bool(torch.cat((sums, gram.diagonal())).isfinite().all()):
         raise NonFiniteError(f"inputs of shape {tuple(x.shape)} hold NaN, infinity or overflow")
+    windows = x.detach().reshape(-1, x.shape[-2] if x.ndim > 1 else 1, columns)
+    kept = rows[:0] if keep is None else rows[keep]
     return InputStatistics(
         gram=gram,
-        absmax=torch.maximum(maximum, -minimum),
+        total=total,
         mean_abs_sum=sums,
-        minimum=minimum,
-        maximum=maximum,
+        window_minimum=torch.cat((statistics.window_minimum, windows.amin(1).float())),
+        window_maximum=torch.cat((statistics.window_maximum, windows.amax(1).float())),
+        sample=torch.cat((statistics.sample.to(x.dtype), kept)),
         tokens=statistics.tokens + rows.shape[0],
     )
+
+
+def _with_row(extremes: Tensor, value: float) -> Tensor:
+    return torch.cat((extremes, extremes.new_full((1, extremes.shape[1]), value)))
 
 
 def _add_product(gram: Tensor, rows: Tensor, owned: bool) -> Tensor:

@@ -248,9 +248,10 @@ def predict(job: Job) -> Prediction:
 
 def _sampled(job: Job) -> list[tuple[int, int]]:
     """Windows and their length of the texts that the model writes itself."""
-    sections = [(s.calib, s.calib.n_samples) for s in job.steps if s.calib is not None]
-    asked = [*sections, (job.evaluation, job.evaluation.windows or 0)]
-    return [(n, text.seq_len) for text, n in asked if text.name is DataName.SELF_GENERATED]
+    calibration = [s.calib for s in job.steps if s.calib is not None]
+    asked = [(c.name, c.n_samples, c.seq_len) for c in calibration]
+    asked.append((job.evaluation.name, job.evaluation.windows or 0, job.evaluation.seq_len))
+    return [(n, length) for name, n, length in asked if name is DataName.SELF_GENERATED]
 
 
 def _sampling_seconds(job: Job, parameters: int) -> float:

@@ -15,7 +15,7 @@ from tasks.engine.source import INDEX, SINGLE
 from tasks.engine.step import step
 from tasks.engine.store import Draft
 from tasks.engine.streams import require
-from tasks.engine.text import TOKENIZER_FILES, tokenizer_digest
+from tasks.engine.text import TOKENIZER_FILES, files_digest
 from tasks.pack import split_into_shards, untouched
 
 # small files that a checkpoint carries beside its weights
@@ -28,7 +28,7 @@ def _depends_on(job: Job, packed: Sequence[str]) -> dict[str, Any]:
         "config": dict(job.source.config),
         "quantization": quantization_config(job.scheme, job.plan.ignore),
         "outside": job.source.digest(job.plan.outside),
-        "companions": tokenizer_digest(job.source),
+        "companions": files_digest(job.source, COMPANIONS),
     }
 
 

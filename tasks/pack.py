@@ -10,7 +10,8 @@ from tasks.engine.export_format import compress, export_dtype
 from tasks.engine.job import Job
 from tasks.engine.step import step
 from tasks.engine.store import Draft
-from tasks.quantize import Origin, block_codes, quantize
+from tasks.quantize import Origin, block_codes, block_input_scales, quantize
+from tasks.transform import transformed_block
 
 # no file of an export is larger
 LARGEST_SHARD = 5 * 10**9
@@ -29,11 +30,12 @@ def pack(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:
     """Write a block's exported tensors into shards of at most 5 GB."""
     plan = job.plan.blocks[block]
     codes = block_codes(job, origin, block)
+    scales = block_input_scales(job, origin, block)
     packed: dict[str, Tensor] = {}
-    for name, tensor in job.read_block(block).items():
+    for name, tensor in transformed_block(job, block, origin.decision).items():
         linear, _, ending = name.rpartition(".")
         if linear in codes and ending == "weight":
-            members = compress(codes[linear], job.scheme)
+            members = compress(codes[linear], job.scheme, scales.get(linear))
             packed |= {f"{plan.prefix}{linear}.{part}": t for part, t in members.items()}
         else:
             packed[plan.prefix + name] = untouched(tensor, job)

@@ -9,14 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from configs.schema import ResolvedStep
+from quantizers.channel_transform import transformed_gram
 from quantizers.losses import relative_output_error, relative_weight_error
-from quantizers.rounding import QuantizedWeight, dequantize, round_to_nearest
-from tasks.engine.job import Job, scheme_lineage
+from quantizers.output_error import group_input_scale
+from quantizers.rounding import QuantizedWeight, dequantize, round_group
+from tasks.clip import block_clip
+from tasks.engine.collect import block_statistics
+from tasks.engine.folding import quantized_groups
+from tasks.engine.job import Job, activation_lineage, scheme_lineage
 from tasks.engine.source import tensor_digest
 from tasks.engine.step import step
-from tasks.engine.store import Draft
+from tasks.engine.store import Draft, load_tensors
 from tasks.engine.streams import Stream, require
-from tasks.transform import block_statistics, transformed_linears
+from tasks.transform import block_transforms, group_problem, no_transform, transformed_block
+
+INPUT_SCALES = "input_scales.safetensors"
 
 
 @dataclass(frozen=True)
@@ -26,21 +33,28 @@ class Origin:
     Attributes:
         recipe_step: the recipe's step.
         stream: the hidden states that enter the block, where the method is calibrated.
-        decision: key of the transform's decision, where there is one.
+        decision: key of the transforms' decision, where there is one.
+        clipped: key of the clip's decision, where there is one.
     """
 
     recipe_step: ResolvedStep
     stream: Stream | None
     decision: str | None
+    clipped: str | None = None
 
 
 def _depends_on(job: Job, origin: Origin, block: int) -> dict[str, Any]:
+    act = origin.recipe_step.quant.act
     return {
         "method": str(origin.recipe_step.quant.method),
         "scheme": scheme_lineage(job),
+        "inputs": [activation_lineage(job), str(act.calib_algo), act.percentile]
+        if _static(job) and act is not None
+        else None,
         "linears": list(job.plan.blocks[block].quantized),
         "weights": job.block_digest(block),
         "decision": origin.decision,
+        "clip": origin.clipped,
         "stream": origin.stream.key if origin.stream else None,
     }
 
@@ -50,54 +64,91 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
     """Round a block and report the error of each linear; the codes themselves stay in memory.
 
     The value holds, per linear, the relative error of its weight, that of its output where inputs
-    were collected, and a digest of codes and scales that :mod:`tasks.verify` compares.
+    were collected, and a digest of codes and scales that :mod:`tasks.verify` compares. Static
+    input scales are the entry's only file.
     """
-    del draft
-    weights = _weights(job, origin, block)
-    codes = block_codes(job, origin, block, weights)
+    weights = transformed_block(job, block, origin.decision)
+    codes = block_codes(job, origin, block)
     grams = _grams(job, origin, block)
+    scales = _input_scales(job, origin, block)
     linears = {}
     for name, quantized in codes.items():
+        weight = weights[f"{name}.weight"]
         restored = dequantize(quantized, job.scheme.weight)
         report: dict[str, Any] = {
-            "weight_error": relative_weight_error(weights[name], restored),
-            "digest": codes_digest(quantized),
+            "weight_error": relative_weight_error(weight, restored),
+            "digest": codes_digest(quantized, scales.get(name)),
         }
         if name in grams:
-            report["output_error"] = relative_output_error(weights[name], restored, grams[name])
+            report["output_error"] = relative_output_error(weight, restored, grams[name])
+        if name in scales:
+            report["input_scale"] = float(scales[name])
         linears[name] = report
+    if scales:
+        draft.save_tensors(INPUT_SCALES, {name: scale.clone() for name, scale in scales.items()})
     return {"linears": linears}
 
 
-def block_codes(
-    job: Job, origin: Origin, block: int, weights: Mapping[str, Tensor] | None = None
-) -> Mapping[str, QuantizedWeight]:
+def block_codes(job: Job, origin: Origin, block: int) -> Mapping[str, QuantizedWeight]:
     """Codes and scales of a block's linears: from memory, or computed again from their inputs."""
 
     def compute() -> dict[str, QuantizedWeight]:
-        rounded = weights if weights is not None else _weights(job, origin, block)
-        return {name: round_to_nearest(w, job.scheme.weight) for name, w in rounded.items()}
+        tensors = transformed_block(job, block, origin.decision)
+        clips = block_clip(job, origin.clipped)
+        codes: dict[str, QuantizedWeight] = {}
+        for group in quantized_groups(job, block):
+            weights = [tensors[f"{linear}.weight"] for linear in group.linears]
+            clipped = [clips.get(linear) for linear in group.linears]
+            rounded = round_group(weights, job.scheme.weight, clipped)
+            codes |= dict(zip(group.linears, rounded, strict=True))
+        return codes
 
     return job.memo.get("codes", quantize.key(job, origin, block=block), compute)
 
 
-def codes_digest(quantized: QuantizedWeight) -> str:
+def block_input_scales(job: Job, origin: Origin, block: int) -> dict[str, Tensor]:
+    """Static input scales, float32 (1,), of a block that was quantized; none where dynamic."""
+    if not _static(job):
+        return {}
+    entry = require(job, quantize.key(job, origin, block=block))
+    return load_tensors(entry.file(INPUT_SCALES))
+
+
+def _static(job: Job) -> bool:
+    return job.scheme.activation is not None and not job.scheme.activation.dynamic
+
+
+def codes_digest(quantized: QuantizedWeight, input_scale: Tensor | None = None) -> str:
     """Digest of codes, scales and zero points, whatever their layout on disk."""
-    parts = [quantized.codes, quantized.scale, quantized.zero_point]
+    parts = [quantized.codes, quantized.scale, quantized.zero_point, input_scale]
     return "-".join(tensor_digest(part) for part in parts if part is not None)
 
 
-def _weights(job: Job, origin: Origin, block: int) -> dict[str, Tensor]:
-    decision = require(job, origin.decision) if origin.decision else None
-    return transformed_linears(job, origin.recipe_step, block, decision)
+def _input_scales(job: Job, origin: Origin, block: int) -> dict[str, Tensor]:
+    """One static scale for the inputs that a group of linears shares."""
+    if origin.stream is None or not _static(job):
+        return {}
+    statistics = block_statistics(job, origin.stream, block)
+    transforms = block_transforms(job, origin.decision)
+    scales: dict[str, Tensor] = {}
+    for group in quantized_groups(job, block):
+        found = statistics[group.name]
+        problem = group_problem(job, origin.recipe_step.quant, block, group, found)
+        scale = group_input_scale(problem, transforms.get(group.name) or no_transform(found))
+        if scale is not None:
+            scales |= dict.fromkeys(group.linears, scale)
+    return scales
 
 
 def _grams(job: Job, origin: Origin, block: int) -> dict[str, Tensor]:
+    """Gram matrices of the transformed inputs, by linear; empty where none were collected."""
     if origin.stream is None:
         return {}
     statistics = block_statistics(job, origin.stream, block)
-    return {
-        linear: statistics[group.name].gram
-        for group in job.plan.architecture.groups
-        for linear in group.linears
-    }
+    transforms = block_transforms(job, origin.decision)
+    grams: dict[str, Tensor] = {}
+    for group in quantized_groups(job, block):
+        found = statistics[group.name]
+        gram = transformed_gram(found, transforms.get(group.name) or no_transform(found))
+        grams |= dict.fromkeys(group.linears, gram)
+    return grams

@@ -47,6 +47,7 @@ def register(
     run: Run,
     report: Mapping[str, Any],
     blocks: Sequence[Entry],
+    decided: Sequence[Entry],
     sets: Mapping[str, Entry],
     location: str,
     seconds: Mapping[str, float],
@@ -58,6 +59,7 @@ def register(
         run: the open run.
         report: what lies in the checkpoint as its report.
         blocks: the quantize entry of each block.
+        decided: the entries of transforms and clips, block after block.
         sets: calibration and evaluation sets by their role.
         location: the published folder.
         seconds: time of each kind of step in this process.
@@ -73,6 +75,7 @@ def register(
     points += [Point(n, s, 0, evaluated_ms) for n, s in timed.items() if n not in known]
     run.log_points(points)
     run.log_table(error_rows(blocks), "errors.json")
+    _log_decisions(run, [*decided, *blocks])
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yml"
         recipe.write_text(yaml.safe_dump(dict(report["recipe"]), sort_keys=False), "utf-8")
@@ -92,3 +95,16 @@ def register(
         }
     )
     run.finish()
+
+
+def _log_decisions(run: Run, entries: Sequence[Entry]) -> None:
+    """Keep each block's scales, clip factors and input scales, and what the searches tried."""
+    searches: dict[str, list[Any]] = {}
+    for entry in entries:
+        of_its_kind = searches.setdefault(entry.task, [])
+        for name in sorted(entry.files):
+            run.log_file(entry.file(name), f"decisions/{entry.task}/block-{len(of_its_kind)}")
+        of_its_kind.append(entry.value)
+    tried = {task: values for task, values in searches.items() if task != "quantize"}
+    if tried:
+        run.log_json(tried, "searches.json")

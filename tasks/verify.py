@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ from torch import Tensor, nn
 from tasks.engine.checkpoint import Checkpoint, open_checkpoint
 from tasks.engine.decoder import Decoder, build_decoder, run_block
 from tasks.engine.errors import InputError, VerificationError
-from tasks.engine.export_format import Scheme, decompress, quantization_config, restore
+from tasks.engine.export_format import (
+    INPUT_SCALE,
+    Scheme,
+    decompress,
+    quantization_config,
+    restore,
+)
 from tasks.engine.job import Job
 from tasks.engine.plan import outside_shapes
 from tasks.engine.publication import REPORT
@@ -37,7 +44,12 @@ def _depends_on(
     job: Job, exported: str, digests: Mapping[str, str], whole: bool = True
 ) -> dict[str, Any]:
     del job
-    return {"exported": exported, "digests": dict(digests), "whole": whole}
+    return {
+        "exported": exported,
+        "digests": dict(digests),
+        "whole": whole,
+        "reader": version("compressed-tensors"),
+    }
 
 
 @step(depends_on=_depends_on, tags=("verify",))
@@ -103,7 +115,7 @@ def digests_of(folder: Path) -> dict[str, str] | None:
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         return {name: str(linear["digest"]) for name, linear in report["linears"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -218,7 +230,8 @@ def _check_digest(
 ) -> None:
     if name not in digests:
         raise VerificationError(f"{name}: quantized in the checkpoint, but not by the run")
-    if codes_digest(decompress(members, scheme)) != digests[name]:
+    found = codes_digest(decompress(members, scheme), members.get(INPUT_SCALE))
+    if found != digests[name]:
         raise VerificationError(f"{name}: other codes or scales than the run computed")
 
 

@@ -15,11 +15,20 @@ from tasks.engine.errors import InputError
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears of a block that share one input, and the module whose output that input is."""
+    """Linears of a block that share one input, and the module whose output that input is.
+
+    Attributes:
+        name: of the group.
+        linears: names in the block.
+        fed_by: a norm, or a linear whose rows are the group's channels.
+        passes_shifts: whether a constant added to the feeder's output arrives unchanged; it does
+            through attention, whose weights sum to one, and not through a gate.
+    """
 
     name: str
     linears: tuple[str, ...]
     fed_by: str
+    passes_shifts: bool = True
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,11 @@ class Architecture:
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    # what a norm adds to its weight before it multiplies: 1 in Gemma
+    norm_offset: float = 0.0
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -51,12 +65,12 @@ _LLAMA_GROUPS = (
     ),
     LinearGroup("attention_output", ("self_attn.o_proj",), fed_by="self_attn.v_proj"),
     LinearGroup("mlp_input", ("mlp.gate_proj", "mlp.up_proj"), fed_by="post_attention_layernorm"),
-    LinearGroup("mlp_output", ("mlp.down_proj",), fed_by="mlp.up_proj"),
+    LinearGroup("mlp_output", ("mlp.down_proj",), fed_by="mlp.up_proj", passes_shifts=False),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     name: Architecture(name, _LLAMA_GROUPS) for name in ("llama", "mistral", "qwen2", "qwen3")
-}
+} | {"gemma": Architecture("gemma", _LLAMA_GROUPS, norm_offset=1.0)}
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.decoder import InputHook
-from tasks.engine.export_format import Scheme, restore_block, scheme_from_config
+from tasks.engine.export_format import INPUT_SCALE, Scheme, restore_block, scheme_from_config
 from tasks.engine.plan import is_tied
 from tasks.engine.source import Source, open_source
 from tasks.engine.streams import activation_hook
@@ -65,8 +65,7 @@ class Checkpoint:
         stored = self.stored_block(block, device)
         if self.scheme is None:
             return {name: tensor.to(dtype) for name, tensor in stored.items()}
-        weights = restore_block(stored, self.quantized(block), self.scheme, dtype)
-        return {n: t for n, t in weights.items() if not n.endswith(".input_scale")}
+        return restore_block(stored, self.quantized(block), self.scheme, dtype)
 
     def input_hook(self, block: int, device: str = "cpu") -> InputHook | None:
         """What quantizes the inputs of the block's linears, as SGLang does; None if nothing."""
@@ -75,7 +74,7 @@ class Checkpoint:
         scales: Mapping[str, Tensor] = {}
         if not self.scheme.activation.dynamic:
             prefix = self.architecture.block_prefix(block)
-            names = {n: f"{prefix}{n}.input_scale" for n in self.quantized(block)}
+            names = {n: f"{prefix}{n}.{INPUT_SCALE}" for n in self.quantized(block)}
             read = self.source.read(names.values(), device)
             scales = {linear: read[name] for linear, name in names.items()}
         return activation_hook(self.scheme.activation, scales)

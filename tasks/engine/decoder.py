@@ -130,7 +130,10 @@ def run_block(
         Hidden states (B, T, D) after the block.
     """
     with torch.no_grad(), _hooked(block, linears, on_input):
-        output = torch.func.functional_call(block, dict(weights), (hidden,), dict(arguments))
+        # strict: a weight that is missing would be read from memory that nobody wrote
+        output = torch.func.functional_call(
+            block, dict(weights), (hidden,), dict(arguments), strict=True
+        )
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -172,7 +175,11 @@ def device_fingerprint(device: str) -> dict[str, str]:
     import transformers
 
     where = torch.device(device)
-    facts = {"torch": torch.__version__, "transformers": transformers.__version__}
+    facts = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "micro_batch": f"{MICRO_BATCH_TOKENS[where.type]} tokens",
+    }
     if where.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
         return facts | {"device": f"cpu {capability} threads={torch.get_num_threads()}"}

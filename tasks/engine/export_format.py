@@ -23,6 +23,7 @@ from tasks.engine.errors import InputError
 PACKED = "pack-quantized"
 INT8 = "int-quantized"
 FLOAT8 = "float-quantized"
+INPUT_SCALE = "input_scale"
 
 _STRATEGY = {
     Granularity.TENSOR: "tensor",
@@ -52,7 +53,11 @@ class Scheme:
     def expected(self, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor of a quantized linear (N=rows, K=columns)."""
         bits = self.weight.number_format.bits
-        scale = {"weight_scale": (self.weight.scale_dtype, self.weight.scale_shape(rows, columns))}
+        scale: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "weight_scale": (self.weight.scale_dtype, self.weight.scale_shape(rows, columns))
+        }
+        if self.activation is not None and not self.activation.dynamic:
+            scale[INPUT_SCALE] = (torch.float32, (1,))
         if self.format != PACKED:
             return {"weight": (self.weight.number_format.code_dtype, (rows, columns))} | scale
         packed: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -111,9 +116,13 @@ def _layout(codes: NumberFormat, quantized_inputs: bool) -> str:
     return INT8 if quantized_inputs else PACKED
 
 
-def compress(quantized: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
+def compress(
+    quantized: QuantizedWeight, scheme: Scheme, input_scale: Tensor | None = None
+) -> dict[str, Tensor]:
     """Turn codes (N, K) and scales into the tensors of the format, by their names' endings."""
     scale = {"weight_scale": quantized.scale}
+    if input_scale is not None:
+        scale[INPUT_SCALE] = input_scale
     if scheme.format != PACKED:
         return {"weight": quantized.codes} | scale
     bits = scheme.weight.number_format.bits
@@ -249,4 +258,6 @@ def scheme_from_config(config: Mapping[str, Any], model_dtype: torch.dtype) -> S
 def _stored_format(described: Mapping[str, Any]) -> NumberFormat:
     if described["type"] == "int":
         return int_format(int(described["num_bits"]))
+    if (described["type"], int(described["num_bits"])) != ("float", 8):
+        raise ValueError(f"no format {described['type']} of {described['num_bits']} bits")
     return E4M3

@@ -14,6 +14,7 @@ from typing import Any, Concatenate, Generic, ParamSpec
 
 from prefect import Task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
+from prefect.serializers import JSONSerializer
 from prefect.tasks import exponential_backoff
 from safetensors import SafetensorError
 
@@ -69,7 +70,7 @@ class Step(Generic[Parameters]):
         records = job.store.root / "prefect"
         records.mkdir(parents=True, exist_ok=True)
         whole = job.store.get(key) is not None
-        _drop_damaged_record(records / key)
+        _drop_damaged_record(records / key, {"key": key, "step": self.name})
         ran: list[bool] = []
 
         def body() -> dict[str, Any]:
@@ -170,11 +171,16 @@ def is_transient(task: Any, task_run: Any, state: Any) -> bool:
     return False
 
 
-def _drop_damaged_record(path: Path) -> None:
-    """Remove a Prefect record that cannot be read: it would fail the flow instead of missing."""
+def _drop_damaged_record(path: Path, result: Mapping[str, Any]) -> None:
+    """Remove a Prefect record that is not the one we write: Prefect would fail, or run its code."""
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        serializer = JSONSerializer().model_dump(mode="json")
+        ours = record["metadata"]["serializer"] == serializer
+        if ours and json.loads(record["result"]) == result:
+            return
     except FileNotFoundError:
         return
-    except (OSError, ValueError):
-        path.unlink(missing_ok=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    path.unlink(missing_ok=True)

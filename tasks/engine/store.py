@@ -158,8 +158,10 @@ class Store:
             return
         trash = self.root / "trash" / f"{key}-{os.getpid()}-{time.monotonic_ns()}"
         trash.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(folder, trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        # another process may take it away first
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, trash)
+            shutil.rmtree(trash, ignore_errors=True)
 
     def _is_whole(self, entry: Entry, name: str) -> bool:
         stored, path = entry.files[name], entry.folder / name

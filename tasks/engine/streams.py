@@ -7,6 +7,7 @@ point, forward through blocks that are quantized already.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from quantizers.activations import quantize_dequantize_activation
 from quantizers.schemes import ActivationScheme
 from tasks.engine.decoder import InputHook, micro_batches, run_block
 from tasks.engine.errors import RunError
-from tasks.engine.export_format import restore_block
+from tasks.engine.export_format import INPUT_SCALE, restore_block
 from tasks.engine.job import Job
 from tasks.engine.store import Entry, load_tensors
 from tasks.engine.windows import read_tokens
@@ -43,15 +44,24 @@ class Link:
 
 @dataclass(frozen=True)
 class Stream:
-    """Hidden states before block ``len(links)``, starting from a set of token windows."""
+    """Hidden states before block ``len(links)``, starting from a set of token windows.
+
+    Attributes:
+        tokens: key of the windows.
+        origin: digest of what turns them into the first block's input: embedding and config.
+        links: the blocks passed so far.
+    """
 
     tokens: str
+    origin: str = ""
     links: tuple[Link, ...] = ()
 
     @property
     def key(self) -> str:
         """Lineage key of the hidden states."""
-        return self.links[-1].key if self.links else self.tokens
+        if self.links:
+            return self.links[-1].key
+        return hashlib.sha256(f"{self.tokens} {self.origin}".encode()).hexdigest()
 
     @property
     def block(self) -> int:
@@ -60,11 +70,18 @@ class Stream:
 
     def after(self, key: str, packed: str | None) -> Stream:
         """Return the stream one block further."""
-        return Stream(self.tokens, (*self.links, Link(key, packed)))
+        return Stream(self.tokens, self.origin, (*self.links, Link(key, packed)))
 
     def back(self) -> Stream:
         """Return the stream one block before."""
-        return Stream(self.tokens, self.links[:-1])
+        return Stream(self.tokens, self.origin, self.links[:-1])
+
+
+def start_stream(job: Job, tokens: str) -> Stream:
+    """Return the stream of a set of token windows before the first block."""
+    embedding = job.source.digest([job.plan.architecture.embedding])
+    config = json.dumps(dict(job.source.config), sort_keys=True)
+    return Stream(tokens, hashlib.sha256(f"{embedding} {config}".encode()).hexdigest())
 
 
 def hidden_states(job: Job, stream: Stream) -> Tensor:
@@ -126,20 +143,24 @@ def pass_block(job: Job, stream: Stream, hidden: Tensor, packed: str | None) -> 
     if packed is None:
         weights = {n: t.to(job.compute_dtype) for n, t in job.read_block(block).items()}
         return through_block(job, block, weights, hidden, None)
-    weights = packed_weights(job, block, require(job, packed))
-    hook = activation_hook(job.scheme.activation)
-    return through_block(job, block, weights, hidden, hook)
-
-
-def packed_weights(job: Job, block: int, entry: Entry) -> dict[str, Tensor]:
-    """Weights of a block as a server will see them, from its exported tensors."""
     plan = job.plan.blocks[block]
-    tensors = {
-        name.removeprefix(plan.prefix): tensor
+    tensors = _packed_tensors(job, block, require(job, packed))
+    weights = restore_block(tensors, plan.quantized, job.scheme, job.compute_dtype)
+    ending = f".{INPUT_SCALE}"
+    scales = {n.removesuffix(ending): t for n, t in tensors.items() if n.endswith(ending)}
+    return through_block(
+        job, block, weights, hidden, activation_hook(job.scheme.activation, scales)
+    )
+
+
+def _packed_tensors(job: Job, block: int, entry: Entry) -> dict[str, Tensor]:
+    """A block's tensors as exported, by their names in it."""
+    prefix = job.plan.blocks[block].prefix
+    return {
+        name.removeprefix(prefix): tensor
         for file in sorted(entry.files)
         for name, tensor in load_tensors(entry.file(file), job.device).items()
     }
-    return restore_block(tensors, plan.quantized, job.scheme, job.compute_dtype)
 
 
 def through_block(
@@ -152,20 +173,15 @@ def through_block(
 ) -> Tensor:
     """Run hidden states (W, T, D) through one block in micro-batches."""
     names = job.plan.blocks[block].quantized if linears is None else linears
-    outputs = []
+    module = job.decoder.blocks[block]
+    # filled in place: a list of parts and their concatenation would hold the stream twice
+    passed, done = torch.empty_like(hidden), 0
     for batch in micro_batches(hidden, job.device):
         arguments = block_arguments(job, batch.shape[0], batch.shape[1])[block]
-        outputs.append(
-            run_block(
-                job.decoder.blocks[block],
-                weights,
-                batch.to(job.device),
-                arguments,
-                names,
-                on_input,
-            ).cpu()
-        )
-    return torch.cat(outputs)
+        after = run_block(module, weights, batch.to(job.device), arguments, names, on_input)
+        passed[done : done + len(batch)] = after
+        done += len(batch)
+    return passed
 
 
 def block_arguments(job: Job, batch: int, length: int) -> tuple[dict[str, Any], ...]:

@@ -30,12 +30,8 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-# dataset id, configuration, file, split for calibration, split for evaluation
-HUB = {
-    "pileval": ("mit-han-lab/pile-val-backup", None, None, "validation", "validation"),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "train", "test"),
-    "c4": ("allenai/c4", None, "en/c4-train.00000-of-01024.json.gz", "train", "train"),
-}
+# documents of C4's validation file that its published perplexities are measured on
+_C4_EVALUATED = 1100
 LOCAL_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # what a section of a recipe and the command line call the same
 COMMAND_LINE = "--text"
@@ -72,6 +68,30 @@ class TextSource:
         return f"call it {self.column!r}" if given else f"set {self.section}.text_column"
 
 
+@dataclass(frozen=True)
+class HubPart:
+    """One part of a data set on the hub: a file of it, or all; of these documents the first."""
+
+    id: str
+    configuration: str | None
+    file: str | None
+    split: str
+    documents: int | None = None
+
+
+_C4, _PILE, _WIKITEXT = "allenai/c4", "mit-han-lab/pile-val-backup", "Salesforce/wikitext"
+# for calibration, and for evaluation; the Pile's validation set has one part only
+HUB = {
+    "pileval": (HubPart(_PILE, None, None, "validation"),) * 2,
+    "wikitext2": (
+        HubPart(_WIKITEXT, "wikitext-2-raw-v1", None, "train"),
+        HubPart(_WIKITEXT, "wikitext-2-raw-v1", None, "test"),
+    ),
+    "c4": (
+        HubPart(_C4, None, "en/c4-train.00000-of-01024.json.gz", "train"),
+        HubPart(_C4, None, "en/c4-validation.00000-of-00008.json.gz", "train", _C4_EVALUATED),
+    ),
+}
 Document = str | list[dict[str, Any]]
 
 
@@ -103,9 +123,9 @@ def load_tokenizer(source: Source) -> Any:
         raise InputError(f"model {source.path}: the tokenizer cannot be read ({reason})") from error
 
 
-def tokenizer_digest(source: Source) -> str:
-    """Digest of the tokenizer's files."""
-    files = [n for n in TOKENIZER_FILES if (source.path / n).is_file()]
+def files_digest(source: Source, names: Sequence[str] = TOKENIZER_FILES) -> str:
+    """Digest of those of the source's small files that are there; by default the tokenizer's."""
+    files = [n for n in names if (source.path / n).is_file()]
     return ";".join(f"{name}={checksum(source.path / name)}" for name in files)
 
 
@@ -119,7 +139,7 @@ def text_digest(text: TextSource) -> str:
         return _hub_revision(text)
     path = _local_path(text)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return ";".join(checksum(file) for file in files)
+    return ";".join([_loader(text, path), *(checksum(file) for file in files)])
 
 
 def read_documents(text: TextSource, blank: bool = False) -> list[Document]:
@@ -229,6 +249,23 @@ def encode_documents(
     ]
 
 
+@dataclass(frozen=True)
+class EncodedDocuments(Sequence[list[int]]):
+    """Documents whose token ids are made when they are asked for: few of a large text are."""
+
+    text: TextSource
+    tokenizer: Any
+    documents: Sequence[Document]
+
+    def __len__(self) -> int:
+        """How many documents there are."""
+        return len(self.documents)
+
+    def __getitem__(self, number: Any) -> Any:
+        """Token ids of one document."""
+        return encode_documents(self.text, self.tokenizer, [self.documents[number]])[0]
+
+
 def encode_joined(text: TextSource, tokenizer: Any, documents: Sequence[Document]) -> list[int]:
     """Token ids of the documents as one stretch: plain texts joined by blank lines, one BOS."""
     plain = [d for d in documents if isinstance(d, str)]
@@ -265,13 +302,24 @@ def packed_windows(
 def truncated_windows(
     text: TextSource, encoded: Sequence[Sequence[int]], seq_len: int, samples: int, seed: int
 ) -> Tensor:
-    """Shuffle documents, drop those shorter than a window, cut the others to one."""
+    """Shuffle documents, drop those shorter than a window, cut the others to one.
+
+    Documents are looked at one by one until there are enough.
+    """
     order = list(range(len(encoded)))
     random.Random(seed).shuffle(order)
-    long_enough = [encoded[i][:seq_len] for i in order if len(encoded[i]) >= seq_len]
-    if not long_enough:
-        _require_window(text, max((len(ids) for ids in encoded), default=0), seq_len)
-    return torch.tensor(long_enough[:samples], dtype=torch.int64)
+    windows: list[Sequence[int]] = []
+    longest = 0
+    for number in order:
+        if len(windows) == samples:
+            break
+        ids = encoded[number]
+        longest = max(longest, len(ids))
+        if len(ids) >= seq_len:
+            windows.append(ids[:seq_len])
+    if not windows:
+        _require_window(text, longest, seq_len)
+    return torch.tensor(windows, dtype=torch.int64)
 
 
 def random_crops(
@@ -287,16 +335,26 @@ def random_crops(
 def random_document_crops(
     text: TextSource, encoded: Sequence[Sequence[int]], seq_len: int, samples: int, seed: int
 ) -> Tensor:
-    """Crop one window from each of ``samples`` randomly drawn long documents."""
-    long_enough = [ids for ids in encoded if len(ids) >= seq_len]
-    if not long_enough:
-        _require_window(text, max((len(ids) for ids in encoded), default=0), seq_len)
+    """Crop one window from each of ``samples`` randomly drawn long documents.
+
+    Documents are looked at when they are drawn; those that are too short are not drawn again.
+    """
     draw = random.Random(seed)
-    crops = []
-    for _ in range(samples):
-        ids = draw.choice(long_enough)
+    numbers = list(range(len(encoded)))
+    crops: list[Sequence[int]] = []
+    longest = 0
+    while len(crops) < samples and numbers:
+        place = draw.randrange(len(numbers))
+        ids = encoded[numbers[place]]
+        longest = max(longest, len(ids))
+        if len(ids) < seq_len:
+            numbers[place] = numbers[-1]
+            numbers.pop()
+            continue
         start = draw.randint(0, len(ids) - seq_len)
         crops.append(ids[start : start + seq_len])
+    if not crops:
+        _require_window(text, longest, seq_len)
     return torch.tensor(crops, dtype=torch.int64)
 
 
@@ -325,18 +383,18 @@ def _load(text: TextSource) -> Any:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         if text.remote:
-            name, config, file, calibration_split, evaluation_split = _hub_entry(text)
-            split = text.split or (evaluation_split if text.evaluation else calibration_split)
-            return datasets.load_dataset(name, config, data_files=file, split=split)
+            part = _hub_part(text)
+            rows = datasets.load_dataset(
+                part.id, part.configuration, data_files=part.file, split=text.split or part.split
+            )
+            return rows if part.documents is None else rows.select(range(part.documents))
         path = _local_path(text)
         if path.is_dir():
             loaded = datasets.load_from_disk(str(path))
             return loaded[text.split or next(iter(loaded))] if isinstance(loaded, dict) else loaded
         if path.stat().st_size == 0:
             raise InputError(f"{text.key('path')}: {text.path} is empty; give a file with text")
-        # a compressed file has its kind before its last ending
-        named = (LOCAL_LOADERS.get(ending) for ending in (f".{text.name}", *path.suffixes))
-        kind = next((loader for loader in named if loader is not None), "text")
+        kind = _loader(text, path)
         whole = {"sample_by": "document"} if kind == "text" else {}
         # in memory, its copy in a folder that goes away: a text that is read leaves nothing behind
         with tempfile.TemporaryDirectory() as cache:
@@ -361,18 +419,25 @@ def _load(text: TextSource) -> Any:
         ) from error
 
 
-def _hub_entry(text: TextSource) -> tuple[str, str | None, str | None, str, str]:
+def _loader(text: TextSource, path: Path) -> str:
+    """What ``datasets`` reads a file with: the recipe's word, else the file's ending."""
+    # a compressed file has its kind before its last ending
+    named = (LOCAL_LOADERS.get(ending) for ending in (f".{text.name}", *path.suffixes))
+    return next((loader for loader in named if loader is not None), "text")
+
+
+def _hub_part(text: TextSource) -> HubPart:
     if text.name in HUB:
-        return HUB[text.name]
+        return HUB[text.name][text.evaluation]
     if text.path is None:
         raise InputError(f"{text.section}.path: name: dataset needs a data set id; set it")
-    return (text.path, None, None, "train", "test")
+    return HubPart(text.path, None, None, "test" if text.evaluation else "train")
 
 
 def _hub_revision(text: TextSource) -> str:
     from huggingface_hub import HfApi
 
-    name = _hub_entry(text)[0]
+    name = _hub_part(text).id
     try:
         return f"{name}@{HfApi().dataset_info(name, timeout=10).sha}"
     except Exception as error:  # offline, unknown, gated: all mean that it is not to be had
@@ -394,6 +459,6 @@ def _cached_fingerprint(text: TextSource) -> str | None:
 def _unreachable(text: TextSource, reason: str) -> InputError:
     section = text.section
     return InputError(
-        f"{section}.name: the data set {_hub_entry(text)[0]} ({text.name}) cannot be reached "
+        f"{section}.name: the data set {_hub_part(text).id} ({text.name}) cannot be reached "
         f"({reason}); give a local file: --set {section}.name=text --set {section}.path=FILE"
     )

@@ -83,6 +83,10 @@ class Run:
         }
         self.client().log_dict(self.id, table, file)
 
+    def log_json(self, content: Mapping[str, Any], file: str) -> None:
+        """Keep values as a JSON artifact."""
+        self.client().log_dict(self.id, dict(content), file)
+
     def log_input(self, name: str, digest: str, source: Mapping[str, Any], context: str) -> None:
         """Record a data set as an input of the run."""
         from mlflow.entities import Dataset, DatasetInput, InputTag

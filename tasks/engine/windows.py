@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,24 +12,25 @@ from configs.fields import effective
 from configs.schema import Calibration, Evaluation
 from configs.vocabulary import DataName
 from tasks.engine.errors import InputError
-from tasks.engine.generate import sample_windows
+from tasks.engine.generate import BATCH, sample_windows
 from tasks.engine.job import Job
 from tasks.engine.source import Source
 from tasks.engine.store import Draft, Entry, load_tensors
 from tasks.engine.text import (
     Cut,
+    EncodedDocuments,
     TextSource,
     check_text,
     consecutive_windows,
     encode_documents,
     encode_joined,
+    files_digest,
     load_tokenizer,
     packed_windows,
     random_crops,
     random_document_crops,
     read_documents,
     text_digest,
-    tokenizer_digest,
     truncated_windows,
 )
 
@@ -60,12 +62,17 @@ def window_lineage(job: Job, section: Section) -> dict[str, Any]:
     """What decides the windows of a section: the text's bytes and the tokenizer, or the model."""
     asked = effective(section) | {"path": None}
     if section.name is DataName.SELF_GENERATED:
-        return {"text": asked, "model": job.source.digest(job.source.tensors)}
+        return {
+            "text": asked,
+            "model": job.source.digest(job.source.tensors),
+            "config": dict(job.source.config),
+            "side by side": BATCH,
+        }
     text = _text_of(section)
     return {
         "text": asked,
         "bytes": text_digest(text),
-        "tokenizer": tokenizer_digest(job.source),
+        "tokenizer": files_digest(job.source),
     }
 
 
@@ -141,7 +148,12 @@ def token_windows(source: Source, section: Section, device: str) -> Tensor:
             "truncate": truncated_windows,
             "crop_documents": random_document_crops,
         }[preset]
-        windows = cut(text, encode_documents(text, tokenizer, documents), length, samples, seed)
+        encoded: Sequence[Sequence[int]] = (
+            encode_documents(text, tokenizer, documents)
+            if preset == "pack"
+            else EncodedDocuments(text, tokenizer, documents)
+        )
+        windows = cut(text, encoded, length, samples, seed)
     return require_known_tokens(windows, source)
 
 

@@ -189,8 +189,8 @@ def test_steps_share_their_numbers_but_only_the_last_one_packs():
 
 def test_what_no_code_computes_yet():
     assert not_implemented(load_recipe("demo/w4a16")) == []
-    assert not_implemented(quantized(CHANNEL, TOKEN, method="awq")) == [
-        "quant.method: Awq is not implemented yet; use Identity, RTN"
+    assert not_implemented(quantized(CHANNEL, TOKEN, method="gptq")) == [
+        "quant.method: GPTQ is not implemented yet; use Awq, Identity, OsPlus, RTN, SmoothQuant"
     ]
     (found,) = not_implemented(quantized({**CHANNEL, "calib_algo": "mse"}, TOKEN))
     assert found.startswith("quant.weight.calib_algo: the mse search is not implemented")

@@ -6,7 +6,7 @@ import torch
 from quantizers.errors import NonFiniteError
 from quantizers.statistics import add_batch, empty_statistics
 
-SUMS = ("gram", "mean_abs_sum")
+SUMS = ("gram", "total", "mean_abs_sum")
 EXTREMES = ("absmax", "minimum", "maximum")
 
 
@@ -21,6 +21,7 @@ def expected(rows):
     x = rows.reshape(-1, rows.shape[-1]).cpu().double()
     return {
         "gram": x.T @ x,
+        "total": x.sum(0),
         "mean_abs_sum": x.abs().sum(0),
         "absmax": x.abs().amax(0),
         "minimum": x.amin(0),
@@ -97,8 +98,28 @@ def test_empty(device):
     assert empty.gram.shape == (4, 4)
     assert torch.equal(empty.gram_mean(), torch.zeros(4, 4, device=device))
     assert add_batch(empty, torch.empty(0, 4, device=device)) is empty
-    tensors = [getattr(empty, name).data_ptr() for name in SUMS + EXTREMES]
+    tensors = [getattr(empty, name).data_ptr() for name in SUMS]
     assert len(set(tensors)) == len(tensors)
+    assert empty.absmax.tolist() == [0.0] * 4
+    assert empty.minimum.tolist() == [torch.inf] * 4
+    assert empty.maximum.tolist() == [-torch.inf] * 4
+
+
+def test_extremes_of_each_window(device):
+    x = inputs(5, 7, 3, device=device)
+    statistics = add_batch(add_batch(empty_statistics(3, device), x[:2]), x[2:])
+    assert torch.equal(statistics.window_minimum, x.amin(1))
+    assert torch.equal(statistics.window_maximum, x.amax(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_kept(device, dtype):
+    x = inputs(2, 6, 3, dtype=dtype, device=device)
+    statistics = add_batch(empty_statistics(3, device), x, keep=torch.tensor([1, 7], device=device))
+    statistics = add_batch(statistics, x, keep=torch.tensor([], dtype=torch.int64, device=device))
+    statistics = add_batch(statistics, x, keep=torch.tensor([11], device=device))
+    assert statistics.sample.dtype == dtype
+    assert torch.equal(statistics.sample, x.reshape(-1, 3)[[1, 7, 11]])
 
 
 def test_one_sided_channels_keep_their_sign(device):

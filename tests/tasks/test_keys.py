@@ -16,7 +16,7 @@ from tasks.advance import advance
 from tasks.calibration_set import calibration_set
 from tasks.engine.decoder import device_fingerprint
 from tasks.engine.job import Job
-from tasks.engine.streams import Stream
+from tasks.engine.streams import start_stream
 from tasks.evaluate import evaluate
 from tasks.evaluation_set import evaluation_set
 from tasks.export import export
@@ -45,7 +45,7 @@ def keys_of(job: Job) -> dict[str, str]:
         "evaluation_set": evaluation_set.key(job, job.evaluation),
         "calibration_set": calibration_set.key(job, step.calib),
     }
-    stream = Stream(keys["calibration_set"])
+    stream = start_stream(job, keys["calibration_set"])
     packed = []
     for block in job.blocks:
         decision = transform.key(job, step, stream, block=block)
@@ -161,7 +161,7 @@ RECIPES: dict[str, tuple[str, set[str]]] = {
     "bits": ("quant.weight.bit=8", CODES),
     "a linear left out": (
         "ignored_layers=[model.layers.1.mlp.down_proj]",
-        {"load_model", "quantize 1", "pack 1"} | END,
+        {"load_model", "transform 1", "quantize 1", "pack 1"} | END,
     ),
     "calibration seed": ("calib.seed=2", {"calibration_set"} | BLOCKS | END),
     "calibration samples": ("calib.n_samples=3", {"calibration_set"} | BLOCKS | END),

@@ -23,13 +23,13 @@ from tasks.engine.text import (
     consecutive_windows,
     encode_documents,
     encode_joined,
+    files_digest,
     load_tokenizer,
     packed_windows,
     random_crops,
     random_document_crops,
     read_documents,
     text_digest,
-    tokenizer_digest,
     truncated_windows,
 )
 from tests.models import DEMO_MODEL
@@ -165,10 +165,8 @@ def test_digest_is_of_the_bytes(tmp_path: Path) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_tokenizer_digest_sees_every_file(
-    source: Source, model_with: Callable[..., Source]
-) -> None:
-    assert tokenizer_digest(source) != tokenizer_digest(model_with(chat_template=TEMPLATE))
+def test_files_digest_sees_every_file(source: Source, model_with: Callable[..., Source]) -> None:
+    assert files_digest(source) != files_digest(model_with(chat_template=TEMPLATE))
 
 
 # encoding

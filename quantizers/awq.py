@@ -1,0 +1,136 @@
+"""AWQ (arXiv 2306.00978): factors per channel, searched over powers of the inputs' size."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from quantizers.channel_transform import ChannelTransform
+from quantizers.output_error import GroupProblem, output_error
+from quantizers.schemes import Granularity, WeightScheme
+from quantizers.statistics import InputStatistics
+
+__all__ = ["AwqVersion", "ImportanceMeasure", "Trial", "candidate_scale", "importance", "search"]
+
+_SMALLEST = 1e-4
+# halvings of the grid's step around its best ratio
+_REFINEMENTS = 2
+
+
+class AwqVersion(StrEnum):
+    """V1: x^r / w^(1 - r); V2: x^r. x is the inputs' size, w that of the weights in a group."""
+
+    V1 = "v1"
+    V2 = "v2"
+
+
+class ImportanceMeasure(StrEnum):
+    """How the size of a channel's inputs is measured."""
+
+    MEAN_ABS = "mean_abs"
+    ROOT_MEAN_SQUARE = "root_mean_square"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the search: mean squared output error per token."""
+
+    version: str
+    ratio: float
+    error: float
+
+
+def search(
+    problem: GroupProblem,
+    realize: Callable[[Tensor], Tensor],
+    *,
+    versions: Sequence[AwqVersion] = (AwqVersion.V2,),
+    measure: ImportanceMeasure = ImportanceMeasure.MEAN_ABS,
+    ratios: int = 20,
+    refine: bool = False,
+) -> tuple[ChannelTransform, list[Trial]]:
+    """The factors with the least output error, and everything that was tried.
+
+    Args:
+        problem: the linears and their inputs.
+        realize: turns wanted factors (K,) into those that can be folded.
+        versions: tried each; the first of equals wins.
+        measure: of the inputs' size.
+        ratios: r = 0, 1/ratios, ... below 1.
+        refine: whether to halve the step around the best ratio of each version, twice.
+    """
+    sizes = importance(problem.statistics, measure)
+    weights = weight_importance(problem.stacked(), problem.weight_scheme)
+    trials: list[Trial] = []
+
+    def scale(version: AwqVersion, ratio: float) -> Tensor:
+        return realize(candidate_scale(sizes, weights, version, ratio))
+
+    for version in versions:
+
+        def attempt(ratio: float, version: AwqVersion = version) -> None:
+            error = output_error(problem, ChannelTransform(scale(version, ratio)))
+            trials.append(Trial(version.value, ratio, float(error)))
+
+        for step in range(ratios):
+            attempt(step / ratios)
+        width = 1 / ratios
+        for _ in range(_REFINEMENTS if refine else 0):
+            width /= 2
+            best = _best([trial for trial in trials if trial.version == version.value])
+            for ratio in (best.ratio - width, best.ratio + width):
+                if 0 <= ratio <= 1:
+                    attempt(ratio)
+    best = _best(trials)
+    return ChannelTransform(scale(AwqVersion(best.version), best.ratio)), trials
+
+
+def _best(trials: Sequence[Trial]) -> Trial:
+    return min(trials, key=lambda trial: trial.error)
+
+
+def importance(statistics: InputStatistics, measure: ImportanceMeasure) -> Tensor:
+    """The size of each channel's inputs, (K,) float32; 0 for a channel that was always zero."""
+    tokens = max(statistics.tokens, 1)
+    if measure is ImportanceMeasure.MEAN_ABS:
+        return statistics.mean_abs_sum / tokens
+    return (statistics.gram.diagonal() / tokens).clamp(min=0.0).sqrt()
+
+
+def weight_importance(weight: Tensor, scheme: WeightScheme) -> Tensor:
+    """Mean over rows of |W| / (the largest |W| that shares its scale in the row), (K,) float32."""
+    width = weight.shape[1] if scheme.granularity is Granularity.TENSOR else None
+    width = width or min(scheme.width(weight.shape[1]), weight.shape[1])
+    parts = torch.split(weight.abs().to(torch.float32), width, dim=1)
+    relative = [part / part.amax(1, keepdim=True).clamp(min=_TINY) for part in parts]
+    return torch.cat(relative, 1).mean(0)
+
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def candidate_scale(sizes: Tensor, weights: Tensor, version: AwqVersion, ratio: float) -> Tensor:
+    """Factors of one ratio, clamped at 1e-4 and divided by sqrt(largest * smallest).
+
+    A channel whose inputs were always zero says nothing of itself: it is taken as the smallest
+    that was seen, since what is never zero in use must not vanish.
+
+    Args:
+        sizes: (K,) the inputs' sizes.
+        weights: (K,) the weights' sizes, for V1.
+        version: the formula.
+        ratio: r in [0, 1].
+
+    Returns:
+        (K,) float32, positive.
+    """
+    seen = sizes > 0
+    least = torch.where(seen, sizes, torch.full_like(sizes, torch.inf)).amin()
+    sizes = torch.where(seen, sizes, torch.where(least.isfinite(), least, torch.ones_like(least)))
+    scale = sizes.pow(ratio)
+    if version is AwqVersion.V1:
+        scale = scale / weights.clamp(min=_SMALLEST).pow(1 - ratio)
+    scale = scale.clamp(min=_SMALLEST)
+    return scale / (scale.amax() * scale.amin()).sqrt()

@@ -1,0 +1,171 @@
+"""Moving a factor and an offset per channel from a linear's inputs into its weights.
+
+The inputs x of a group of linears become (x - shift) / scale, their weights W become W * scale and
+their biases take W shift, so the outputs stay what they were. The factor and the offset are folded
+into what makes the inputs: a norm, or the linear before.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantizers.statistics import InputStatistics
+
+__all__ = [
+    "ChannelTransform",
+    "absorbed_shift",
+    "expand_to_heads",
+    "fold_into_bias",
+    "fold_into_linear",
+    "fold_into_norm",
+    "nearest_power_of_two",
+    "norm_scale",
+    "scale_columns",
+    "share_between_heads",
+    "transformed_absmax",
+    "transformed_gram",
+    "transformed_sample",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelTransform:
+    """The map x -> (x - shift) / scale of the inputs of a group of linears.
+
+    Attributes:
+        scale: (K,) float32, positive.
+        shift: (K,) float32, or None for none.
+    """
+
+    scale: Tensor
+    shift: Tensor | None = None
+
+
+def transformed_gram(statistics: InputStatistics, transform: ChannelTransform) -> Tensor:
+    """The Gram matrix H = X^T X / T of the transformed inputs, (K, K) float32."""
+    gram = statistics.gram
+    if transform.shift is not None:
+        shift, total = transform.shift, statistics.total
+        mixed = torch.outer(total, shift)
+        gram = gram - mixed - mixed.t() + torch.outer(shift, shift) * statistics.tokens
+    inverse = 1.0 / transform.scale
+    return gram * inverse[:, None] * (inverse[None, :] / max(statistics.tokens, 1))
+
+
+def transformed_sample(statistics: InputStatistics, transform: ChannelTransform) -> Tensor:
+    """The sampled rows of the transformed inputs, (m, K) float32."""
+    rows = statistics.sample.to(torch.float32)
+    rows = rows if transform.shift is None else rows - transform.shift
+    return rows / transform.scale
+
+
+def transformed_absmax(statistics: InputStatistics, transform: ChannelTransform) -> Tensor:
+    """The largest transformed |x| of each channel in each window, (W, K) float32."""
+    low, high = statistics.window_minimum, statistics.window_maximum
+    if transform.shift is not None:
+        low, high = low - transform.shift, high - transform.shift
+    return torch.maximum(high, -low).clamp(min=0.0) / transform.scale
+
+
+def norm_scale(scale: Tensor, weight: Tensor, dtype: torch.dtype, offset: float = 0.0) -> Tensor:
+    """The factors nearest to ``scale`` that a norm can take exactly.
+
+    A norm's weight is stored in few bits: the folded weight is rounded to them, and the factor
+    that comes out of it is what the following weights are multiplied with.
+
+    Args:
+        scale: (K,) float32, positive: the factors that are wanted.
+        weight: (K,) the norm's weight as stored.
+        dtype: what the folded weight is stored in.
+        offset: 1 where the norm multiplies by 1 + weight, as Gemma's do.
+
+    Returns:
+        (K,) float32; as asked where the norm's factor is zero.
+    """
+    factor = weight.to(torch.float32) + offset
+    folded = _folded(factor, scale, dtype, offset).to(torch.float32) + offset
+    usable = (factor != 0) & (folded != 0) & (factor.sign() == folded.sign())
+    exact = factor / torch.where(usable, folded, torch.ones_like(folded))
+    return torch.where(usable, exact, scale)
+
+
+def fold_into_norm(
+    weight: Tensor, transform: ChannelTransform, dtype: torch.dtype, offset: float = 0.0
+) -> Tensor:
+    """The weight (K,) in ``dtype`` of a norm whose output is divided by the scale."""
+    return _folded(weight.to(torch.float32) + offset, transform.scale, dtype, offset)
+
+
+def _folded(factor: Tensor, scale: Tensor, dtype: torch.dtype, offset: float) -> Tensor:
+    return (factor / scale - offset).to(dtype)
+
+
+def fold_into_linear(weight: Tensor, transform: ChannelTransform) -> Tensor:
+    """The weight (N, K) float32 of a linear whose outputs (N,) are divided by the scale."""
+    return weight.to(torch.float32) / transform.scale[:, None]
+
+
+def fold_into_bias(bias: Tensor, transform: ChannelTransform) -> Tensor:
+    """The bias (N,) float32 of a norm or linear whose output is shifted and divided."""
+    bias = bias.to(torch.float32)
+    return (bias if transform.shift is None else bias - transform.shift) / transform.scale
+
+
+def scale_columns(weight: Tensor, transform: ChannelTransform) -> Tensor:
+    """The weight (N, K) float32 of a linear whose inputs are divided by the scale."""
+    return weight.to(torch.float32) * transform.scale
+
+
+def absorbed_shift(weight: Tensor, transform: ChannelTransform) -> Tensor:
+    """What a linear's bias (N,) gains when its inputs are shifted: W shift, float32.
+
+    Args:
+        weight: (N, K), before its columns are scaled.
+        transform: with a shift.
+    """
+    if transform.shift is None:
+        raise ValueError("the transform has no shift")
+    return weight.to(torch.float32) @ transform.shift
+
+
+def share_between_heads(values: Tensor, channels: int, head_dim: int, how: str) -> Tensor:
+    """One value per key-value channel of values (K,) per channel of all query heads.
+
+    Under grouped-query attention each key-value head feeds the same number of neighbouring query
+    heads, so the factors of their inputs have to be the same.
+
+    Args:
+        values: (K,), K = query heads * head_dim.
+        channels: key-value heads * head_dim.
+        head_dim: size of a head.
+        how: "mean", "max" or "min" over the query heads that share a channel.
+
+    Returns:
+        (channels,).
+
+    Raises:
+        ValueError: sizes that do not fit, or an unknown way.
+    """
+    if channels % head_dim or values.shape[0] % channels:
+        raise ValueError(
+            f"{values.shape[0]} channels do not fall into heads of {head_dim} that share {channels}"
+        )
+    heads = values.reshape(channels // head_dim, -1, head_dim)
+    if how == "mean":
+        return heads.mean(1).reshape(-1)
+    if how not in ("max", "min"):
+        raise ValueError(f"{how} is no way to share: use mean, max or min")
+    return (heads.amax(1) if how == "max" else heads.amin(1)).reshape(-1)
+
+
+def expand_to_heads(values: Tensor, columns: int, head_dim: int) -> Tensor:
+    """The inverse of :func:`share_between_heads`: (columns,) with equal values for sharers."""
+    repeats = columns // values.shape[0]
+    heads = values.reshape(-1, 1, head_dim).expand(-1, repeats, -1)
+    return heads.reshape(-1)
+
+
+def nearest_power_of_two(scale: Tensor) -> Tensor:
+    """The power of two nearest to each factor: dividing a weight by one rounds nothing."""
+    return torch.exp2(torch.log2(scale).round())

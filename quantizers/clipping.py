@@ -1,0 +1,94 @@
+"""Clip search: a smaller range per row and group where its output error is less.
+
+As AWQ's (arXiv 2306.00978, appendix), but from the Gram matrix instead of the inputs.
+"""
+
+import torch
+from torch import Tensor
+
+from quantizers.rounding import dequantize, quantize_weight, weight_scales
+from quantizers.schemes import Granularity, WeightScheme
+
+__all__ = ["clip_factors", "search_clip"]
+
+_CPU_ENTRIES = 1 << 21
+_DEVICE_ENTRIES = 1 << 26
+
+
+def clip_factors(steps: int = 10, shrink: float = 0.5) -> Tensor:
+    """1 - i shrink / steps for i = 0, 1, ... below steps: (steps,) float32, falling from 1.
+
+    Raises:
+        ValueError: no step, more than 256, or a range that is no range.
+    """
+    if not 1 <= steps <= 256 or not 0 < shrink <= 1:
+        raise ValueError(f"{steps} clip steps down by {shrink}: use 1 to 256, and within (0, 1]")
+    return 1 - torch.arange(steps, dtype=torch.float32) * (shrink / steps)
+
+
+def search_clip(weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor) -> Tensor:
+    """Numbers of the clip factors with the least output error, one per scale.
+
+    A factor multiplies both ends of the range that a scale comes from. The error of a row's group
+    is d H_gg d^T with d what the group's weights lose and H_gg its block of the Gram matrix; where
+    a row has one scale, the whole row with the whole H. The first of equals wins.
+
+    Args:
+        weight: (N, K), floating point, after any transform; the stacked weights of a group of
+            linears where they share one scale.
+        gram: (K, K) float32, the inputs' Gram matrix, after the transform too.
+        scheme: the weights' scheme.
+        factors: (steps,), at most 256.
+
+    Returns:
+        uint8, scheme.scale_shape(N, K).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    columns = weight.shape[1]
+    if tuple(gram.shape) != (columns, columns):
+        raise ValueError(f"gram has shape {tuple(gram.shape)}, not ({columns}, {columns})")
+    if len(factors) > 256:
+        raise ValueError(f"{len(factors)} clip factors: their numbers are stored in a byte")
+    if scheme.granularity in (Granularity.TENSOR, Granularity.BLOCK):
+        return _search(weight, gram, scheme, factors)
+    entries = _CPU_ENTRIES if weight.device.type == "cpu" else _DEVICE_ENTRIES
+    parts = torch.split(weight, max(1, entries // columns))
+    return torch.cat([_search(part, gram, scheme, factors) for part in parts])
+
+
+def _search(weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor) -> Tensor:
+    shape = scheme.scale_shape(*weight.shape)
+    work = weight.to(torch.float32)
+    least = torch.full(shape, torch.inf, device=weight.device)
+    chosen = torch.zeros(shape, dtype=torch.uint8, device=weight.device)
+    for number, factor in enumerate(factors.tolist()):
+        ends = torch.full(shape, factor, device=weight.device)
+        scale, zero_point = weight_scales(work, scheme, clip_low=ends, clip_high=ends)
+        codes = quantize_weight(work, scale, zero_point, scheme)
+        difference = dequantize(codes, scheme).sub_(work)
+        error = _errors(difference, gram, scheme)
+        better = error < least
+        least = torch.where(better, error, least)
+        chosen = torch.where(better, torch.full_like(chosen, number), chosen)
+    return chosen
+
+
+def _errors(difference: Tensor, gram: Tensor, scheme: WeightScheme) -> Tensor:
+    """The error of everything that shares a scale, in the shape of the scales."""
+    columns = difference.shape[1]
+    width = min(scheme.width(columns), columns)
+    parts = [
+        torch.mm(part, gram[start : start + width, start : start + width]).mul_(part).sum(1)
+        for start, part in zip(
+            range(0, columns, width), torch.split(difference, width, dim=1), strict=True
+        )
+    ]
+    per_row = torch.stack(parts, 1)
+    if scheme.granularity is Granularity.TENSOR:
+        return per_row.sum().reshape(1)
+    if scheme.granularity is Granularity.BLOCK:
+        assert scheme.block_shape is not None
+        return torch.stack([part.sum(0) for part in torch.split(per_row, scheme.block_shape[0])])
+    return per_row

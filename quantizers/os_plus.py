@@ -1,0 +1,67 @@
+"""Outlier Suppression+ (arXiv 2304.09145): shifts to the middle, scales down to a threshold."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantizers.channel_transform import ChannelTransform
+from quantizers.output_error import GroupProblem, output_error
+from quantizers.statistics import InputStatistics
+
+__all__ = ["Trial", "middle", "search", "threshold_scale"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One threshold: mean squared output error per token."""
+
+    threshold: float
+    error: float
+
+
+def middle(statistics: InputStatistics) -> Tensor:
+    """The shift (max + min) / 2 of each channel (equation 3), (K,) float32."""
+    return (statistics.maximum + statistics.minimum) / 2
+
+
+def threshold_scale(channel_absmax: Tensor, threshold: float) -> Tensor:
+    """max(1, absmax / threshold) per channel (equation 6), (K,) float32."""
+    return (channel_absmax / threshold).clamp(min=1.0)
+
+
+def search(
+    problem: GroupProblem,
+    realize: Callable[[Tensor], Tensor],
+    *,
+    shift: Tensor | None = None,
+    thresholds: int = 32,
+) -> tuple[ChannelTransform, list[Trial]]:
+    """The threshold with the least output error, and everything that was tried.
+
+    Thresholds fall in equal ratios from the largest channel's absmax, which changes nothing, to
+    half of the middle channel's.
+
+    Args:
+        problem: the linears and their inputs.
+        realize: turns wanted factors (K,) into those that can be folded.
+        shift: (K,), where biases can take it.
+        thresholds: how many are tried, at least 2.
+    """
+    unscaled = ChannelTransform(torch.ones_like(problem.statistics.total), shift)
+    low, high = problem.statistics.minimum, problem.statistics.maximum
+    if shift is not None:
+        low, high = low - shift, high - shift
+    absmax = torch.maximum(high, -low)
+    largest, least = float(absmax.amax()), float(absmax.median()) / 2
+    if not 0 < least < largest:
+        return unscaled, []
+    trials, found = [], unscaled
+    for step in range(thresholds):
+        threshold = largest * (least / largest) ** (step / (thresholds - 1))
+        candidate = ChannelTransform(realize(threshold_scale(absmax, threshold)), shift)
+        trials.append(Trial(threshold, float(output_error(problem, candidate))))
+        if trials[-1].error == min(trial.error for trial in trials):
+            found = candidate
+    return found, trials

@@ -1,0 +1,114 @@
+"""Decide how far the range of each row and group of a block's weights is clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.schema import Quant, ResolvedStep
+from configs.special_keys import AwqSpecial
+from quantizers.channel_transform import transformed_gram
+from quantizers.clipping import clip_factors, search_clip
+from quantizers.schemes import Granularity
+from tasks.engine.architectures import Architecture, LinearGroup
+from tasks.engine.collect import block_statistics
+from tasks.engine.folding import quantized_groups
+from tasks.engine.job import Job, scheme_lineage
+from tasks.engine.step import step
+from tasks.engine.store import Draft, load_tensors
+from tasks.engine.streams import Stream, require
+from tasks.transform import block_transforms, no_transform, transformed_block
+
+CLIP = "clip.safetensors"
+FACTORS = "factors"
+
+
+def has_clip(quant: Quant) -> bool:
+    """Whether the method clips weights."""
+    return isinstance(quant.special, AwqSpecial) and quant.special.weight_clip
+
+
+def _depends_on(
+    job: Job, recipe_step: ResolvedStep, stream: Stream, decision: str | None, block: int
+) -> dict[str, Any]:
+    special = recipe_step.quant.special
+    assert isinstance(special, AwqSpecial)
+    return {
+        "steps": special.clip_steps,
+        "shrink": special.clip_shrink,
+        "query and key": special.clip_query_key,
+        "scheme": scheme_lineage(job),
+        "linears": list(job.plan.blocks[block].quantized),
+        "transform": decision,
+        "stream": stream.key,
+        "weights": job.block_digest(block),
+        "config": dict(job.source.config),
+    }
+
+
+@step(depends_on=_depends_on, tags=("search",))
+def clip(
+    job: Job,
+    draft: Draft,
+    recipe_step: ResolvedStep,
+    stream: Stream,
+    decision: str | None,
+    block: int,
+) -> dict[str, Any]:
+    """Search clip factors: per linear, the number of a factor for each of its scales.
+
+    The value holds, per linear, how many scales took each factor.
+    """
+    special = recipe_step.quant.special
+    assert isinstance(special, AwqSpecial)
+    factors = clip_factors(special.clip_steps, special.clip_shrink)
+    statistics = block_statistics(job, stream, block)
+    transforms = block_transforms(job, decision)
+    tensors = transformed_block(job, block, decision)
+    chosen: dict[str, Tensor] = {}
+    for group in quantized_groups(job, block):
+        linears = clipped_linears(job, group, special.clip_query_key)
+        transform = transforms.get(group.name) or no_transform(statistics[group.name])
+        gram = transformed_gram(statistics[group.name], transform)
+        weights = [tensors[f"{linear}.weight"] for linear in linears]
+        if job.scheme.weight.granularity is Granularity.TENSOR and linears:
+            # one scale for all of them, so one factor too
+            shared = search_clip(torch.cat(weights), gram, job.scheme.weight, factors)
+            chosen |= dict.fromkeys(linears, shared)
+            continue
+        for linear, weight in zip(linears, weights, strict=True):
+            chosen[linear] = search_clip(weight, gram, job.scheme.weight, factors)
+    draft.save_tensors(CLIP, {n: t.clone() for n, t in chosen.items()} | {FACTORS: factors})
+    counts = {
+        linear: torch.bincount(numbers.flatten().int(), minlength=len(factors)).tolist()
+        for linear, numbers in chosen.items()
+    }
+    return {"factors": factors.tolist(), "chosen": counts}
+
+
+def clipped_linears(job: Job, group: LinearGroup, query_and_key: bool) -> tuple[str, ...]:
+    """The linears of a group that are clipped.
+
+    Query and key are left out unless asked for, as their products go through a softmax; with one
+    scale for a whole group, all of it is.
+    """
+    kept = _query_and_key(job.plan.architecture) if not query_and_key else set()
+    linears = tuple(linear for linear in group.linears if linear not in kept)
+    shared = job.scheme.weight.granularity is Granularity.TENSOR
+    return () if shared and len(linears) != len(group.linears) else linears
+
+
+def _query_and_key(architecture: Architecture) -> set[str]:
+    return {architecture.query, architecture.key}
+
+
+def block_clip(job: Job, clipped: str | None) -> Mapping[str, Tensor]:
+    """Clip factors of a block's linears, float32 in the shape of their scales."""
+    if clipped is None:
+        return {}
+    tensors = load_tensors(require(job, clipped).file(CLIP), job.device)
+    factors = tensors.pop(FACTORS)
+    return {linear: factors[numbers.int()] for linear, numbers in tensors.items()}

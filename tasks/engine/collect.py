@@ -1,0 +1,62 @@
+"""Statistics of a block's inputs, collected in one forward pass and kept in memory only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quantizers.errors import NonFiniteError
+from quantizers.statistics import InputStatistics, add_batch, empty_statistics
+from tasks.engine.decoder import micro_batches, run_block
+from tasks.engine.errors import RunError
+from tasks.engine.job import Job
+from tasks.engine.streams import Stream, block_arguments, hidden_states
+
+# rows of inputs that are kept to see how they are rounded, drawn with this seed
+SAMPLE_ROWS = 512
+SAMPLE_SEED = 0
+
+
+def block_statistics(job: Job, stream: Stream, block: int) -> Mapping[str, InputStatistics]:
+    """Statistics of the inputs of each group of linears, by the group's name.
+
+    Raises:
+        RunError: an input holds NaN or Inf; names block and linear.
+    """
+    return job.memo.get("statistics", f"{stream.key} {block}", lambda: _collect(job, stream, block))
+
+
+def _collect(job: Job, stream: Stream, block: int) -> dict[str, InputStatistics]:
+    hidden = hidden_states(job, stream)
+    weights = {name: t.to(job.compute_dtype) for name, t in job.read_block(block).items()}
+    sample = sampled_rows(hidden.shape[0] * hidden.shape[1])
+    # linears of a group share one input: the first of them sees it
+    first = {group.linears[0]: group.name for group in job.plan.architecture.groups}
+    collected: dict[str, InputStatistics] = {}
+
+    def see(linear: str, x: Tensor) -> Tensor:
+        name = first[linear]
+        before = collected.get(name) or empty_statistics(x.shape[-1], x.device)
+        inside = (sample >= before.tokens) & (sample < before.tokens + x.shape[:-1].numel())
+        keep = (sample[inside] - before.tokens).to(x.device)
+        try:
+            collected[name] = add_batch(before, x, keep=keep)
+        except NonFiniteError as error:
+            place = f"{job.plan.blocks[block].prefix}{linear}"
+            raise RunError(f"block {block}: the inputs of {place} hold NaN or Inf") from error
+        return x
+
+    for batch in micro_batches(hidden, job.device):
+        arguments = block_arguments(job, batch.shape[0], batch.shape[1])[block]
+        run_block(
+            job.decoder.blocks[block], weights, batch.to(job.device), arguments, tuple(first), see
+        )
+    return collected
+
+
+def sampled_rows(tokens: int) -> Tensor:
+    """Numbers of the rows that are kept of so many, rising; the same for every block."""
+    draw = torch.Generator().manual_seed(SAMPLE_SEED)
+    return torch.randperm(tokens, generator=draw)[:SAMPLE_ROWS].sort().values

@@ -1,0 +1,152 @@
+"""Putting a block's channel transforms onto its tensors: weights scaled, feeders folded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from quantizers.channel_transform import (
+    ChannelTransform,
+    absorbed_shift,
+    expand_to_heads,
+    fold_into_bias,
+    fold_into_linear,
+    fold_into_norm,
+    nearest_power_of_two,
+    norm_scale,
+    scale_columns,
+    share_between_heads,
+)
+from tasks.engine.architectures import Architecture, LinearGroup
+from tasks.engine.export_format import export_dtype
+from tasks.engine.job import Job
+
+Transforms = Mapping[str, ChannelTransform]
+Realize = Callable[[Tensor], Tensor]
+
+
+def quantized_groups(job: Job, block: int) -> list[LinearGroup]:
+    """The groups of a block whose linears are quantized: all of a group, or none."""
+    quantized = set(job.plan.blocks[block].quantized)
+    return [g for g in job.plan.architecture.groups if quantized.issuperset(g.linears)]
+
+
+def is_norm(architecture: Architecture, group: LinearGroup) -> bool:
+    """Whether a norm feeds the group."""
+    return group.fed_by not in architecture.linears
+
+
+def shares_heads(group: LinearGroup, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether several query heads read one channel of the feeder."""
+    rows = tensors[f"{group.fed_by}.weight"].shape[0]
+    return bool(rows != tensors[f"{group.linears[0]}.weight"].shape[1])
+
+
+def realizer(job: Job, block: int, group: LinearGroup, how: str = "mean") -> Realize:
+    """What turns wanted factors of a group's inputs into those that its feeder can take.
+
+    A norm's are rounded with its weight, query heads that share a channel share a factor, and a
+    linear that stays unquantized takes powers of two, which round nothing.
+    """
+    architecture, tensors = job.plan.architecture, job.read_block(block)
+    feeder = tensors[f"{group.fed_by}.weight"]
+    if is_norm(architecture, group):
+        dtype = export_dtype(job.dtype)
+        return lambda scale: norm_scale(scale, feeder, dtype, architecture.norm_offset)
+    columns, rows, head = tensors[f"{group.linears[0]}.weight"].shape[1], len(feeder), head_dim(job)
+    unquantized = group.fed_by not in job.plan.blocks[block].quantized
+
+    def realize(scale: Tensor) -> Tensor:
+        if rows != columns:
+            shared = share_between_heads(scale, rows, head, how)
+            scale = expand_to_heads(shared, columns, head)
+        return nearest_power_of_two(scale) if unquantized else scale
+
+    return realize
+
+
+def shift_of(job: Job, block: int, group: LinearGroup, wanted: Tensor) -> Tensor | None:
+    """The shift of a group's inputs that biases can take, (K,); None where there are none."""
+    tensors = job.read_block(block)
+    needed = [f"{name}.bias" for name in (group.fed_by, *group.linears)]
+    if not group.passes_shifts or not all(name in tensors for name in needed):
+        return None
+    if not is_norm(job.plan.architecture, group) and shares_heads(group, tensors):
+        rows = tensors[f"{group.fed_by}.weight"].shape[0]
+        shared = share_between_heads(wanted, rows, head_dim(job), "mean")
+        return expand_to_heads(shared, len(wanted), head_dim(job))
+    return wanted
+
+
+def apply_transforms(
+    tensors: Mapping[str, Tensor],
+    transforms: Transforms,
+    architecture: Architecture,
+    head: int,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Return a block's tensors after the transforms of its groups, the arguments unchanged.
+
+    Args:
+        tensors: by their names in the block.
+        transforms: by the names of groups.
+        architecture: of the block.
+        head: size of an attention head.
+        dtype: what folded norms are stored in.
+
+    Returns:
+        scaled and folded linears and biases in float32, folded norms in ``dtype``, others as given.
+    """
+    done = dict(tensors)
+    groups = [group for group in architecture.groups if group.name in transforms]
+    for group in groups:
+        transform = transforms[group.name]
+        for linear in group.linears:
+            weight, bias = f"{linear}.weight", f"{linear}.bias"
+            if transform.shift is not None:
+                done[bias] = done[bias].float() + absorbed_shift(tensors[weight], transform)
+            done[weight] = scale_columns(done[weight], transform)
+    for group in groups:
+        transform = transforms[group.name]
+        weight, bias = f"{group.fed_by}.weight", f"{group.fed_by}.bias"
+        rows = tensors[weight].shape[0]
+        if rows != len(transform.scale):
+            transform = _of_shared_channels(transform, rows, head)
+        if is_norm(architecture, group):
+            done[weight] = fold_into_norm(done[weight], transform, dtype, architecture.norm_offset)
+        else:
+            done[weight] = fold_into_linear(done[weight], transform)
+        if bias in done:
+            done[bias] = fold_into_bias(done[bias], transform)
+    return done
+
+
+def _of_shared_channels(transform: ChannelTransform, rows: int, head: int) -> ChannelTransform:
+    """The transform of the channels that sharing heads read; theirs are equal."""
+    shift = transform.shift
+    return ChannelTransform(
+        share_between_heads(transform.scale, rows, head, "max"),
+        None if shift is None else share_between_heads(shift, rows, head, "max"),
+    )
+
+
+def head_dim(job: Job) -> int:
+    """Size of an attention head."""
+    config = job.source.config
+    given = config.get("head_dim")
+    return int(given or config["hidden_size"] // config["num_attention_heads"])
+
+
+def to_tensors(transforms: Transforms) -> dict[str, Tensor]:
+    """Name the tensors of transforms, for a file."""
+    named = {f"{name}.scale": t.scale for name, t in transforms.items()}
+    shifts = {f"{n}.shift": t.shift for n, t in transforms.items() if t.shift is not None}
+    return named | shifts
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, ChannelTransform]:
+    """Read the transforms of :func:`to_tensors` back."""
+    names = [name.removesuffix(".scale") for name in tensors if name.endswith(".scale")]
+    return {n: ChannelTransform(tensors[f"{n}.scale"], tensors.get(f"{n}.shift")) for n in names}
