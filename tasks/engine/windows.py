@@ -177,11 +177,12 @@ def require_known_tokens(windows: Tensor, source: Source) -> Tensor:
 
 
 def _preset(section: Calibration) -> str:
-    asked = (section.preproc or str(section.name)).lower()
-    if "pileval" in asked:
-        return "truncate"
-    if "wikitext2" in asked:
-        return "crop"
-    if "c4" in asked:
-        return "crop_documents"
+    """How windows are cut: ``preproc`` says it where it names a data set, else the name does."""
+    for asked in (section.preproc or "", str(section.name)):
+        for data, preset in _PRESETS.items():
+            if data in asked.lower():
+                return preset
     return "pack"
+
+
+_PRESETS = {"pileval": "truncate", "wikitext2": "crop", "c4": "crop_documents"}
