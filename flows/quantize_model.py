@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run
@@ -39,6 +40,7 @@ from tasks.pack import pack
 from tasks.publish import launch_line, model_card, publish
 from tasks.quantize import Origin, quantize
 from tasks.register import block_points, error_rows, register
+from tasks.report import make_report
 from tasks.transform import has_transform, transform
 from tasks.verify import verify
 
@@ -127,6 +129,9 @@ def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> di
     sets["evaluation"] = course.run(evaluation_set, job, job.evaluation).entry
     if step.calib is not None:
         sets["calibration"] = course.run(calibration_set, job, step.calib).entry
+        found = sets["calibration"].value["windows"]
+        if found < step.calib.n_samples:
+            log.warning("calib: the text gives %d of %d samples", found, step.calib.n_samples)
         stream = start_stream(job, sets["calibration"].key)
     quantized, packed, decided = _blocks(job, run, course, step, stream)
     exported = course.run(export, job, tuple(p.key for p in packed))
@@ -134,7 +139,7 @@ def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> di
     verified = course.run(verify, job, exported.key, digests)
     evaluated = course.run(evaluate, job, exported.key, sets["evaluation"].key, job.evaluation)
     blocks = [q.entry for q in quantized]
-    report = _report(job, blocks, exported, verified, evaluated, sets["evaluation"])
+    report = make_report(job, blocks, exported.entry, verified.entry, evaluated.entry, sets)
     assert request.output is not None
     identity = work_identity(job, request.output)
     location = action(publish)(
@@ -201,52 +206,6 @@ def _digests(job: Job, quantized: Sequence[Result]) -> dict[str, str]:
     }
 
 
-def _report(
-    job: Job,
-    blocks: Sequence[Entry],
-    exported: Result,
-    verified: Result,
-    evaluated: Result,
-    tokens: Entry,
-) -> dict[str, Any]:
-    """Everything that belongs to the checkpoint; no place, no time: those differ by run."""
-    value = tokens.value
-    linears = {
-        plan.prefix + name: linear
-        for plan, entry in zip(job.plan.blocks, blocks, strict=True)
-        for name, linear in entry.value["linears"].items()
-    }
-    quant = job.steps[-1].quant
-    return {
-        "scheme": scheme_name(quant),
-        "method": " then ".join(str(step.quant.method) for step in job.steps),
-        "format": job.scheme.format,
-        "recipe": _without_places(job.recipe.canonical()),
-        "source": {
-            "name": job.source.path.name,
-            "digest": job.source.digest(job.source.tensors),
-        },
-        "versions": {"blockquant": version("blockquant"), **job.fingerprint},
-        "bytes": exported.value["bytes"],
-        "ignored": list(job.plan.ignored),
-        "evaluation": f"{value['name']}, {value['windows']} windows of {value['window']} tokens",
-        "evaluation_tokens": tokens.key,
-        "metrics": evaluated.value,
-        "verification": verified.value,
-        "linears": linears,
-    }
-
-
-def _without_places(value: Any) -> Any:
-    """Keep the names of files, not the folders they lay in on this machine."""
-    if isinstance(value, dict):
-        return {
-            k: Path(v).name if k == "path" and isinstance(v, str) else _without_places(v)
-            for k, v in value.items()
-        }
-    return [_without_places(v) for v in value] if isinstance(value, list) else value
-
-
 def _open_run(job: Job, place: Settings, request: Request) -> Run:
     assert request.output is not None
     identity = work_identity(job, request.output)
@@ -261,9 +220,12 @@ def _open_run(job: Job, place: Settings, request: Request) -> Run:
         "prefect.flow_run": str(flow_run.id or ""),
         **{f"version.{k}": v for k, v in job.fingerprint.items()},
     }
-    name = f"{job.source.path.name} {scheme_name(job.steps[-1].quant)}"
+    name = f"{job.source.name} {scheme_name(job.steps[-1].quant)}"
     published = begun(job.store.root, request.output) == identity
-    return open_run(place, identity, name, parameters, tags, even_finished=published)
+    run = open_run(place, identity, name, parameters, tags, even_finished=published)
+    # at once: a run that fails is to say of what recipe
+    run.log_text(yaml.safe_dump(job.recipe.canonical(), sort_keys=False), "recipe.yml")
+    return run
 
 
 @contextmanager
@@ -279,6 +241,6 @@ def _failure_kept(run: Run) -> Any:
 def _show(job: Job, report: dict[str, Any], blocks: Sequence[Entry]) -> None:
     """Leave the errors and the model card as artifacts in Prefect."""
     create_table_artifact(
-        table=error_rows(blocks), key="linear-errors", description=job.source.path.name
+        table=error_rows(blocks), key="linear-errors", description=job.source.name
     )
     create_markdown_artifact(markdown=model_card(report), key="model-card")

@@ -95,6 +95,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         ("format", f"compressed-tensors, {report['format']}"),
         ("source", f"{report['source']['name']} (digest {report['source']['digest']})"),
         ("size", f"{report['bytes'] / 1e6:.1f} MB"),
+        ("calibrated on", report["calibration"] or "nothing"),
         ("evaluated on", report["evaluation"]),
         ("NLL, source", f"{metrics['reference_nll']:.4f}"),
         ("NLL, this model", f"{metrics['nll']:.4f} ({metrics['nll_increase']:+.4f})"),

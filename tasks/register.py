@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from tasks.engine.publication import REPORT
 from tasks.engine.store import Entry
@@ -76,10 +73,6 @@ def register(
     run.log_points(points)
     run.log_table(error_rows(blocks), "errors.json")
     _log_decisions(run, [*decided, *blocks])
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder) / "recipe.yml"
-        recipe.write_text(yaml.safe_dump(dict(report["recipe"]), sort_keys=False), "utf-8")
-        run.log_file(recipe)
     run.log_file(Path(location) / REPORT)
     for role, entry in sets.items():
         run.log_file(entry.file("tokens.safetensors"), role)

@@ -31,10 +31,10 @@ def look_up(hub_id: str, digest_memo: Path | None = None) -> Source:
     folder = _snapshot(hub_id, _SMALL_FILES)
     config = read_config(folder)
     try:
-        return open_source(folder, digest_memo)
+        return open_source(folder, digest_memo, hub_id)
     except InputError:
         # not all weights are here
-        return Source(folder, config, _remote_tensors(hub_id), digest_memo)
+        return Source(folder, config, _remote_tensors(hub_id), digest_memo, hub_id)
 
 
 def fetched(source: Source, hub_id: str) -> Source:
@@ -45,7 +45,7 @@ def fetched(source: Source, hub_id: str) -> Source:
     """
     if all((source.path / info.file).is_file() for info in source.tensors.values()):
         return source
-    return open_source(_snapshot(hub_id, [*_SMALL_FILES, *_WEIGHTS]), source.digest_memo)
+    return open_source(_snapshot(hub_id, [*_SMALL_FILES, *_WEIGHTS]), source.digest_memo, hub_id)
 
 
 def _remote_tensors(hub_id: str) -> dict[str, TensorInfo]:

@@ -60,6 +60,12 @@ class Source:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     digest_memo: Path | None = None
+    hub_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What people call the model: its hub id, or its folder's name."""
+        return self.hub_id or self.path.name
 
     def read(self, names: Iterable[str], device: str = "cpu") -> dict[str, Tensor]:
         """Read tensors by name, as stored (shape and dtype of the file), from mapped files.
@@ -121,7 +127,7 @@ def tensor_digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def open_source(path: Path, digest_memo: Path | None = None) -> Source:
+def open_source(path: Path, digest_memo: Path | None = None, hub_id: str | None = None) -> Source:
     """Open a checkpoint folder: read its config and the headers of its safetensors files.
 
     Raises:
@@ -135,7 +141,7 @@ def open_source(path: Path, digest_memo: Path | None = None) -> Source:
     for file in _weight_files(folder):
         tensors |= _read_header(folder, file)
     _check_index(folder, tensors)
-    return Source(folder, config, used(tensors), digest_memo)
+    return Source(folder, config, used(tensors), digest_memo, hub_id)
 
 
 def used(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

@@ -83,6 +83,10 @@ class Run:
         }
         self.client().log_dict(self.id, table, file)
 
+    def log_text(self, text: str, file: str) -> None:
+        """Keep a text as an artifact."""
+        self.client().log_text(self.id, text, file)
+
     def log_json(self, content: Mapping[str, Any], file: str) -> None:
         """Keep values as a JSON artifact."""
         self.client().log_dict(self.id, dict(content), file)
@@ -143,11 +147,15 @@ def open_run(
     else:
         created = client.create_run(experiment, tags={IDENTITY_TAG: identity}, run_name=name)
         run_id = created.info.run_id
-    listed = [Param(k, _short(v)) for k, v in sorted(parameters.items())]
+    known = unfinished[0].data.params if unfinished else {}
+    short = {name: _short(value) for name, value in sorted(parameters.items())}
+    # a parameter cannot change: one that decides nothing may differ when a run goes on
+    changed = {f"resumed.{n}": v for n, v in short.items() if n in known and known[n] != v}
+    listed = [Param(name, value) for name, value in short.items() if name not in known]
     for start in range(0, len(listed), LARGEST_BATCH):
         client.log_batch(run_id, params=listed[start : start + LARGEST_BATCH])
     run = Run(settings.tracking_uri, run_id, experiment)
-    run.set_tags(tags)
+    run.set_tags({**tags, **changed})
     return run
 
 

@@ -29,6 +29,7 @@ REPORT: dict[str, Any] = {
     "source": {"name": "some-model", "digest": "0123"},
     "versions": {"blockquant": "9.9", "torch": "2"},
     "bytes": 12_345_678,
+    "calibration": None,
     "evaluation": "text, 4 windows of 64 tokens",
     "metrics": {
         **{"nll": 2.5, "reference_nll": 2.25, "nll_increase": 0.25, "kl": 0.125},
