@@ -280,8 +280,8 @@ def _wrap_tracking(recorder: Recorder) -> None:
 
 
 def _count_computations(recorder: Recorder) -> None:
-    import tasks.quantize as quantizing
-    import tasks.transform as transforming
+    from quantizers import rounding
+    from tasks.transform import transform
 
     def counted(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -291,9 +291,9 @@ def _count_computations(recorder: Recorder) -> None:
 
         return call
 
-    quantizing.round_to_nearest = counted("round", quantizing.round_to_nearest)
-    for method, decide in transforming.DECIDES.items():
-        transforming.DECIDES[method] = counted("decide", decide)
+    # what every way of rounding a linear ends in, and what decides a block
+    rounding.quantize_weight = counted("round", rounding.quantize_weight)
+    object.__setattr__(transform, "compute", counted("decide", transform.compute))
 
 
 def _bracketed(recorder: Recorder, function: Callable[..., Any]) -> Callable[..., Any]:
