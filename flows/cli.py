@@ -144,7 +144,8 @@ def run_quantization(parameters: dict[str, Any]) -> dict[str, Any]:
 
     logs = place.store / "logs"
     log_file = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    with _logging_to(log_file), prefect_api(logs / "prefect-server.log"), shown(err):
+    server_log = log_file.with_name(f"prefect-server-{os.getpid()}.log")
+    with _logging_to(log_file), prefect_api(server_log), shown(err):
         from flows.quantize_model import quantize_model
 
         result: dict[str, Any] = quantize_model(**parameters, log_file=str(log_file))

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from filelock import FileLock
 
 from tasks.engine.errors import InputError
 
-START_LIMIT_S = 180.0
+# of servers that start in one home at the same time, each waits until those before it are up
+START_LIMIT_S = 600.0
+LOOPBACK = ("127.0.0.1", "localhost")
 OFFLINE = {
     "DO_NOT_TRACK": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -27,12 +30,18 @@ OFFLINE = {
 
 
 def quiet_defaults(prefect_home: Path) -> None:
-    """Set, before Prefect is imported, what the user did not: no telemetry, a quiet console."""
+    """Set, before Prefect is imported, what the user did not: no telemetry, a quiet console.
+
+    Loopback is never reached through a proxy: what listens there is ours.
+    """
     for name, value in OFFLINE.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_HOME", str(prefect_home))
     # logs go to the API and to our own log; a person sees progress and one line of error
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    for name in ("NO_PROXY", "no_proxy"):
+        kept = [host for host in os.environ.get(name, "").split(",") if host.strip()]
+        os.environ[name] = ",".join([*kept, *(host for host in LOOPBACK if host not in kept)])
 
 
 @contextmanager
@@ -40,29 +49,33 @@ def prefect_api(log: Path) -> Iterator[str]:
     """Give the URL of a Prefect API.
 
     Where ``PREFECT_API_URL`` (or the active profile) names a server, that one is used. Otherwise a
-    server on loopback is started, its output kept in ``log``; it ends when this process does,
-    however that dies.
+    server on loopback is started, its output, if any, kept in ``log``; it ends when this process
+    does, however that dies.
 
     Raises:
         RuntimeError: the local server did not start.
     """
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
     configured = PREFECT_API_URL.value()
     if configured:
         _require_server(str(configured))
         yield str(configured)
         return
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}/api"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    prefect_home = Path(PREFECT_HOME.value())
+    for folder in (log.parent, prefect_home):
+        folder.mkdir(parents=True, exist_ok=True)
+    # the port is taken here: while the server waits for its turn, nobody else can have it
+    with log.open("ab") as output, socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+        number, lock = str(listening.fileno()), str(prefect_home / "server-start.lock")
         server = subprocess.Popen(
-            [sys.executable, "-m", "flows.prefect_api", str(port)],
+            [sys.executable, "-m", "flows.prefect_api", number, lock],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"PREFECT_UI_ENABLED": "0"},
+            pass_fds=(listening.fileno(),),
         )
     try:
         _wait_until_healthy(url, server, log)
@@ -80,6 +93,8 @@ def prefect_api(log: Path) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+        if not log.stat().st_size:
+            log.unlink()
 
 
 def _require_server(url: str) -> None:
@@ -99,12 +114,6 @@ def _flush() -> None:
 
     APILogWorker.drain_all()
     EventsWorker.drain_all()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
@@ -140,30 +149,42 @@ def _lock_before_reading() -> None:
     AioSqliteConfiguration.begin_transaction = immediate  # type: ignore[assignment]
 
 
-def _serve(port: int) -> None:
-    """Serve until standard input ends: it does when the process that started us is gone."""
+def _serve(listening: socket.socket, start_lock: Path) -> None:
+    """Serve until standard input ends: it does when the process that started us is gone.
+
+    Two servers that create or migrate one database at once fail: ``start_lock`` is held until this
+    one is up. The server holds it, for it may outlive by seconds a command that is killed.
+    """
     import uvicorn
+
+    lock = FileLock(start_lock)
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            lock.release()
 
     _lock_before_reading()
     config = uvicorn.Config(
         "prefect.server.api.server:create_app",
         factory=True,
-        host="127.0.0.1",
-        port=port,
-        log_level="error",
+        log_level="warning",
         lifespan="on",
     )
-    server = uvicorn.Server(config)
+    server = Server(config)
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # not through sys.stdin: its buffer is locked while it waits, which ends Python in an abort
+        while os.read(0, 1):
+            pass
         server.should_exit = True
         time.sleep(5)
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
-    server.run()
+    lock.acquire()
+    server.run(sockets=[listening])
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]))
