@@ -231,6 +231,7 @@ def test_the_card_says_what_was_measured() -> None:
         "format": "compressed-tensors, float-quantized",
         "source": "some-model (digest 0123)",
         "size": "12.3 MB",
+        "calibrated on": "nothing",
         "evaluated on": "text, 4 windows of 64 tokens",
         "NLL, source": "2.2500",
         "NLL, this model": "2.5000 (+0.2500)",

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import (
@@ -105,10 +104,14 @@ def test_finished_work_gets_a_run_of_its_own(place: Settings, opened: Callable[.
     assert len(runs(place)) == 2
 
 
-def test_a_parameter_cannot_change(opened: Callable[..., Run]) -> None:
-    opened()
-    with pytest.raises(MlflowException, match="Changing param values is not allowed"):
-        opened(parameters=PARAMETERS | {"source": "/models/two"})
+def test_a_parameter_that_changes_becomes_a_tag(opened: Callable[..., Run]) -> None:
+    first = opened()
+    again = opened(parameters=PARAMETERS | {"source": "/models/two", "more": 1})
+    assert again.id == first.id
+    found = again.client().get_run(again.id).data
+    assert found.params["source"] == PARAMETERS["source"]
+    assert found.params["more"] == "1"
+    assert found.tags["resumed.source"] == "/models/two"
 
 
 def test_points_sent_twice_do_not_double(opened: Callable[..., Run]) -> None:
