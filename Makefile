@@ -8,6 +8,10 @@ INSTALL_FLAGS ?= --quiet --disable-pip-version-check
 PYTHON_STAMP := $(VENV)/.stamp-python
 RUNTIME_STAMP := $(VENV)/.stamp-runtime
 TEST_STAMP := $(VENV)/.stamp-test
+# llm-compressor, which benchmarks/quality.py compares with, wants other versions than we do
+BENCH_VENV := .venv-bench
+BENCH_PEER := llmcompressor==0.14.0.1
+BENCH_STAMP := $(BENCH_VENV)/.stamp-$(BENCH_PEER)
 
 export DO_NOT_TRACK := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
@@ -15,7 +19,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-ops lint clean
+.PHONY: help venv demo test test-ops lint bench-env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +41,8 @@ lint: $(TEST_STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench-env: $(BENCH_STAMP) ## make .venv-bench with llm-compressor
+
 clean: ## remove .venv, build leftovers and the tools' caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find flows tasks quantizers configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -57,4 +63,9 @@ $(RUNTIME_STAMP): pyproject.toml constraints.txt | $(PYTHON_STAMP)
 
 $(TEST_STAMP): $(RUNTIME_STAMP)
 	$(BIN)/python -m pip install $(INSTALL_FLAGS) -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(BENCH_STAMP):
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install $(INSTALL_FLAGS) '$(BENCH_PEER)'
 	@touch $@
