@@ -21,7 +21,7 @@ from tasks.engine.generate import BATCH
 from tasks.engine.hub import fetched, is_hub_id, look_up
 from tasks.engine.job import Job
 from tasks.engine.memo import Memo
-from tasks.engine.plan import require_fit
+from tasks.engine.plan import require_fit, require_sizes
 from tasks.engine.publication import REPORT, begun, work_identity
 from tasks.engine.source import Source, free_bytes, open_source
 from tasks.engine.store import Store
@@ -100,6 +100,7 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
         raise InputError(
             f"model {source.path}: is quantized already; give the checkpoint before quantization"
         )
+    require_sizes(source)
     job = Job(
         request.recipe,
         source,

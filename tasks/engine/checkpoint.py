@@ -13,7 +13,7 @@ from torch import Tensor
 from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.decoder import InputHook
 from tasks.engine.export_format import INPUT_SCALE, Scheme, restore_block, scheme_from_config
-from tasks.engine.plan import is_tied
+from tasks.engine.plan import is_tied, require_sizes
 from tasks.engine.source import Source, open_source
 from tasks.engine.streams import activation_hook
 
@@ -101,6 +101,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def checkpoint_of(source: Source) -> Checkpoint:
     """See a source checkpoint as one to run."""
     config = source.config
+    require_sizes(source)
     described = config.get("quantization_config")
     scheme = None
     if described is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import logging as transformers_logging
 
 from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.errors import InputError
@@ -94,18 +95,33 @@ def build_causal_lm(config: Mapping[str, Any], device: str = "cpu") -> Any:
     """Build transformers' causal LM on the meta device, its rotary tables on ``device``."""
     values = {k: v for k, v in config.items() if k not in ("auto_map", "quantization_config")}
     try:
-        parsed = CONFIG_MAPPING[str(config["model_type"])].from_dict(values)
-        with torch.device("meta"):
+        with _silent_transformers(), torch.device("meta"):
+            parsed = CONFIG_MAPPING[str(config["model_type"])].from_dict(values)
             causal_lm = AutoModelForCausalLM.from_config(
                 parsed, attn_implementation="sdpa", trust_remote_code=False
             )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"config.json: transformers cannot build this model ({reason})") from error
+    # a config that is wrong fails anywhere in transformers, with any kind of error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"config.json: transformers cannot build this model ({reason}); correct it there, or "
+            "copy the model's own again"
+        ) from error
     with torch.device(device):
         # the rotary tables are not weights: no checkpoint holds them
         causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config=parsed)
     return causal_lm.eval()
+
+
+@contextlib.contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """Keep its warnings about a config off the console: what matters of them is an error, too."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def run_block(

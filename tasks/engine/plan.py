@@ -22,6 +22,16 @@ FUSED = (
     ("mlp.gate_proj", "mlp.up_proj"),
 )
 
+SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")
+# transformers has a default for those that are missing or null
+OPTIONAL_SIZES = (
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
 
 @dataclass(frozen=True)
 class BlockPlan:
@@ -77,9 +87,7 @@ def plan_model(
             a part of a fused layer left out without the others.
     """
     architecture = architecture_of(source.config)
-    count = int(source.config.get("num_hidden_layers", 0))
-    if count < 1:
-        raise InputError("config.json: num_hidden_layers: at least one block is needed")
+    count = int(source.config["num_hidden_layers"])
     prefixes = [architecture.block_prefix(block) for block in range(count)]
     linears = [_linears(source, architecture, prefix) for prefix in prefixes]
     everything = [p + name for p, names in zip(prefixes, linears, strict=True) for name in names]
@@ -113,6 +121,30 @@ def plan_model(
     _require_outside(source, architecture, tied)
     ordered = tuple(name for name in everything if name in left_out)
     return Plan(architecture, blocks, outside, ordered, tied)
+
+
+def require_sizes(source: Source) -> None:
+    """Check the sizes in ``config.json``, before anything is reckoned or built from them.
+
+    Raises:
+        InputError: one is missing, no positive whole number, or more blocks than are stored.
+    """
+    file, config = source.path / "config.json", source.config
+    for key in SIZES:
+        if key not in config:
+            raise InputError(f"{file}: {key}: is missing; copy the model's own config.json again")
+    for key in (*SIZES, *(key for key in OPTIONAL_SIZES if config.get(key) is not None)):
+        size = config[key]
+        if type(size) is not int or size < 1:
+            raise InputError(f"{file}: {key}: {size!r} is not a whole number of at least 1")
+    prefix = f"{architecture_of(config).blocks}."
+    inside = (name.removeprefix(prefix) for name in source.tensors if name.startswith(prefix))
+    stored = len({name.split(".")[0] for name in inside})
+    if config["num_hidden_layers"] > stored:
+        raise InputError(
+            f"{file}: num_hidden_layers: {config['num_hidden_layers']}, but {stored} blocks are "
+            "stored; set it to that, or download the checkpoint again"
+        )
 
 
 def require_fit(source: Source, plan: Plan, decoder: Decoder) -> None:

@@ -273,20 +273,30 @@ def quantized_already(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
 
 
-def more_blocks_than_stored(folder: Path) -> None:
-    edit_config(folder, num_hidden_layers=3)
-
-
 def fewer_blocks_than_stored(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=1)
 
 
-def no_blocks(folder: Path) -> None:
-    edit_config(folder, num_hidden_layers=0)
-
-
 def heads_that_do_not_fit(folder: Path) -> None:
     edit_config(folder, hidden_size=64)
+
+
+def with_config(**changes: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        edit_config(folder, **changes)
+
+    return damage
+
+
+def with_null_blocks(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": None}))
+
+
+def under_other_names(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.replace("model.layers.", "transformer.h."): t for name, t in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
 
 
 def without(tensor: str) -> Callable[[Path], None]:
@@ -318,8 +328,40 @@ def without(tensor: str) -> Callable[[Path], None]:
         ),
         (no_model_type, ("config.json", "model_type", "llama, mistral, qwen2, qwen3")),
         (quantized_already, ("is quantized already", "give the checkpoint before quantization")),
-        (more_blocks_than_stored, ("model.layers.2.self_attn.q_proj.weight", "download")),
-        (no_blocks, ("num_hidden_layers", "at least one block")),
+        (
+            with_config(num_hidden_layers=3),
+            ("config.json: num_hidden_layers: 3, but 2 blocks are stored", "set it to that"),
+        ),
+        (
+            with_config(num_hidden_layers=10**9),
+            ("config.json: num_hidden_layers: 1000000000, but 2 blocks are stored",),
+        ),
+        (under_other_names, ("config.json: num_hidden_layers: 2, but 0 blocks are stored",)),
+        (with_config(vocab_size=None), ("config.json: vocab_size: is missing", "copy")),
+        (with_config(hidden_size=None), ("config.json: hidden_size: is missing", "copy")),
+        (with_config(num_hidden_layers=None), ("config.json: num_hidden_layers: is missing",)),
+        (with_null_blocks, ("config.json: num_hidden_layers: None is not a whole number",)),
+        (with_config(num_hidden_layers="two"), ("num_hidden_layers: 'two' is not a whole number",)),
+        (with_config(num_hidden_layers=1e9), ("num_hidden_layers: 1000000000.0 is not a whole",)),
+        (with_config(num_hidden_layers=True), ("num_hidden_layers: True is not a whole number",)),
+        (
+            with_config(num_hidden_layers=0),
+            ("config.json: num_hidden_layers: 0 is not a whole number of at least 1",),
+        ),
+        (with_config(num_attention_heads=0), ("config.json: num_attention_heads: 0 is not a",)),
+        (with_config(vocab_size="8192"), ("config.json: vocab_size: '8192' is not a whole",)),
+        (
+            with_config(max_position_embeddings="2048"),
+            ("config.json: max_position_embeddings: '2048' is not a whole number",),
+        ),
+        (
+            with_config(rope_parameters={"rope_type": "zzz", "rope_theta": 1e4}),
+            ("config.json", "transformers cannot build this model", "KeyError: 'zzz'", "correct"),
+        ),
+        (
+            with_config(rms_norm_eps="small"),
+            ("config.json", "transformers cannot build this model", "rms_norm_eps", "'small'"),
+        ),
         (without("model.norm.weight"), ("no tensor model.norm.weight", "download")),
         (without("model.embed_tokens.weight"), ("no tensor model.embed_tokens.weight",)),
         (without("lm_head.weight"), ("no tensor lm_head.weight",)),
