@@ -27,6 +27,7 @@ from tasks.engine.source import Source, free_bytes, open_source
 from tasks.engine.store import Store
 from tasks.engine.streams import KEPT_BOUNDARIES
 from tasks.engine.windows import check_section
+from tasks.publish import staging_folder
 
 # what Python, torch, transformers, MLflow and Prefect hold before any tensor
 LIBRARY_BYTES = 900 * 2**20
@@ -34,6 +35,9 @@ START_SECONDS = 12.0
 DISK_BYTES_PER_SECOND = 1e9
 # launching the operations of one block for one token: as on two CPU cores; a guess for a GPU
 BLOCK_CALL_SECONDS = {"cpu": 0.002, "cuda": 0.0005}
+# bytes of a name and of a path, as Linux has them; below a path are files of ours
+LONGEST_NAME = 255
+LONGEST_PATH = 4095 - 2 * 256
 
 
 @dataclass(frozen=True)
@@ -175,10 +179,16 @@ def _check_recipe(recipe: Recipe) -> None:
 
 
 def _check_places(request: Request) -> None:
+    _check_names("store", request.store, request.store)
     _check_writable("store", request.store, request.store)
     output = request.output
     if output is None:
         return
+    _check_names("output", output, staging_folder(output))
+    if output.is_symlink():
+        raise InputError(
+            f"--output {output}: is a symbolic link; give the folder that it leads to, or another"
+        )
     if begun(request.store, output) is None:
         _refuse_existing(request)
     if output.exists() and not output.is_dir():
@@ -190,6 +200,13 @@ def _refuse_existing(request: Request) -> None:
     output = request.output
     if output is not None and output.exists() and not request.overwrite:
         raise InputError(f"--output {output}: exists already; give another or use --overwrite")
+
+
+def _check_names(option: str, place: Path, written: Path) -> None:
+    """Refuse names that no disk takes; ``written`` is the longest that ``place`` leads to."""
+    longest = max(len(os.fsencode(name)) for name in written.parts)
+    if longest > LONGEST_NAME or len(os.fsencode(written)) > LONGEST_PATH:
+        raise InputError(f"--{option} {place}: is too long a name; give a shorter one")
 
 
 def _check_writable(option: str, place: Path, folder: Path) -> None:

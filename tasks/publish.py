@@ -37,7 +37,16 @@ def publish(
     """
     output = output.absolute()
     with store.lock(publication_key(output)):
-        return _publish(store, identity, entry, report, output, overwrite)
+        try:
+            return _publish(store, identity, entry, report, output, overwrite)
+        except BaseException:
+            shutil.rmtree(staging_folder(output), ignore_errors=True)
+            raise
+
+
+def staging_folder(output: Path) -> Path:
+    """The folder in which an output is made ready, beside it."""
+    return output.with_name(f".{output.name}.blockquant-new")
 
 
 def _publish(
@@ -48,7 +57,7 @@ def _publish(
     output: Path,
     overwrite: bool,
 ) -> str:
-    staging = output.with_name(f".{output.name}.blockquant-new")
+    staging = staging_folder(output)
     replaced = output.with_name(f".{output.name}.blockquant-old")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -65,7 +74,6 @@ def _publish(
         return str(output)
     if output.exists():
         if not overwrite:
-            shutil.rmtree(staging)
             raise InputError(f"--output {output}: exists already; give another or use --overwrite")
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(output, replaced)

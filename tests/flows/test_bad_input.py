@@ -829,6 +829,58 @@ def test_output_that_is_a_file(refused: Refused, tmp_path: Path, tiny: Path) -> 
     refused("quantize", "rtn_w4a16", "--model", tiny, *options, says=said)
 
 
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+@pytest.mark.parametrize("stands", [True, False])
+def test_output_that_is_a_symbolic_link(
+    refused: Refused, tmp_path: Path, tiny: Path, stands: bool, overwrite: tuple[str, ...]
+) -> None:
+    if stands:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "real" / "blockquant.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    said = (f"--output {tmp_path}/link", "is a symbolic link", "the folder that it leads to")
+    output = ("--output", tmp_path / "link", *overwrite)
+    refused("quantize", "rtn_w4a16", "--model", tiny, *output, says=said)
+
+
+@pytest.mark.parametrize(
+    "name", ["n" * 245, "é" * 120, "n" * 300, f"{'n' * 300}/out", "/".join(["n" * 200] * 20)]
+)
+def test_output_with_too_long_a_name(
+    refused: Refused, tmp_path: Path, tiny: Path, name: str
+) -> None:
+    said = (f"--output {tmp_path}/n"[:-1], "is too long a name", "give a shorter one")
+    refused("quantize", "rtn_w4a16", "--model", tiny, "--output", tmp_path / name, says=said)
+
+
+def test_output_with_the_longest_name(here: Here, tmp_path: Path, tiny: Path) -> None:
+    output = tmp_path / ("n" * (255 - len("..blockquant-new")))
+    outcome = here("check", "rtn_w4a16", "--model", tiny, "--output", output, "--json")
+    assert (outcome.status, outcome.err) == (0, "")
+
+
+def test_output_that_became_a_link_meanwhile(
+    here: Here,
+    services: object,
+    home: Path,
+    tmp_path: Path,
+    tiny: Path,
+    words: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tasks.check._check_places", lambda request: None)
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "out").symlink_to(tmp_path / "nowhere")
+    outcome = here(
+        *("quantize", "rtn_w4a16", "--model", tiny, "--output", place / "out", *SHORT),
+        *("--set", "eval.name=text", "--set", f"eval.path={words}"),
+    )
+    assert outcome.status == 1
+    assert outcome.err.splitlines()[-1].startswith("blockquant: NotADirectoryError: ")
+    assert os.listdir(place) == ["out"], "what was made ready is left beside it"
+
+
 def test_output_below_a_file(refused: Refused, tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "file").write_text("kept")
     said = ("--output", "cannot be written to", "another folder")
