@@ -234,7 +234,10 @@ def _failure_kept(run: Run) -> Any:
     try:
         yield
     except BaseException as error:
-        run.fail(f"{type(error).__name__}: {error}")
+        try:
+            run.fail(f"{type(error).__name__}: {error}")
+        except Exception as unsaid:
+            log.warning("MLflow was not told of the failure: %s", type(unsaid).__name__)
         raise
 
 

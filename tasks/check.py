@@ -23,9 +23,11 @@ from tasks.engine.job import Job
 from tasks.engine.memo import Memo
 from tasks.engine.plan import require_fit, require_sizes
 from tasks.engine.publication import REPORT, begun, work_identity
+from tasks.engine.settings import settings
 from tasks.engine.source import Source, free_bytes, open_source
 from tasks.engine.store import Store
 from tasks.engine.streams import KEPT_BOUNDARIES
+from tasks.engine.tracking import check_uri
 from tasks.engine.windows import check_section
 from tasks.publish import staging_folder
 
@@ -97,6 +99,7 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
     """
     _check_recipe(request.recipe)
     _check_places(request)
+    check_uri(settings().tracking_uri)
     device = check_device(request.device)
     source = _open_model(request)
     _check_overwritten(request, source)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from tasks.engine.errors import InputError
 from tasks.engine.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ IDENTITY_TAG = "blockquant.identity"
 FAILURE_TAG = "failure"
 LONGEST_PARAMETER = 6000
 LARGEST_BATCH = 100
+# MLflow's own but `file`: it refuses folders
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 # a tracking server that is away answers within seconds, not minutes
 _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -107,6 +110,20 @@ class Run:
         """Keep the run as failed, with its reason."""
         self.set_tags({FAILURE_TAG: reason})
         self.client().set_terminated(self.id, "FAILED")
+
+
+def check_uri(uri: str) -> None:
+    """Check that MLflow can take ``uri`` for a tracking server or database; none is asked.
+
+    Raises:
+        InputError: it cannot.
+    """
+    dialect, separator, _ = uri.partition("://")
+    if uri != "databricks" and not (separator and dialect.split("+")[0] in SCHEMES):
+        raise InputError(
+            f"MLFLOW_TRACKING_URI: {uri} is no server or database that MLflow knows; write "
+            "http://HOST:PORT or sqlite:////FOLDER/mlflow.db, or unset it"
+        )
 
 
 def open_run(

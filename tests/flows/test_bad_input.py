@@ -498,6 +498,29 @@ def test_pickles_are_not_read(
     assert not mark.exists()
 
 
+# tracking
+
+
+@pytest.mark.parametrize("uri", ["/folder", "folder", "file:///folder", "sqlite:/x", "ftp://host"])
+def test_tracking_uri_that_mlflow_does_not_know(
+    refused: Refused, tiny: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    said = (f"MLFLOW_TRACKING_URI: {uri} is no server or database", "http://HOST:PORT")
+    refused("quantize", "rtn_w4a16", "--model", tiny, says=said)
+
+
+@pytest.mark.parametrize(
+    "uri", ["https://host:5000", "postgresql+psycopg://host/base", "databricks", "sqlite:////x.db"]
+)
+def test_tracking_uri_that_mlflow_knows(
+    here: Here, tiny: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    outcome = here("check", "rtn_w4a16", "--model", tiny, "--json")
+    assert (outcome.status, outcome.err) == (0, "")
+
+
 # values
 
 
