@@ -1,0 +1,53 @@
+"""What the packages import is what pyproject.toml asks for."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+
+from tests.conftest import ROOT
+
+PACKAGES = ("configs", "flows", "quantizers", "tasks")
+# pydantic asks for the very version that it is built with
+PART_OF_ANOTHER = {"pydantic-core"}
+
+
+def imported() -> Iterator[str]:
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    yield from (alias.name for alias in node.names)
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    yield node.module
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def dependencies() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return {normal(re.split(r"[^\w.-]", entry)[0]) for entry in project["dependencies"]}
+
+
+def test_every_import_is_a_dependency() -> None:
+    asked = dependencies()
+    modules = {name.split(".")[0] for name in imported()} - {*PACKAGES, *sys.stdlib_module_names}
+    distributions = packages_distributions()
+    missing = {
+        module
+        for module in modules
+        if not {normal(name) for name in distributions[module]} & (asked | PART_OF_ANOTHER)
+    }
+    assert missing == set()
+
+
+def test_every_dependency_is_pinned_where_the_checks_run() -> None:
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {normal(line.split("==")[0]) for line in pins if "==" in line and line[0] != "#"}
+    assert dependencies() - pinned == set()
