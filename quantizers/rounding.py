@@ -179,7 +179,8 @@ def round_group(
             for weight, clip in zip(weights, clips, strict=True)
         ]
     scale, zero_point = _finite_scales(torch.cat(list(weights)), scheme, clips[0])
-    return [quantize_weight(weight, scale, zero_point, scheme) for weight in weights]
+    # each its own copy: files hold no tensor twice
+    return [quantize_weight(weight, scale.clone(), zero_point, scheme) for weight in weights]
 
 
 def _finite_scales(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantizers.errors import NonFiniteError
 from quantizers.statistics import InputStatistics, add_batch, empty_statistics
-from tasks.engine.decoder import micro_batches, run_block
+from tasks.engine.decoder import calibration_products, micro_batches, run_block
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job
 from tasks.engine.streams import Stream, block_arguments, hidden_states
@@ -48,11 +48,11 @@ def _collect(job: Job, stream: Stream, block: int) -> dict[str, InputStatistics]
             raise RunError(f"block {block}: the inputs of {place} hold NaN or Inf") from error
         return x
 
+    module = job.decoder.blocks[block]
     for batch in micro_batches(hidden, job.device):
         arguments = block_arguments(job, batch.shape[0], batch.shape[1])[block]
-        run_block(
-            job.decoder.blocks[block], weights, batch.to(job.device), arguments, tuple(first), see
-        )
+        with calibration_products(job.dtype, job.device):
+            run_block(module, weights, batch.to(job.device), arguments, tuple(first), see)
     return collected
 
 

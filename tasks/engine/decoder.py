@@ -185,6 +185,23 @@ def compute_dtype(source: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else source
 
 
+@contextlib.contextmanager
+def calibration_products(source: torch.dtype, device: str) -> Iterator[None]:
+    """Take the products of a calibration pass as a GPU does: bf16 factors, float32 sums.
+
+    Only for bf16 sources on a CPU, where it is several times faster; hidden states stay float32.
+    """
+    if source != torch.bfloat16 or torch.device(device).type != "cpu":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @functools.cache
 def device_fingerprint(device: str) -> dict[str, str]:
     """What decides the last bits of a computation on ``device``: part of every lineage key."""
@@ -198,7 +215,8 @@ def device_fingerprint(device: str) -> dict[str, str]:
     }
     if where.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        return facts | {"device": f"cpu {capability} threads={torch.get_num_threads()}"}
+        tiles = "AMX " if torch.cpu._is_amx_tile_supported() else ""
+        return facts | {"device": f"cpu {capability} {tiles}threads={torch.get_num_threads()}"}
     name = torch.cuda.get_device_name(where)
     major, minor = torch.cuda.get_device_capability(where)
     return facts | {"device": f"cuda {name} sm{major}{minor} {torch.version.cuda}"}

@@ -17,7 +17,12 @@ from torch import Tensor
 
 from quantizers.activations import quantize_dequantize_activation
 from quantizers.schemes import ActivationScheme
-from tasks.engine.decoder import InputHook, micro_batches, run_block
+from tasks.engine.decoder import (
+    InputHook,
+    calibration_products,
+    micro_batches,
+    run_block,
+)
 from tasks.engine.errors import RunError
 from tasks.engine.export_format import INPUT_SCALE, restore_block
 from tasks.engine.job import Job
@@ -178,7 +183,8 @@ def through_block(
     passed, done = torch.empty_like(hidden), 0
     for batch in micro_batches(hidden, job.device):
         arguments = block_arguments(job, batch.shape[0], batch.shape[1])[block]
-        after = run_block(module, weights, batch.to(job.device), arguments, names, on_input)
+        with calibration_products(job.dtype, job.device):
+            after = run_block(module, weights, batch.to(job.device), arguments, names, on_input)
         passed[done : done + len(batch)] = after
         done += len(batch)
     return passed

@@ -281,6 +281,7 @@ def _wrap_tracking(recorder: Recorder) -> None:
 
 def _count_computations(recorder: Recorder) -> None:
     from quantizers import rounding
+    from tasks.clip import clip
     from tasks.transform import transform
 
     def counted(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -294,6 +295,7 @@ def _count_computations(recorder: Recorder) -> None:
     # what every way of rounding a linear ends in, and what decides a block
     rounding.quantize_weight = counted("round", rounding.quantize_weight)
     object.__setattr__(transform, "compute", counted("decide", transform.compute))
+    object.__setattr__(clip, "compute", counted("clip", clip.compute))
 
 
 def _bracketed(recorder: Recorder, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tasks.clip import CLIP
 from tasks.engine.publication import REPORT
 from tasks.transform import DECISION
 from tests.integration.crashing import Ran, Work, finish, run, start
@@ -22,15 +23,28 @@ from tests.models import make_checkpoint, make_text
 BLOCKS = 2
 LINEARS = 7
 KILLED = -9
-SCHEMES = {
+QUANT = {
     "w8a8": """
+  method: Identity
   quant_out: true
   weight: {bit: 8, symmetric: true, granularity: per_channel}
   act: {bit: 8, symmetric: true, granularity: per_token}
 """,
     "w4a16": """
+  method: Identity
   quant_out: false
   weight: {bit: 4, symmetric: true, granularity: per_group, group_size: 128, need_pack: true}
+""",
+    "awq_w4a16": """
+  method: Awq
+  quant_out: true
+  weight: {bit: 4, symmetric: true, granularity: per_group, group_size: 128, need_pack: true}
+""",
+    "awq_fp8_static": """
+  method: Awq
+  quant_out: true
+  weight: {bit: e4m3, granularity: per_tensor}
+  act: {bit: e4m3, granularity: per_tensor, static: true, calib_algo: static_minmax}
 """,
 }
 STEPS = [
@@ -49,6 +63,11 @@ STEPS = [
     "evaluate",
 ]
 FIRST_BLOCK = STEPS[: STEPS.index("advance[block 0]") + 1]
+CLIPPED = [
+    each
+    for step in STEPS
+    for each in ([step, step.replace("transform", "clip")] if "transform" in step else [step])
+]
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,7 @@ class Case:
     model: Path
     undisturbed: Ran
     files: dict[str, bytes]
+    steps: tuple[str, ...] = tuple(STEPS)
 
     def parameters(self, output: Path, **more: Any) -> dict[str, Any]:
         given = {"recipe": str(self.recipe), "model": str(self.model), "output": str(output)}
@@ -81,6 +101,16 @@ def w4a16(
     return make_case(tmp_path_factory.mktemp("one"), "w4a16", prepared_home)
 
 
+@pytest.fixture(scope="module", params=["awq_w4a16", "awq_fp8_static"])
+def searched(
+    request: pytest.FixtureRequest,
+    services: dict[str, str],
+    prepared_home: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Case:
+    return make_case(tmp_path_factory.mktemp("one"), request.param, prepared_home)
+
+
 def make_case(folder: Path, scheme: str, prepared: Path) -> Case:
     model = make_checkpoint(folder / "tiny", blocks=BLOCKS)
     text = make_text(folder / "words.txt", words=3000)
@@ -88,15 +118,18 @@ def make_case(folder: Path, scheme: str, prepared: Path) -> Case:
     recipe.write_text(
         f"calib: {{name: text, path: {text}, n_samples: 4, seq_len: 64}}\n"
         f"eval: {{name: text, path: {text}, windows: 2, seq_len: 64}}\n"
-        f"quant:\n  method: Identity{SCHEMES[scheme]}"
+        f"quant:{QUANT[scheme]}"
     )
+    clips = "method: Awq" in QUANT[scheme]
+    steps = CLIPPED if clips else STEPS
     empty = Case(folder, prepared, recipe, model, Ran(0, [], {}, {}), {})
     output = folder / "undisturbed" / "out"
     ran = run(Work(new_home(empty, "undisturbed"), empty.parameters(output), folder / "trace"))
     assert ran.exitcode == 0, ran.result
-    assert ran.made == STEPS
-    assert ran.counts == {"decide": BLOCKS, "round": BLOCKS * LINEARS}
-    return Case(folder, prepared, recipe, model, ran, contents(output))
+    assert ran.made == steps
+    clipped = {"clip": BLOCKS} if clips else {}
+    assert ran.counts == {"decide": BLOCKS, "round": BLOCKS * LINEARS} | clipped
+    return Case(folder, prepared, recipe, model, ran, contents(output), tuple(steps))
 
 
 def new_home(case: Case, name: str) -> Path:
@@ -169,8 +202,8 @@ def kill_and_resume(
     assert resumed.exitcode == 0, resumed.result
     assert_published(case, output)
     done = {event.removesuffix(": committed") for event in killed.events}
-    assert resumed.made == [step for step in STEPS if step not in done]
-    for what, once in (("decide", 1), ("round", LINEARS)):
+    assert resumed.made == [step for step in case.steps if step not in done]
+    for what, once in (("decide", 1), ("clip", 1), ("round", LINEARS)):
         computed = killed.counts.get(what, 0) + resumed.counts.get(what, 0)
         assert computed <= (BLOCKS + 1) * once, f"more than one block again: {computed} {what}"
     assert_tracked(home)
@@ -237,6 +270,26 @@ def test_kills_where_blocks_run_with_their_source_weights(w4a16: Case) -> None:
         "quantize[block 1]: committed",
     )
     kill_each(w4a16, points, "source")
+
+
+def test_kills_of_searches(searched: Case) -> None:
+    points = (
+        f"transform[block 0]: {DECISION} torn",
+        "transform[block 1]: committed",
+        f"clip[block 1]: {CLIP} torn",
+        "clip[block 1]: committed",
+        "quantize[block 1]: committed",
+        "register: log_file sent",
+    )
+    kill_each(searched, points, "searched")
+
+
+@pytest.mark.ops
+@pytest.mark.timeout(1500)
+def test_searches_killed_at_every_task_boundary(searched: Case) -> None:
+    events = searched.undisturbed.events
+    points = [n for n, e in enumerate(events) if e.endswith((": locked", ": committed"))]
+    kill_each(searched, points, "boundary")
 
 
 def test_kills_while_an_older_output_is_replaced(w8a8: Case) -> None:
@@ -328,7 +381,7 @@ def test_a_second_run_finds_everything(w8a8: Case) -> None:
 def test_damaged_payload_is_computed_again(w8a8: Case, damage: Callable[[Path], None]) -> None:
     home = used_home(w8a8, f"payload-{damage.__name__}")
     damage(entries(home, "calibration_set")[0] / "tokens.safetensors")
-    damage(entries(home, "transform")[1] / "decision.safetensors")
+    damage(entries(home, "transform")[1] / DECISION)
     damage(entries(home, "pack")[0] / "block.safetensors")
     damage(entries(home, "export")[0] / "model-00003-of-00003.safetensors")
     damage(entries(home, "evaluation_set")[0] / "tokens.safetensors")
