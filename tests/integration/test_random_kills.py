@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import psutil
 import pytest
 
 from tasks.engine.publication import begun
+from tasks.engine.store import Store
 from tests.integration.test_resume import assert_tracked, contents
 from tests.models import make_checkpoint, make_text
 
@@ -100,24 +104,43 @@ def test_ten_kills_at_random_moments(prepared_home: Path, tmp_path: Path) -> Non
         home.mkdir()
         output = tmp_path / f"killed-{rounds}" / "out"
         while not ended(home, output):
+            found = whole(home)
+            # of the others the codes are packed: no block but this one is searched or rounded again
+            assert found["transform"] - found["pack"] in (0, 1), found
             process = launch(command(recipe, model, output), home)
             moment = draw.uniform(0, duration) if killed < KILLS else None
             try:
-                _, complaint = process.communicate(timeout=moment)
+                said, complaint = process.communicate(timeout=moment)
                 assert process.returncode == 0, complaint
+                assert_only_the_rest_was_made(json.loads(said)["steps"], found)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
                 # it may have ended by itself in that very moment
                 assert process.returncode in (0, -signal.SIGKILL)
                 killed += process.returncode != 0
-        found = contents(output)
-        assert sorted(found) == sorted(expected)
-        assert [name for name in found if found[name] != expected[name]] == []
+        made = contents(output)
+        assert sorted(made) == sorted(expected)
+        assert [name for name in made if made[name] != expected[name]] == []
         assert os.listdir(output.parent) == ["out"]
         assert_tracked(home)
         wait_until_gone(home)
     print(f"{killed} kills in {rounds} rounds, {duration:.1f} s undisturbed")
+
+
+def whole(home: Path) -> Counter[str]:
+    """How many results of each kind of step are whole in the store."""
+    store = Store(home / "store")
+    return Counter(e.task for e in store.entries() if store.get(e.key) is not None)
+
+
+def assert_only_the_rest_was_made(steps: list[dict[str, Any]], found: Counter[str]) -> None:
+    """A step was found exactly if its result was whole; a kind's come in the order of blocks."""
+    kinds = [(step["step"].split("[")[0], step["cached"]) for step in steps]
+    for kind, members in groupby(sorted(kinds, key=lambda each: each[0]), lambda each: each[0]):
+        cached = [each for _, each in members]
+        rest = len(cached) - found[kind]
+        assert cached == [True] * found[kind] + [False] * rest, (kind, steps, found)
 
 
 def ended(home: Path, output: Path) -> bool:
