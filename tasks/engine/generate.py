@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from tasks.engine.decoder import build_causal_lm
-from tasks.engine.errors import InputError
+from tasks.engine.errors import InputError, RunError
 from tasks.engine.plan import is_tied
 from tasks.engine.source import Source
 
@@ -23,6 +23,7 @@ def sample_windows(source: Source, windows: int, seq_len: int, seed: int, device
 
     Raises:
         InputError: the model does not fit the device.
+        RunError: the model's output holds NaN or Inf.
     """
     causal_lm = build_causal_lm(source.config, device)
     names = [n for n in source.tensors if n in causal_lm.state_dict()]
@@ -35,6 +36,13 @@ def sample_windows(source: Source, windows: int, seq_len: int, seed: int, device
     except torch.cuda.OutOfMemoryError as error:
         raise InputError(
             f"name: self_generated: the model does not fit {device}; give a text file instead"
+        ) from error
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise RunError(
+            f"name: self_generated: {source.path} cannot write text, its own output holds NaN or "
+            "Inf; its weights are damaged, or overflow their dtype"
         ) from error
 
 

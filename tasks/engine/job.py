@@ -11,6 +11,7 @@ import torch
 from configs.schema import Evaluation, Recipe, ResolvedStep
 from tasks.engine.architectures import architecture_of
 from tasks.engine.decoder import Decoder, build_decoder, compute_dtype, device_fingerprint
+from tasks.engine.errors import InputError
 from tasks.engine.export_format import Scheme, scheme_of
 from tasks.engine.memo import Memo
 from tasks.engine.plan import Plan, plan_model
@@ -35,6 +36,11 @@ class Job:
         """Dtype of the source's weights: that of its first quantizable linear."""
         architecture = architecture_of(self.source.config)
         name = architecture.block_prefix(0) + architecture.linears[0] + ".weight"
+        if name not in self.source.tensors:
+            raise InputError(
+                f"model {self.source.path}: no tensor {name}; every block of a "
+                f"{architecture.model_type} checkpoint has it, download it again"
+            )
         return self.source.tensors[name].dtype
 
     @cached_property
