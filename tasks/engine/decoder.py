@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers import logging as transformers_logging
 
@@ -50,8 +49,10 @@ class Decoder:
             Hidden states (B, T, D), and per block the keyword arguments (mask, positions, rotary
             embedding) that transformers' own forward pass hands it.
         """
-        hidden = functional.embedding(tokens, embedding)
         with torch.no_grad():
+            module: Any = self.model.embed_tokens
+            # not a bare look-up: Gemma's scales what it finds
+            hidden = torch.func.functional_call(module, {"weight": embedding}, (tokens,))
             self.model(inputs_embeds=hidden, use_cache=False)
         calls = [recorder.take() for recorder in self.model.layers]  # type: ignore[union-attr]
         return calls[0][0], tuple(arguments for _, arguments in calls)
@@ -110,6 +111,9 @@ def build_causal_lm(config: Mapping[str, Any], device: str = "cpu") -> Any:
     with torch.device(device):
         # the rotary tables are not weights: no checkpoint holds them
         causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config=parsed)
+        embedding = causal_lm.model.embed_tokens
+        if hasattr(embedding, "scalar_embed_scale"):
+            embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
     return causal_lm.eval()
 
 

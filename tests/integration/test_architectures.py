@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2, tied, shards": {"model_type": "qwen2", "tied": True, "shard_size": "200KB"},
     "qwen3": {"model_type": "qwen3"},
     "qwen3, tied": {"model_type": "qwen3", "tied": True, "kv_heads": 4},
+    "gemma": {"model_type": "gemma", "tied": True},
 }
 RECIPES = {
     "rtn_w4a16": "llama, tied, fp32",
@@ -50,6 +51,15 @@ RECIPES = {
     "fp8/rtn_fp8": "mistral",
     "fp8/rtn_fp8_block": "llama, shards, fp16",
     "demo/w4a16": "qwen3, tied",
+}
+
+
+SEARCHED = {
+    "awq_w4a16": "gemma",
+    "awq_w8a8": "qwen2, tied, shards",
+    "os_plus_w8a8": "llama, biases",
+    "smoothquant_w8a8": "llama, shards, fp16",
+    "fp8/awq_fp8_static": "qwen3, tied",
 }
 
 
@@ -136,3 +146,28 @@ def test_an_export_is_what_the_format_says(
     assert verify_folder(out)["logit_difference"] < 1e-4
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("recipe", SEARCHED)
+def test_a_searched_export_is_still_the_model(
+    recipe: str, tmp_path: Path, words: Path, home: Path, services: dict[str, str]
+) -> None:
+    source = make(tmp_path, SEARCHED[recipe])
+    texts = [
+        *("eval.name=text", f"eval.path={words}", "eval.windows=1", "eval.seq_len=32"),
+        *("calib.name=text", f"calib.path={words}", "calib.n_samples=4", "calib.seq_len=64"),
+    ]
+    out = tmp_path / "out"
+    result = quantize_model(recipe, model=str(source), output=str(out), overrides=texts)
+    made = {step["step"] for step in result["steps"]}
+    assert "transform[block 1]" in made
+    assert ("clip[block 1]" in made) == ("awq" in recipe)
+    # transformers reads the same model from it, folded norms and biases and all
+    assert verify_folder(out)["logit_difference"] < 1e-4
+    tokens = torch.randint(8192, (2, 48), generator=torch.Generator().manual_seed(0))
+    ours, theirs = (
+        weights_only_logits(opened, build_decoder(opened.source.config), tokens)
+        for opened in (open_checkpoint(out), open_checkpoint(source))
+    )
+    error = float((ours - theirs).norm() / theirs.norm())
+    assert error < (0.25 if "w4" in recipe else 0.06), error
