@@ -18,8 +18,10 @@ Seconds are wall time of quantization alone:
   loading, saving, and packing to the stored format, which it does as it saves.
 
 A run of ours starts from an empty store, so nothing is found that was made before. Each side uses
-as many threads as its libraries choose. llm-compressor computes in the checkpoint's dtype, as its
-examples do (``--peer-dtype float32`` asks for another).
+as many threads as its libraries choose; where the machine has other work, OMP_NUM_THREADS=1 keeps
+threads from waiting for each other, on both sides, and the JSON file has CPU seconds too.
+llm-compressor computes in the checkpoint's dtype, as its examples do (``--peer-dtype float32`` asks
+for another).
 """
 
 from __future__ import annotations
@@ -39,9 +41,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tasks.calibration_set import calibration_set
 from tasks.engine.checkpoint import open_checkpoint
+from tasks.engine.store import Store
 from tasks.engine.text import TextSource
 from tasks.engine.windows import TOKENS, evaluation_windows
 from tasks.evaluate import measure
@@ -219,13 +224,12 @@ def _run_ours(bench: Bench, name: str, row: Row) -> tuple[dict[str, Any], Path |
     home = bench.work / "home"
     home.mkdir(exist_ok=True)
     environment = kept | {"BLOCKQUANT_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    load = os.getloadavg()[0]
-    started = time.perf_counter()
+    before = _Whole()
     done = subprocess.run(
         command, cwd=bench.work, env=environment, stdout=subprocess.PIPE, text=True, check=False
     )
+    whole = before.since()
     _require_success(f"{name}: blockquant", done.returncode)
-    whole = time.perf_counter() - started
     steps = {
         step: seconds
         for step, seconds in json.loads(done.stdout)["seconds"].items()
@@ -235,21 +239,32 @@ def _run_ours(bench: Bench, name: str, row: Row) -> tuple[dict[str, Any], Path |
         "nll_increase": bench.increase(output),
         "seconds": sum(steps.values()),
         "steps": steps,
-        "whole_run_seconds": whole,
-        "load": load,
-    }
+    } | whole
     return figures, _calibration_tokens(store) if row.calibrated else None
+
+
+class _Whole:
+    """What a whole command takes, start-up, saving and all; CPU seconds tell on a busy machine."""
+
+    def __init__(self) -> None:
+        self.load, self.wall, self.times = os.getloadavg()[0], time.perf_counter(), os.times()
+
+    def since(self) -> dict[str, float]:
+        """Return wall and CPU seconds since, and the machine's load before."""
+        times = os.times()
+        user = times.children_user - self.times.children_user
+        system = times.children_system - self.times.children_system
+        return {
+            "whole_run_seconds": time.perf_counter() - self.wall,
+            "whole_run_cpu_seconds": user + system,
+            "load": self.load,
+        }
 
 
 def _calibration_tokens(store: Path) -> Path:
     """Find the windows that the flow calibrated with, in its store."""
-    manifests = (store / "entries").glob("*/*/manifest.json")
-    (found,) = [
-        path.with_name(TOKENS)
-        for path in manifests
-        if json.loads(path.read_text(encoding="utf-8"))["task"] == "calibration_set"
-    ]
-    return found
+    (found,) = [e for e in Store(store).entries() if e.task == calibration_set.name]
+    return found.file(TOKENS)
 
 
 def _run_peer(bench: Bench, peer: Peer, tokens: Path | None) -> dict[str, Any]:
@@ -268,8 +283,7 @@ def _run_peer(bench: Bench, peer: Peer, tokens: Path | None) -> dict[str, Any]:
     }
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    load = os.getloadavg()[0]
-    started = time.perf_counter()
+    before = _Whole()
     with (folder / "output.log").open("w", encoding="utf-8") as log:
         done = subprocess.run(
             [str(PEER_PYTHON), str(PEER_SCRIPT), json.dumps(task)],
@@ -279,13 +293,28 @@ def _run_peer(bench: Bench, peer: Peer, tokens: Path | None) -> dict[str, Any]:
             stderr=subprocess.STDOUT,
             check=False,
         )
+    whole = before.since()
     if done.returncode:
         progress.print((folder / "output.log").read_text(encoding="utf-8")[-2000:], markup=False)
     _require_success(f"{peer.method} {peer.scheme}: llm-compressor", done.returncode)
-    whole = time.perf_counter() - started
     figures: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    _store_scales_in_float32(folder / "checkpoint")
     figures["nll_increase"] = bench.increase(folder / "checkpoint")
-    return figures | {"whole_run_seconds": whole, "load": load}
+    return figures | whole
+
+
+def _store_scales_in_float32(checkpoint: Path) -> None:
+    """Widen the scales of 8 bit weights, as a server does when it loads them: no value changes.
+
+    llm-compressor stores them in the model's dtype, and our evaluator takes float32 only.
+    """
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    if config["quantization_config"]["format"] == "pack-quantized":
+        return
+    for shard in checkpoint.glob("*.safetensors"):
+        tensors = load_file(shard)
+        scales = {n: t.float() for n, t in tensors.items() if n.endswith(".weight_scale")}
+        save_file(tensors | scales, shard, metadata={"format": "pt"})
 
 
 def _require_success(what: str, status: int) -> None:
