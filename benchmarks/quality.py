@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -58,7 +59,10 @@ PEER_SCRIPT = Path(__file__).resolve().with_name("peer_llmcompressor.py")
 # steps that are not quantization; whatever else the flow times is counted
 UNCOUNTED = {"load_model", "evaluation_set", "calibration_set", "export", "verify", "evaluate"}
 
-console = Console()
+SIDES = ("blockquant", "llm-compressor")
+
+# wide enough for the table, also in a pipe
+console = Console(width=120)
 progress = Console(stderr=True)
 
 
@@ -197,8 +201,7 @@ def _run(bench: Bench, names: list[str], with_peer: bool) -> Iterator[dict[str, 
             "row": name,
             "scheme": row.scheme,
             "method": row.method,
-            "blockquant": ours,
-            "llm-compressor": peers.get(row.peer),
+            **dict(zip(SIDES, (ours, peers.get(row.peer)), strict=True)),
         }
 
 
@@ -328,13 +331,17 @@ def _figures(result: dict[str, Any]) -> str:
 
 
 def _table(report: dict[str, Any]) -> Table:
-    table = Table(title=f"{report['model']}: increase of NLL {report['nll']:.5f}, and seconds")
+    table = Table(
+        title=f"{report['model']}: increase of NLL {report['nll']:.5f}, and seconds",
+        box=box.MARKDOWN,
+    )
     for heading in ("scheme", "method"):
         table.add_column(heading)
-    for heading in ("NLL: blockquant", "llm-compressor", "seconds: blockquant", "llm-compressor"):
-        table.add_column(heading, justify="right")
+    for heading in ("NLL", "seconds"):
+        for side in SIDES:
+            table.add_column(f"{heading}, {side}", justify="right")
     for row in report["rows"]:
-        sides = (row["blockquant"], row["llm-compressor"])
+        sides = [row[side] for side in SIDES]
         table.add_row(
             row["scheme"],
             row["method"],
