@@ -25,6 +25,7 @@ __all__ = [
     "share_between_heads",
     "transformed_absmax",
     "transformed_gram",
+    "transformed_rows",
     "transformed_sample",
 ]
 
@@ -55,9 +56,13 @@ def transformed_gram(statistics: InputStatistics, transform: ChannelTransform) -
 
 def transformed_sample(statistics: InputStatistics, transform: ChannelTransform) -> Tensor:
     """The sampled rows of the transformed inputs, (m, K) float32."""
-    rows = statistics.sample.to(torch.float32)
-    rows = rows if transform.shift is None else rows - transform.shift
-    return rows / transform.scale
+    return transformed_rows(statistics.sample, transform)
+
+
+def transformed_rows(rows: Tensor, transform: ChannelTransform) -> Tensor:
+    """Rows (m, K) of inputs after the transform, float32."""
+    rows = rows.to(torch.float32)
+    return (rows if transform.shift is None else rows - transform.shift) / transform.scale
 
 
 def transformed_absmax(statistics: InputStatistics, transform: ChannelTransform) -> Tensor:
@@ -81,13 +86,23 @@ def norm_scale(scale: Tensor, weight: Tensor, dtype: torch.dtype, offset: float 
         offset: 1 where the norm multiplies by 1 + weight, as Gemma's do.
 
     Returns:
-        (K,) float32; as asked where the norm's factor is zero.
+        (K,) float32; as asked where the norm's factor is zero, and 1 where its dtype cannot hold
+        what is asked.
     """
     factor = weight.to(torch.float32) + offset
+    exact, usable = _exact_scale(factor, scale, dtype, offset)
+    # what the dtype cannot hold stays as it was
+    unscaled, _ = _exact_scale(factor, torch.ones_like(scale), dtype, offset)
+    return torch.where(usable, exact, torch.where(factor == 0, scale, unscaled))
+
+
+def _exact_scale(
+    factor: Tensor, scale: Tensor, dtype: torch.dtype, offset: float
+) -> tuple[Tensor, Tensor]:
     folded = _folded(factor, scale, dtype, offset).to(torch.float32) + offset
-    usable = (factor != 0) & (folded != 0) & (factor.sign() == folded.sign())
+    usable = folded.isfinite() & (folded != 0) & (factor.sign() == folded.sign())
     exact = factor / torch.where(usable, folded, torch.ones_like(folded))
-    return torch.where(usable, exact, scale)
+    return torch.where(usable, exact, torch.ones_like(exact)), usable
 
 
 def fold_into_norm(

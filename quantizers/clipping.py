@@ -6,12 +6,12 @@ As AWQ's (arXiv 2306.00978, appendix), but from the Gram matrix instead of the i
 import torch
 from torch import Tensor
 
-from quantizers.rounding import dequantize, quantize_weight, weight_scales
+from quantizers.rounding import quantize_dequantize_weight_, weight_scales
 from quantizers.schemes import Granularity, WeightScheme
 
 __all__ = ["clip_factors", "search_clip"]
 
-_CPU_ENTRIES = 1 << 21
+_CPU_ENTRIES = 1 << 18
 _DEVICE_ENTRIES = 1 << 26
 
 
@@ -66,8 +66,8 @@ def _search(weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor)
     for number, factor in enumerate(factors.tolist()):
         ends = torch.full(shape, factor, device=weight.device)
         scale, zero_point = weight_scales(work, scheme, clip_low=ends, clip_high=ends)
-        codes = quantize_weight(work, scale, zero_point, scheme)
-        difference = dequantize(codes, scheme).sub_(work)
+        restored = quantize_dequantize_weight_(work.clone(), scale, zero_point, scheme)
+        difference = restored.sub_(work)
         error = _errors(difference, gram, scheme)
         better = error < least
         least = torch.where(better, error, least)

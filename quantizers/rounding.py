@@ -14,6 +14,7 @@ __all__ = [
     "QuantizedWeight",
     "dequantize",
     "expand_scale",
+    "quantize_dequantize_weight_",
     "quantize_weight",
     "round_group",
     "round_to_nearest",
@@ -224,6 +225,47 @@ def dequantize(
             tile.mul_(tile_scale)
         restored[part] = work
     return restored
+
+
+def quantize_dequantize_weight_(
+    work: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: WeightScheme
+) -> Tensor:
+    """dequantize(quantize_weight(work, ...)) in float32, bit for bit, in place and without codes.
+
+    For searches, which try many scales on rows that fit a cache.
+
+    Args:
+        work: (N, K) float32, overwritten.
+        scale: as quantize_weight takes it.
+        zero_point: likewise.
+        scheme: the scheme.
+
+    Returns:
+        work.
+
+    Raises:
+        ValueError: a shape, a dtype, or a zero point's presence does not suit the scheme.
+    """
+    rows, columns = _matrix_shape(work)
+    if work.dtype != torch.float32:
+        raise ValueError(f"worked on in place is float32, not {work.dtype}")
+    _check_parameters(scale, zero_point, scheme, rows, columns)
+    number, width = scheme.number_format, scheme.width(columns)
+    scales = _per_row(scale.detach(), scheme, rows).to(torch.float32)
+    zeros = None if zero_point is None else _per_row(zero_point, scheme, rows)
+    for tile, tile_scale in _tiles(work, scales, width):
+        tile.div_(tile_scale)
+    if number.is_float:
+        work.copy_(work.clamp_(number.qmin, number.qmax).to(number.code_dtype))
+    elif zeros is None:
+        work.round_().clamp_(number.qmin, number.qmax)
+    else:
+        work.round_()
+        for tile, tile_zero in _tiles(work, zeros, width):
+            tile.add_(tile_zero).clamp_(number.qmin, number.qmax).sub_(tile_zero)
+    for tile, tile_scale in _tiles(work, scales, width):
+        tile.mul_(tile_scale)
+    return work
 
 
 def expand_scale(scale: Tensor, scheme: WeightScheme, rows: int, columns: int) -> Tensor:

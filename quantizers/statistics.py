@@ -7,7 +7,25 @@ from torch import Tensor
 
 from quantizers.errors import NonFiniteError
 
-__all__ = ["InputStatistics", "add_batch", "empty_statistics"]
+__all__ = ["InputStatistics", "WeightedRows", "add_batch", "empty_statistics", "weighted_rows"]
+
+# Rows kept to see how inputs are rounded.
+_ROWS = 512
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedRows:
+    """Rows drawn the likelier the heavier they are: a priority sample, doi 10.1145/1314690.1314696.
+
+    Attributes:
+        rows: (h, K), as they came; one more than are used.
+        sizes: (h,) float32, positive: what the rows were drawn by.
+        priorities: (h,) float32, falling: size over a uniform random number.
+    """
+
+    rows: Tensor
+    sizes: Tensor
+    priorities: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +39,7 @@ class InputStatistics:
         window_minimum: (W, K) float32, the smallest x of each window.
         window_maximum: (W, K) float32, the largest x of each window.
         sample: (m, K), rows that were asked to be kept, as they came, in the inputs' dtype.
+        drawn: rows drawn by their size, see weighted_rows.
         tokens: number of tokens summed.
     """
 
@@ -30,6 +49,7 @@ class InputStatistics:
     window_minimum: Tensor
     window_maximum: Tensor
     sample: Tensor
+    drawn: WeightedRows
     tokens: int
 
     @property
@@ -66,6 +86,11 @@ def empty_statistics(columns: int, device: torch.device | str = "cpu") -> InputS
         window_minimum=torch.empty(0, columns, device=device),
         window_maximum=torch.empty(0, columns, device=device),
         sample=torch.empty(0, columns, device=device),
+        drawn=WeightedRows(
+            torch.empty(0, columns, device=device),
+            torch.empty(0, device=device),
+            torch.empty(0, device=device),
+        ),
         tokens=0,
     )
 
@@ -113,6 +138,8 @@ def add_batch(
     # A finite diagonal bounds the whole matrix: (x_i x_j)^2 <= x_i^2 x_j^2, summed.
     if not bool(torch.cat((sums, gram.diagonal())).isfinite().all()):
         raise NonFiniteError(f"inputs of shape {tuple(x.shape)} hold NaN, infinity or overflow")
+    tokens = statistics.tokens + rows.shape[0]
+    typical = (sums / tokens).clamp(min=torch.finfo(torch.float32).tiny)
     windows = x.detach().reshape(-1, x.shape[-2] if x.ndim > 1 else 1, columns)
     kept = rows[:0] if keep is None else rows[keep]
     return InputStatistics(
@@ -122,8 +149,48 @@ def add_batch(
         window_minimum=torch.cat((statistics.window_minimum, windows.amin(1).float())),
         window_maximum=torch.cat((statistics.window_maximum, windows.amax(1).float())),
         sample=torch.cat((statistics.sample.to(x.dtype), kept)),
-        tokens=statistics.tokens + rows.shape[0],
+        drawn=_draw(statistics.drawn, rows, _heaviness(rows, typical), statistics.tokens),
+        tokens=tokens,
     )
+
+
+def weighted_rows(statistics: InputStatistics) -> tuple[Tensor, Tensor]:
+    """Rows to see rounding on, and how many tokens each stands for.
+
+    Sums over all tokens are estimated without bias; most of the heaviest stand for themselves.
+
+    Returns:
+        rows (m, K) in the inputs' dtype, and weights (m,) float32.
+    """
+    drawn = statistics.drawn
+    if len(drawn.rows) <= _ROWS:
+        return drawn.rows, torch.ones_like(drawn.sizes)
+    threshold = drawn.priorities[_ROWS]
+    sizes = drawn.sizes[:_ROWS]
+    return drawn.rows[:_ROWS], torch.maximum(sizes, threshold) / sizes
+
+
+def _draw(before: WeightedRows, rows: Tensor, sizes: Tensor, seed: int) -> WeightedRows:
+    """The rows of highest priority among those that were drawn and new ones."""
+    generator = torch.Generator().manual_seed(seed)
+    # in (0, 1]: nothing is divided by zero
+    luck = 1 - torch.rand(len(rows), generator=generator).to(rows.device)
+    priorities = sizes / luck
+    new = priorities.sort(descending=True, stable=True).indices[: _ROWS + 1]
+    merged = torch.cat((before.priorities, priorities[new]))
+    kept = merged.sort(descending=True, stable=True).indices[: _ROWS + 1]
+    return WeightedRows(
+        torch.cat((before.rows.to(rows.dtype), rows[new]))[kept],
+        torch.cat((before.sizes, sizes[new]))[kept],
+        merged[kept],
+    )
+
+
+def _heaviness(rows: Tensor, typical: Tensor) -> Tensor:
+    """How much a row's rounding may weigh: its range, as it is and with its channels levelled."""
+    absolute = rows.abs().to(torch.float32)
+    levelled = (absolute / typical).amax(1)
+    return 1 + levelled.square() + (absolute.amax(1) / typical.amax()).square()
 
 
 def _with_row(extremes: Tensor, value: float) -> Tensor:

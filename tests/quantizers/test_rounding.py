@@ -11,6 +11,7 @@ from quantizers.rounding import (
     QuantizedWeight,
     dequantize,
     expand_scale,
+    quantize_dequantize_weight_,
     quantize_weight,
     round_to_nearest,
     weight_scales,
@@ -275,3 +276,12 @@ def test_searches_do_not_wait_for_the_device(how, shape):
         expand_scale(scale, how, *shape)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("how", "shape"), CASES, ids=IDS)
+def test_in_place_is_the_same_to_the_bit(device, how, shape):
+    work = matrix(*shape, device=device) * 1.3
+    quantized = round_to_nearest(work, how)
+    same = quantize_dequantize_weight_(work, quantized.scale, quantized.zero_point, how)
+    assert same is work
+    assert torch.equal(work, dequantize(quantized, how))

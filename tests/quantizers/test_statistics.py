@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantizers.errors import NonFiniteError
-from quantizers.statistics import add_batch, empty_statistics
+from quantizers.statistics import add_batch, empty_statistics, weighted_rows
 
 SUMS = ("gram", "total", "mean_abs_sum")
 EXTREMES = ("absmax", "minimum", "maximum")
@@ -166,3 +166,35 @@ def test_wrong_arguments_are_refused():
         add_batch(statistics, torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="chunk"):
         add_batch(statistics, torch.zeros(2, 4), chunk=0)
+
+
+def test_few_rows_are_all_there_and_stand_for_themselves(device):
+    x = inputs(500, 4, device=device)
+    statistics = add_batch(add_batch(empty_statistics(4, device), x[:300]), x[300:])
+    rows, weights = weighted_rows(statistics)
+    assert weights.tolist() == [1.0] * 500
+    assert torch.equal(rows.sort(0).values, x.sort(0).values)
+
+
+def test_sums_over_many_rows_are_estimated_from_few(device):
+    # one row in a hundred is forty times larger and makes most of the sum
+    x = inputs(8192, 6, device=device)
+    x[::100] *= 40
+    statistics = empty_statistics(6, device)
+    for part in x.split(1024):
+        statistics = add_batch(statistics, part)
+    rows, weights = weighted_rows(statistics)
+    assert rows.shape == (512, 6)
+    for value in (lambda r: r.square().sum(1), lambda r: r.abs().amax(1).square()):
+        estimate = float((value(rows) * weights).sum())
+        assert estimate == pytest.approx(float(value(x).sum()), rel=0.03)
+    # of rows that weigh little, the number is estimated
+    assert float(weights.sum()) == pytest.approx(8192, rel=0.2)
+    # the heaviest stand for themselves
+    assert float(weights[rows.abs().amax(1) > 40].max()) == 1.0
+
+
+def test_the_same_rows_are_drawn_each_time():
+    x = inputs(4096, 3)
+    first, second = (weighted_rows(add_batch(empty_statistics(3), x)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
