@@ -28,16 +28,18 @@ def inputs(tokens: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def heavy_tailed(kind: str, tokens: int, columns: int, seed: int) -> Tensor:
-    """Inputs whose rounding error a few tokens decide.
+    """Inputs whose rounding error a few tokens may decide.
 
     Args:
-        kind: "lognormal" sizes of tokens; "massive", every 256th token 30 times larger; "spikes",
-            one entry of every 256th token 200 times larger.
+        kind: "even" or "lognormal" sizes of tokens; "massive", every 256th token 30 times larger;
+            "spikes", one entry of every 256th token 200 times larger.
         tokens: T.
         columns: K.
         seed: of everything.
     """
     x = inputs(tokens, columns, seed)
+    if kind == "even":
+        return x
     draw = torch.Generator().manual_seed(1000 + seed)
     if kind == "lognormal":
         return x * torch.exp(0.7 * torch.randn(tokens, 1, generator=draw))

@@ -77,13 +77,13 @@ def test_weight_only_is_the_literal_search(device, case, version):
     assert found.shift is None
 
 
-@pytest.mark.parametrize("kind", ["lognormal", "massive", "spikes"])
+@pytest.mark.parametrize("kind", ["even", "lognormal", "massive", "spikes"])
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_with_quantized_activations_the_choice_is_as_good_as_the_literal_best(act, kind):
     whole = act == "e4m3 static"
     name, granularity = act.split()[0], "tensor" if whole else "channel"
     worse = {}
-    for seed in range(4):
+    for seed in range(5):
         x, group = heavy_tailed(kind, 4096, 64, seed), weights((48, 24), 64, seed)
         problem = GroupProblem(
             group, statistics_of(x), weight_scheme(name, granularity), ACTIVATIONS[act]
