@@ -10,7 +10,7 @@ from quantizers.errors import NonFiniteError
 __all__ = ["InputStatistics", "WeightedRows", "add_batch", "empty_statistics", "weighted_rows"]
 
 # Rows kept to see how inputs are rounded.
-_ROWS = 512
+_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
