@@ -20,7 +20,7 @@ from tasks.engine.errors import InputError
 
 # of servers that start in one home at the same time, each waits until those before it are up
 START_LIMIT_S = 600.0
-LOOPBACK = ("127.0.0.1", "localhost")
+NEVER_PROXIED = ("127.0.0.1", "localhost")
 OFFLINE = {
     "DO_NOT_TRACK": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -41,7 +41,7 @@ def quiet_defaults(prefect_home: Path) -> None:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     for name in ("NO_PROXY", "no_proxy"):
         kept = [host for host in os.environ.get(name, "").split(",") if host.strip()]
-        os.environ[name] = ",".join([*kept, *(host for host in LOOPBACK if host not in kept)])
+        os.environ[name] = ",".join([*kept, *(host for host in NEVER_PROXIED if host not in kept)])
 
 
 @contextmanager
@@ -170,6 +170,7 @@ def _serve(listening: socket.socket, start_lock: Path) -> None:
         factory=True,
         log_level="warning",
         lifespan="on",
+        host="127.0.0.1",
     )
     server = Server(config)
 

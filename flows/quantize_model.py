@@ -115,8 +115,9 @@ def quantize_model(
     assert request.output is not None
     with alone(job.store, request.output):
         run = _open_run(job, place, request)
-        with _failure_kept(run):
-            return _quantize(job, run, request, Path(log_file) if log_file else None)
+        kept = Path(log_file) if log_file else None
+        with _failure_kept(run, kept):
+            return _quantize(job, run, request, kept)
 
 
 def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> dict[str, Any]:
@@ -229,12 +230,15 @@ def _open_run(job: Job, place: Settings, request: Request) -> Run:
 
 
 @contextmanager
-def _failure_kept(run: Run) -> Any:
-    """Keep a failed run as failed, with its reason."""
+def _failure_kept(run: Run, log_file: Path | None = None) -> Any:
+    """Keep a failed run as failed, with its reason and its log."""
     try:
         yield
     except BaseException as error:
+        log.debug("failed", exc_info=error)
         try:
+            if log_file is not None and log_file.is_file():
+                run.log_file(log_file)
             run.fail(f"{type(error).__name__}: {error}")
         except Exception as unsaid:
             log.warning("MLflow was not told of the failure: %s", type(unsaid).__name__)

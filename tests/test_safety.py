@@ -110,13 +110,22 @@ def open_doors(_: str, tree: ast.Module) -> Iterator[str]:
     for name, given, arguments in calls(tree):
         if "host" in given and constant(given["host"]) != LOOPBACK:
             yield f"{name}(host={ast.unparse(given['host'])})"
-        if name.endswith(".bind"):
-            (address,) = arguments
+        if name.endswith((".bind", "create_server")):
+            address = arguments[0]
             if not isinstance(address, ast.Tuple) or constant(address.elts[0]) != LOOPBACK:
                 yield ast.unparse(address)
         if name.endswith("uvicorn.Config") and "host" not in given:
             yield f"{name} without a host"
+    # which names a proxy is not asked for opens nothing
+    unproxied = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NEVER_PROXIED"
+        for inner in ast.walk(node.value)
+    }
     for node in ast.walk(tree):
+        if id(node) in unproxied:
+            continue
         if isinstance(node, ast.Constant) and node.value in ("0.0.0.0", "::", "localhost"):
             yield str(node.value)
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -157,6 +166,8 @@ BAD: list[tuple[Rule, str]] = [
     (open_doors, "uvicorn.Config('app', port=3)"),
     (open_doors, "uvicorn.Config('app', host=given)"),
     (open_doors, "probe.bind(('', 0))"),
+    (open_doors, "socket.create_server(('', 0))"),
+    (open_doors, "socket.create_server(('localhost', 0))"),
     (open_doors, "line = f'serve --host 0.0.0.0 --port {port}'"),
 ]
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Outcome
@@ -202,9 +203,9 @@ def test_recipe_that_is_not_yaml(refused: Refused, tmp_path: Path, tiny: Path) -
 
 def test_method_of_the_seed_that_is_not_built_yet(refused: Refused, tiny: Path) -> None:
     line = refused(
-        *("quantize", "rtn_w4a16", "--model", tiny, "--set", "quant.method=Awq"),
+        *("quantize", "rtn_w4a16", "--model", tiny, "--set", "quant.method=GPTQ"),
         *("--set", "calib.name=self_generated"),
-        says=("quant.method", "Awq", "not implemented", "RTN"),
+        says=("quant.method", "GPTQ", "not implemented", "RTN"),
     )
     assert "Identity" in line
 
@@ -552,6 +553,7 @@ def test_not_a_number_in_a_weight(
     outcome = here(
         *("quantize", "rtn_w4a16", "--model", model, "--output", tmp_path / "out", *SHORT),
         *(*text, f"calib.path={words}", "--set", "calib.seq_len=64"),
+        *("--set", "calib.n_samples=4"),
         *("--set", "eval.name=text", "--set", f"eval.path={words}"),
     )
     assert outcome.status == 1
@@ -567,6 +569,13 @@ def test_not_a_number_in_a_weight(
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
     assert not list((home / "store" / "staging").glob("*"))
+    # the failed run keeps its reason, its recipe and its log
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("blockquant").experiment_id])
+    assert run.info.status == "FAILED"
+    assert tensor in run.data.tags["failure"]
+    kept = {Path(file.path).suffix for file in client.list_artifacts(run.info.run_id)}
+    assert {".yml", ".log"} <= kept
 
 
 # sizes
