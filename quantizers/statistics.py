@@ -96,7 +96,12 @@ def empty_statistics(columns: int, device: torch.device | str = "cpu") -> InputS
 
 
 def add_batch(
-    statistics: InputStatistics, x: Tensor, *, keep: Tensor | None = None, chunk: int = 2048
+    statistics: InputStatistics,
+    x: Tensor,
+    *,
+    keep: Tensor | None = None,
+    draw: bool = True,
+    chunk: int = 2048,
 ) -> InputStatistics:
     """Statistics with a batch added; the argument stays as it is.
 
@@ -109,6 +114,7 @@ def add_batch(
         x: (..., T, K), floating point, on the device of the statistics; no gradient passes. Each
             (T, K) is a window.
         keep: int64, numbers of the rows of this batch that are kept as a sample.
+        draw: whether rows are drawn for weighted_rows, which searches of weights alone do not ask.
         chunk: rows per product, part of what decides the last bits.
 
     Raises:
@@ -149,7 +155,9 @@ def add_batch(
         window_minimum=torch.cat((statistics.window_minimum, windows.amin(1).float())),
         window_maximum=torch.cat((statistics.window_maximum, windows.amax(1).float())),
         sample=torch.cat((statistics.sample.to(x.dtype), kept)),
-        drawn=_draw(statistics.drawn, rows, _heaviness(rows, typical), statistics.tokens),
+        drawn=_draw(statistics.drawn, rows, _heaviness(rows, typical), statistics.tokens)
+        if draw
+        else statistics.drawn,
         tokens=tokens,
     )
 

@@ -246,7 +246,9 @@ def predict(job: Job) -> Prediction:
     embedding = numbers[job.plan.architecture.embedding]
     width = job.compute_dtype.itemsize
     stream = _calibration_tokens(job) * int(job.source.config["hidden_size"]) * width
-    evaluation = _evaluation_tokens(job) * int(job.source.config["hidden_size"]) * 2 * width
+    # two models are evaluated side by side, on a CPU in float32
+    evaluated = 4 if job.device == "cpu" else width
+    evaluation = _evaluation_tokens(job) * int(job.source.config["hidden_size"]) * 2 * evaluated
     columns = max(
         (sizes[name].shape[1] for b in job.plan.blocks for name in b.full(b.weights)), default=0
     )

@@ -17,6 +17,7 @@ from tasks.engine.architectures import Architecture, LinearGroup
 from tasks.engine.collect import block_statistics
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job, scheme_lineage
+from tasks.engine.precision import search_products
 from tasks.engine.step import step
 from tasks.engine.store import Draft, load_tensors
 from tasks.engine.streams import Stream, require
@@ -76,11 +77,13 @@ def clip(
         weights = [tensors[f"{linear}.weight"] for linear in linears]
         if job.scheme.weight.granularity is Granularity.TENSOR and linears:
             # one scale for all of them, so one factor too
-            shared = search_clip(torch.cat(weights), gram, job.scheme.weight, factors)
+            with search_products(job.device):
+                shared = search_clip(torch.cat(weights), gram, job.scheme.weight, factors)
             chosen |= dict.fromkeys(linears, shared)
             continue
         for linear, weight in zip(linears, weights, strict=True):
-            chosen[linear] = search_clip(weight, gram, job.scheme.weight, factors)
+            with search_products(job.device):
+                chosen[linear] = search_clip(weight, gram, job.scheme.weight, factors)
     draft.save_tensors(CLIP, {n: t.clone() for n, t in chosen.items()} | {FACTORS: factors})
     counts = {
         linear: torch.bincount(numbers.flatten().int(), minlength=len(factors)).tolist()

@@ -35,6 +35,7 @@ from tasks.engine.folding import (
     to_tensors,
 )
 from tasks.engine.job import Job, activation_lineage, scheme_lineage
+from tasks.engine.precision import search_products
 from tasks.engine.step import step
 from tasks.engine.store import Draft, load_tensors
 from tasks.engine.streams import Stream, require
@@ -89,7 +90,8 @@ def transform(
     decide = _METHODS[recipe_step.quant.method]
     decided, tried = {}, {}
     for group in quantized_groups(job, block):
-        found = decide(job, recipe_step.quant, block, group, statistics[group.name])
+        with search_products(job.device):
+            found = decide(job, recipe_step.quant, block, group, statistics[group.name])
         if found is not None:
             decided[group.name], tried[group.name] = found
     draft.save_tensors(DECISION, to_tensors(decided))

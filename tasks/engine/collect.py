@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor
 
 from quantizers.errors import NonFiniteError
 from quantizers.statistics import InputStatistics, add_batch, empty_statistics
-from tasks.engine.decoder import calibration_products, micro_batches, run_block
+from tasks.engine.decoder import micro_batches, run_block
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job
+from tasks.engine.precision import search_products
 from tasks.engine.streams import Stream, block_arguments, hidden_states
 
 # rows of inputs that are kept to see how they are rounded, drawn with this seed
@@ -31,29 +33,42 @@ def block_statistics(job: Job, stream: Stream, block: int) -> Mapping[str, Input
 def _collect(job: Job, stream: Stream, block: int) -> dict[str, InputStatistics]:
     hidden = hidden_states(job, stream)
     weights = {name: t.to(job.compute_dtype) for name, t in job.read_block(block).items()}
+    # how inputs are rounded matters where they are
+    draw = job.scheme.activation is not None
     sample = sampled_rows(hidden.shape[0] * hidden.shape[1])
     # linears of a group share one input: the first of them sees it
     first = {group.linears[0]: group.name for group in job.plan.architecture.groups}
     collected: dict[str, InputStatistics] = {}
+    missing: set[str] = set()
 
     def see(linear: str, x: Tensor) -> Tensor:
         name = first[linear]
+        missing.discard(name)
         before = collected.get(name) or empty_statistics(x.shape[-1], x.device)
         inside = (sample >= before.tokens) & (sample < before.tokens + x.shape[:-1].numel())
         keep = (sample[inside] - before.tokens).to(x.device)
         try:
-            collected[name] = add_batch(before, x, keep=keep)
+            # its products take the inputs as they are: bf16 factors, float32 sums
+            with search_products(job.device) if x.dtype == torch.bfloat16 else nullcontext():
+                collected[name] = add_batch(before, x, keep=keep, draw=draw)
         except NonFiniteError as error:
             place = f"{job.plan.blocks[block].prefix}{linear}"
             raise RunError(f"block {block}: the inputs of {place} hold NaN or Inf") from error
+        if not missing:
+            raise _AllSeen
         return x
 
     module = job.decoder.blocks[block]
     for batch in micro_batches(hidden, job.device):
         arguments = block_arguments(job, batch.shape[0], batch.shape[1])[block]
-        with calibration_products(job.dtype, job.device):
+        missing.update(first.values())
+        with suppress(_AllSeen):
             run_block(module, weights, batch.to(job.device), arguments, tuple(first), see)
     return collected
+
+
+class _AllSeen(Exception):
+    """What comes after the last input, the largest product of a block, is not needed."""
 
 
 def sampled_rows(tokens: int) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import logging as transformers_logging
 
 from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.errors import InputError
+from tasks.engine.precision import has_fast_bf16
 
 # hidden states of a whole micro-batch pass a block at once; part of every lineage key
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -184,28 +185,6 @@ def micro_batches(windows: Tensor, device: str) -> tuple[Tensor, ...]:
     return windows.split(max(1, MICRO_BATCH_TOKENS[kind] // windows.shape[1]))
 
 
-def compute_dtype(source: torch.dtype, device: str) -> torch.dtype:
-    """Dtype of hidden states and block weights: the source's on a GPU, float32 on a CPU."""
-    return torch.float32 if torch.device(device).type == "cpu" else source
-
-
-@contextlib.contextmanager
-def calibration_products(source: torch.dtype, device: str) -> Iterator[None]:
-    """Take the products of a calibration pass as a GPU does: bf16 factors, float32 sums.
-
-    Only for bf16 sources on a CPU, where it is several times faster; hidden states stay float32.
-    """
-    if source != torch.bfloat16 or torch.device(device).type != "cpu":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 @functools.cache
 def device_fingerprint(device: str) -> dict[str, str]:
     """What decides the last bits of a computation on ``device``: part of every lineage key."""
@@ -219,7 +198,7 @@ def device_fingerprint(device: str) -> dict[str, str]:
     }
     if where.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        tiles = "AMX " if torch.cpu._is_amx_tile_supported() else ""
+        tiles = "AMX " if has_fast_bf16() else ""
         return facts | {"device": f"cpu {capability} {tiles}threads={torch.get_num_threads()}"}
     name = torch.cuda.get_device_name(where)
     major, minor = torch.cuda.get_device_capability(where)

@@ -10,11 +10,12 @@ import torch
 
 from configs.schema import Evaluation, Recipe, ResolvedStep
 from tasks.engine.architectures import architecture_of
-from tasks.engine.decoder import Decoder, build_decoder, compute_dtype, device_fingerprint
+from tasks.engine.decoder import Decoder, build_decoder, device_fingerprint
 from tasks.engine.errors import InputError
 from tasks.engine.export_format import Scheme, scheme_of
 from tasks.engine.memo import Memo
 from tasks.engine.plan import Plan, plan_model
+from tasks.engine.precision import compute_dtype
 from tasks.engine.source import Source
 from tasks.engine.store import Store
 

@@ -19,7 +19,6 @@ from quantizers.activations import quantize_dequantize_activation
 from quantizers.schemes import ActivationScheme
 from tasks.engine.decoder import (
     InputHook,
-    calibration_products,
     micro_batches,
     run_block,
 )
@@ -183,8 +182,7 @@ def through_block(
     passed, done = torch.empty_like(hidden), 0
     for batch in micro_batches(hidden, job.device):
         arguments = block_arguments(job, batch.shape[0], batch.shape[1])[block]
-        with calibration_products(job.dtype, job.device):
-            after = run_block(module, weights, batch.to(job.device), arguments, names, on_input)
+        after = run_block(module, weights, batch.to(job.device), arguments, names, on_input)
         passed[done : done + len(batch)] = after
         done += len(batch)
     return passed

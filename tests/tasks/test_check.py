@@ -17,6 +17,7 @@ from configs.loading import load_recipe
 from configs.schema import Recipe
 from tasks.check import Request, check, check_device, describe, output_folder
 from tasks.engine.errors import InputError
+from tasks.engine.precision import compute_dtype
 from tasks.engine.source import INDEX, open_source
 from tests.models import make_checkpoint
 
@@ -94,9 +95,10 @@ def test_prediction_grows_with_the_calibration_set(
     text = ("quant.method=Identity", "calib.name=text", f"calib.path={words}", "calib.seq_len=64")
     _, small = check(request_for(recipe(*text, "calib.n_samples=64")))
     _, large = check(request_for(recipe(*text, "calib.n_samples=65536")))
-    # both hold hidden states of float32 twice
+    # both hold hidden states twice
+    width = compute_dtype(torch.bfloat16, "cpu").itemsize
     tokens = (65536 - 64) * 64
-    assert large.peak_memory_bytes - small.peak_memory_bytes == 2 * tokens * 128 * 4
+    assert large.peak_memory_bytes - small.peak_memory_bytes == 2 * tokens * 128 * width
     assert large.seconds > small.seconds
 
 

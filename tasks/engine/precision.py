@@ -1,0 +1,42 @@
+"""In how many bits calibration computes: as many as serve, where fewer are faster."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in tiles (AMX), far faster than float32 ones."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def compute_dtype(source: torch.dtype, device: str) -> torch.dtype:
+    """Dtype of hidden states and block weights while calibrating.
+
+    The source's on a GPU; on a CPU float32, but for bf16 sources where bf16 is fast.
+    """
+    if torch.device(device).type != "cpu" or (source == torch.bfloat16 and has_fast_bf16()):
+        return source
+    return torch.float32
+
+
+@contextlib.contextmanager
+def search_products(device: str) -> Iterator[None]:
+    """Multiply float32 matrices with factors of fewer bits, sums in float32.
+
+    bf16 on CPUs with AMX, where bf16 inputs lose nothing, TF32 on a GPU. A search compares sums of
+    squares over millions of entries: what each factor loses does not move them.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu and not has_fast_bf16():
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if on_cpu else "high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
