@@ -6,7 +6,8 @@ As AWQ's (arXiv 2306.00978, appendix), but from the Gram matrix instead of the i
 import torch
 from torch import Tensor
 
-from quantizers.rounding import quantize_dequantize_weight_, weight_scales
+from quantizers.losses import row_errors
+from quantizers.rounding import quantize_dequantize_weight, weight_scales
 from quantizers.schemes import Granularity, WeightScheme
 
 __all__ = ["clip_factors", "search_clip"]
@@ -66,7 +67,7 @@ def _search(weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor)
     for number, factor in enumerate(factors.tolist()):
         ends = torch.full(shape, factor, device=weight.device)
         scale, zero_point = weight_scales(work, scheme, clip_low=ends, clip_high=ends)
-        restored = quantize_dequantize_weight_(work.clone(), scale, zero_point, scheme)
+        restored = quantize_dequantize_weight(work, scale, zero_point, scheme)
         difference = restored.sub_(work)
         error = _errors(difference, gram, scheme)
         better = error < least
@@ -80,7 +81,7 @@ def _errors(difference: Tensor, gram: Tensor, scheme: WeightScheme) -> Tensor:
     columns = difference.shape[1]
     width = min(scheme.width(columns), columns)
     parts = [
-        torch.mm(part, gram[start : start + width, start : start + width]).mul_(part).sum(1)
+        row_errors(part, gram[start : start + width, start : start + width])
         for start, part in zip(
             range(0, columns, width), torch.split(difference, width, dim=1), strict=True
         )

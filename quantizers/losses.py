@@ -5,7 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["relative_output_error", "relative_weight_error"]
+__all__ = ["relative_output_error", "relative_weight_error", "row_errors"]
+
+# columns of a Gram matrix that are multiplied at once
+_BLOCK = 512
 
 
 def relative_weight_error(weight: Tensor, restored: Tensor) -> float:
@@ -46,6 +49,24 @@ def relative_output_error(weight: Tensor, restored: Tensor, gram: Tensor) -> flo
     return _root_ratio(_energy(_difference(weight, restored), gram), _energy(weight, gram))
 
 
+def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
+    """D H d^T of every row d, (N,) float32.
+
+    H is symmetric: its entries left of a diagonal block count twice on the right instead.
+
+    Args:
+        difference: (N, K) float32.
+        gram: (K, K) float32, symmetric.
+    """
+    errors = torch.zeros(len(difference), device=difference.device)
+    for start in range(0, difference.shape[1], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        product = torch.mm(difference[:, block], gram[block, start:])
+        product.mul_(difference[:, start:])[:, _BLOCK:].mul_(2.0)
+        errors += product.sum(1)
+    return errors
+
+
 def _difference(weight: Tensor, restored: Tensor) -> Tensor:
     return weight.detach().to(torch.float32) - restored.detach().to(torch.float32)
 
@@ -59,7 +80,7 @@ def _squared_norm(matrix: Tensor) -> Tensor:
 def _energy(matrix: Tensor, gram: Tensor) -> Tensor:
     """tr(M H M^T); rows in float32, their sum in float64."""
     matrix = matrix.detach().to(torch.float32)
-    return torch.mm(matrix, gram).mul_(matrix).sum(1).to(torch.float64).sum()
+    return row_errors(matrix, gram).to(torch.float64).sum()
 
 
 def _root_ratio(error: Tensor, reference: Tensor) -> float:

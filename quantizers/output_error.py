@@ -26,7 +26,8 @@ from quantizers.channel_transform import (
     transformed_sample,
 )
 from quantizers.input_scales import InputRange, static_input_scale
-from quantizers.rounding import quantize_dequantize_weight_, weight_scales
+from quantizers.losses import row_errors
+from quantizers.rounding import quantize_dequantize_weight, weight_scales
 from quantizers.schemes import ActivationScheme, Granularity, WeightScheme
 from quantizers.statistics import InputStatistics, weighted_rows
 
@@ -87,12 +88,10 @@ def output_error(problem: GroupProblem, transform: ChannelTransform) -> Tensor:
     error = torch.zeros((), dtype=torch.float64, device=gram.device)
     for scaled in _scaled_parts(problem, transform):
         scale, zero_point = weight_scales(scaled, problem.weight_scheme)
-        restored = quantize_dequantize_weight_(
-            scaled.clone(), scale, zero_point, problem.weight_scheme
-        )
-        difference = scaled.neg_().add_(restored)
+        restored = quantize_dequantize_weight(scaled, scale, zero_point, problem.weight_scheme)
+        difference = torch.sub(restored, scaled, out=scaled)
         # rows in float32, their sum in float64
-        error += torch.mm(difference, gram).mul_(difference).sum(1).to(torch.float64).sum()
+        error += row_errors(difference, gram).to(torch.float64).sum()
         if rows is not None and lost is not None and weights is not None:
             by_inputs, by_weights = lost @ restored.t(), rows @ difference.t()
             added = by_inputs.mul(by_weights.mul_(2.0).add_(by_inputs)).sum(1)

@@ -14,7 +14,7 @@ __all__ = [
     "QuantizedWeight",
     "dequantize",
     "expand_scale",
-    "quantize_dequantize_weight_",
+    "quantize_dequantize_weight",
     "quantize_weight",
     "round_group",
     "round_to_nearest",
@@ -227,34 +227,37 @@ def dequantize(
     return restored
 
 
-def quantize_dequantize_weight_(
-    work: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: WeightScheme
+def quantize_dequantize_weight(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: WeightScheme
 ) -> Tensor:
-    """dequantize(quantize_weight(work, ...)) in float32, bit for bit, in place and without codes.
+    """dequantize(quantize_weight(weight, ...)) in float32, bit for bit, without codes.
 
     For searches, which try many scales on rows that fit a cache.
 
     Args:
-        work: (N, K) float32, overwritten.
+        weight: (N, K) float32.
         scale: as quantize_weight takes it.
         zero_point: likewise.
         scheme: the scheme.
 
     Returns:
-        work.
+        (N, K) float32.
 
     Raises:
         ValueError: a shape, a dtype, or a zero point's presence does not suit the scheme.
     """
-    rows, columns = _matrix_shape(work)
-    if work.dtype != torch.float32:
-        raise ValueError(f"worked on in place is float32, not {work.dtype}")
+    rows, columns = _matrix_shape(weight)
+    if weight.dtype != torch.float32:
+        raise ValueError(f"searched are float32 weights, not {weight.dtype}")
     _check_parameters(scale, zero_point, scheme, rows, columns)
     number, width = scheme.number_format, scheme.width(columns)
     scales = _per_row(scale.detach(), scheme, rows).to(torch.float32)
     zeros = None if zero_point is None else _per_row(zero_point, scheme, rows)
-    for tile, tile_scale in _tiles(work, scales, width):
-        tile.div_(tile_scale)
+    work = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for (tile, tile_scale), (source, _) in zip(
+        _tiles(work, scales, width), _tiles(weight, scales, width), strict=True
+    ):
+        torch.div(source, tile_scale, out=tile)
     if number.is_float:
         work.copy_(work.clamp_(number.qmin, number.qmax).to(number.code_dtype))
     elif zeros is None:

@@ -11,6 +11,10 @@ __all__ = ["InputStatistics", "WeightedRows", "add_batch", "empty_statistics", "
 
 # Rows kept to see how inputs are rounded.
 _ROWS = 1024
+# Channels of a Gram matrix's blocks: large enough for fast products.
+_BLOCK = 512
+# Entries summed at once on a CPU.
+_CPU_ENTRIES = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,27 +137,26 @@ def add_batch(
         return statistics
     native = x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
 
-    gram, owned = statistics.gram, False
-    total, sums = statistics.total, statistics.mean_abs_sum
-    for start in range(0, rows.shape[0], chunk):
-        part = rows[start : start + chunk]
-        part = part if native else part.to(torch.float32)
-        gram, owned = _add_product(gram, part, owned), True
-        total = total + part.sum(0, dtype=torch.float32)
-        sums = sums + part.abs().sum(0, dtype=torch.float32)
+    windows = x.detach().reshape(-1, x.shape[-2] if x.ndim > 1 else 1, columns)
+    total, sums = statistics.total.clone(), statistics.mean_abs_sum.clone()
+    as_they_are = native or x.dtype == torch.float32
+    factors = rows if as_they_are else torch.empty_like(rows, dtype=torch.float32)
+    low, high = _sums_(windows, factors, total, sums, chunk)
+    gram = statistics.gram.clone()
+    for part in factors.split(chunk):
+        _add_product_(gram, part)
     # A finite diagonal bounds the whole matrix: (x_i x_j)^2 <= x_i^2 x_j^2, summed.
     if not bool(torch.cat((sums, gram.diagonal())).isfinite().all()):
         raise NonFiniteError(f"inputs of shape {tuple(x.shape)} hold NaN, infinity or overflow")
     tokens = statistics.tokens + rows.shape[0]
     typical = (sums / tokens).clamp(min=torch.finfo(torch.float32).tiny)
-    windows = x.detach().reshape(-1, x.shape[-2] if x.ndim > 1 else 1, columns)
     kept = rows[:0] if keep is None else rows[keep]
     return InputStatistics(
         gram=gram,
         total=total,
         mean_abs_sum=sums,
-        window_minimum=torch.cat((statistics.window_minimum, windows.amin(1).float())),
-        window_maximum=torch.cat((statistics.window_maximum, windows.amax(1).float())),
+        window_minimum=torch.cat((statistics.window_minimum, low)),
+        window_maximum=torch.cat((statistics.window_maximum, high)),
         sample=torch.cat((statistics.sample.to(x.dtype), kept)),
         drawn=_draw(statistics.drawn, rows, _heaviness(rows, typical), statistics.tokens)
         if draw
@@ -205,9 +208,57 @@ def _with_row(extremes: Tensor, value: float) -> Tensor:
     return torch.cat((extremes, extremes.new_full((1, extremes.shape[1]), value)))
 
 
-def _add_product(gram: Tensor, rows: Tensor, owned: bool) -> Tensor:
-    """Gram + rows^T rows, float32; written into gram if owned, so that one copy is made."""
-    out = gram if owned else torch.empty_like(gram)
-    if rows.dtype == torch.float32:
-        return torch.addmm(gram, rows.t(), rows, out=out)
-    return torch.addmm(gram, rows.t(), rows, out_dtype=torch.float32, out=out)
+def _sums_(
+    windows: Tensor, factors: Tensor, total: Tensor, sums: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Add x and |x| to sums in place, write float32 factors, give each window's extremes.
+
+    On a CPU so few rows at a time that all of it happens while they lie in its cache.
+
+    Args:
+        windows: (W, T, K).
+        factors: (W T, K), written where it is not the windows themselves.
+        total: (K,) float32.
+        sums: (K,) float32.
+        chunk: rows at most.
+    """
+    count, length, columns = windows.shape
+    if windows.device.type != "cpu":
+        total += windows.sum((0, 1), dtype=torch.float32)
+        sums += windows.abs().sum((0, 1), dtype=torch.float32)
+        if factors.data_ptr() != windows.data_ptr():
+            factors.copy_(windows.reshape(factors.shape))
+        return windows.amin(1).float(), windows.amax(1).float()
+    step = min(chunk, max(1, _CPU_ENTRIES // columns))
+    low = torch.full((count, columns), torch.inf, device=windows.device)
+    high = torch.full((count, columns), -torch.inf, device=windows.device)
+    own = factors.data_ptr() == windows.data_ptr()
+    for number, window in enumerate(windows):
+        for start in range(0, length, step):
+            part = window[start : start + step]
+            if not own:
+                done = number * length + start
+                part = factors[done : done + len(part)].copy_(part)
+            total += part.sum(0, dtype=torch.float32)
+            sums += part.abs().sum(0, dtype=torch.float32)
+            low[number] = torch.minimum(low[number], part.amin(0))
+            high[number] = torch.maximum(high[number], part.amax(0))
+    return low, high
+
+
+def _add_product_(gram: Tensor, rows: Tensor) -> None:
+    """Add rows^T rows to a gram in place, float32.
+
+    What lies left of a block on the diagonal is mirrored, not computed.
+    """
+    for start in range(0, gram.shape[0], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        _addmm_(gram[block, start:], rows[:, block], rows[:, start:])
+        gram[start + _BLOCK :, block] = gram[block, start + _BLOCK :].t()
+
+
+def _addmm_(out: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == torch.float32:
+        out.addmm_(left.t(), right)
+    else:
+        torch.addmm(out, left.t(), right, out_dtype=torch.float32, out=out)

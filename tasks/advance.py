@@ -17,9 +17,9 @@ from tasks.engine.streams import (
 
 
 def _depends_on(job: Job, stream: Stream, packed: str | None, block: int) -> dict[str, Any]:
-    # the source's own stream is the same whatever is quantized: recipes share it
+    # a stream through unquantized blocks is the same whatever is quantized: recipes share it
     through: dict[str, Any] = (
-        {"weights": job.block_digest(block), "config": dict(job.source.config)}
+        {"weights": stream.version.lineage(job, block), "config": dict(job.source.config)}
         if packed is None
         else {"packed": packed, "activations": activation_lineage(job)}
     )
@@ -30,11 +30,11 @@ def _depends_on(job: Job, stream: Stream, packed: str | None, block: int) -> dic
 def advance(
     job: Job, draft: Draft, stream: Stream, packed: str | None, block: int
 ) -> dict[str, Any]:
-    """Run the stream through a block: the quantized one, or the source's where packed is None."""
+    """Run the stream through a block: quantized, or as it was where packed is None."""
     del draft
     hidden = pass_block(job, stream, hidden_states(job, stream), packed)
-    require_finite(hidden, block)
+    mean_square = require_finite(hidden, block)
     after = stream.after(advance.key(job, stream, packed, block=block), packed)
     job.memo.put("stream", after.key, hidden)
     keep_boundary(job, after, hidden)
-    return {"mean_square": float(hidden.float().square().mean())}
+    return {"mean_square": mean_square}

@@ -16,12 +16,13 @@ from quantizers.schemes import Granularity
 from tasks.engine.architectures import Architecture, LinearGroup
 from tasks.engine.collect import block_statistics
 from tasks.engine.folding import quantized_groups
-from tasks.engine.job import Job, scheme_lineage
+from tasks.engine.job import Job, require, scheme_lineage
 from tasks.engine.precision import search_products
 from tasks.engine.step import step
 from tasks.engine.store import Draft, load_tensors
-from tasks.engine.streams import Stream, require
-from tasks.transform import block_transforms, no_transform, transformed_block
+from tasks.engine.streams import Stream
+from tasks.engine.version import block_transforms, transformed_block
+from tasks.transform import no_transform
 
 CLIP = "clip.safetensors"
 FACTORS = "factors"
@@ -45,7 +46,7 @@ def _depends_on(
         "linears": list(job.plan.blocks[block].quantized),
         "transform": decision,
         "stream": stream.key,
-        "weights": job.block_digest(block),
+        "weights": stream.version.lineage(job, block),
         "config": dict(job.source.config),
     }
 
@@ -68,7 +69,7 @@ def clip(
     factors = clip_factors(special.clip_steps, special.clip_shrink)
     statistics = block_statistics(job, stream, block)
     transforms = block_transforms(job, decision)
-    tensors = transformed_block(job, block, decision)
+    tensors = transformed_block(job, block, decision, stream.version)
     chosen: dict[str, Tensor] = {}
     for group in quantized_groups(job, block):
         linears = clipped_linears(job, group, special.clip_query_key)

@@ -25,10 +25,9 @@ from tasks.engine.decoder import (
     run_block,
 )
 from tasks.engine.errors import RunError
-from tasks.engine.job import Job
+from tasks.engine.job import Job, require
 from tasks.engine.step import step
 from tasks.engine.store import Draft
-from tasks.engine.streams import require
 from tasks.engine.windows import read_tokens
 
 # rows whose logits are held at once

@@ -10,8 +10,8 @@ from tasks.engine.export_format import compress, export_dtype
 from tasks.engine.job import Job
 from tasks.engine.step import step
 from tasks.engine.store import Draft
+from tasks.engine.version import transformed_block
 from tasks.quantize import Origin, block_codes, block_input_scales, quantize
-from tasks.transform import transformed_block
 
 # no file of an export is larger
 LARGEST_SHARD = 5 * 10**9
@@ -32,7 +32,7 @@ def pack(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:
     codes = block_codes(job, origin, block)
     scales = block_input_scales(job, origin, block)
     packed: dict[str, Tensor] = {}
-    for name, tensor in transformed_block(job, block, origin.decision).items():
+    for name, tensor in transformed_block(job, block, origin.decision, origin.version).items():
         linear, _, ending = name.rpartition(".")
         if linear in codes and ending == "weight":
             members = compress(codes[linear], job.scheme, scales.get(linear))

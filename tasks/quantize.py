@@ -16,12 +16,20 @@ from quantizers.rounding import QuantizedWeight, dequantize, round_group
 from tasks.clip import block_clip
 from tasks.engine.collect import block_statistics
 from tasks.engine.folding import quantized_groups
-from tasks.engine.job import Job, activation_lineage, scheme_lineage
+from tasks.engine.job import Job, activation_lineage, require, scheme_lineage
+from tasks.engine.precision import search_products
 from tasks.engine.source import tensor_digest
 from tasks.engine.step import step
 from tasks.engine.store import Draft, load_tensors
-from tasks.engine.streams import Stream, require
-from tasks.transform import block_transforms, group_problem, no_transform, transformed_block
+from tasks.engine.streams import Stream
+from tasks.engine.version import (
+    SOURCE,
+    Version,
+    block_transforms,
+    transformed_block,
+    version_block,
+)
+from tasks.transform import GroupInputs, group_problem, no_transform
 
 INPUT_SCALES = "input_scales.safetensors"
 
@@ -35,12 +43,14 @@ class Origin:
         stream: the hidden states that enter the block, where the method is calibrated.
         decision: key of the transforms' decision, where there is one.
         clipped: key of the clip's decision, where there is one.
+        version: of the model before this step.
     """
 
     recipe_step: ResolvedStep
     stream: Stream | None
     decision: str | None
     clipped: str | None = None
+    version: Version = SOURCE
 
 
 def _depends_on(job: Job, origin: Origin, block: int) -> dict[str, Any]:
@@ -52,7 +62,7 @@ def _depends_on(job: Job, origin: Origin, block: int) -> dict[str, Any]:
         if _static(job) and act is not None
         else None,
         "linears": list(job.plan.blocks[block].quantized),
-        "weights": job.block_digest(block),
+        "weights": origin.version.lineage(job, block),
         "decision": origin.decision,
         "clip": origin.clipped,
         "stream": origin.stream.key if origin.stream else None,
@@ -67,7 +77,7 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
     were collected, and a digest of codes and scales that :mod:`tasks.verify` compares. Static
     input scales are the entry's only file.
     """
-    weights = transformed_block(job, block, origin.decision)
+    weights = transformed_block(job, block, origin.decision, origin.version)
     codes = block_codes(job, origin, block)
     grams = _grams(job, origin, block)
     scales = _input_scales(job, origin, block)
@@ -80,7 +90,8 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
             "digest": codes_digest(quantized, scales.get(name)),
         }
         if name in grams:
-            report["output_error"] = relative_output_error(weight, restored, grams[name])
+            with search_products(job.device):
+                report["output_error"] = relative_output_error(weight, restored, grams[name])
         if name in scales:
             report["input_scale"] = float(scales[name])
         linears[name] = report
@@ -93,7 +104,7 @@ def block_codes(job: Job, origin: Origin, block: int) -> Mapping[str, QuantizedW
     """Codes and scales of a block's linears: from memory, or computed again from their inputs."""
 
     def compute() -> dict[str, QuantizedWeight]:
-        tensors = transformed_block(job, block, origin.decision)
+        tensors = transformed_block(job, block, origin.decision, origin.version)
         clips = block_clip(job, origin.clipped)
         codes: dict[str, QuantizedWeight] = {}
         for group in quantized_groups(job, block):
@@ -130,10 +141,12 @@ def _input_scales(job: Job, origin: Origin, block: int) -> dict[str, Tensor]:
         return {}
     statistics = block_statistics(job, origin.stream, block)
     transforms = block_transforms(job, origin.decision)
+    tensors = version_block(job, origin.version, block)
     scales: dict[str, Tensor] = {}
     for group in quantized_groups(job, block):
         found = statistics[group.name]
-        problem = group_problem(job, origin.recipe_step.quant, block, group, found)
+        given = GroupInputs(block, group, tensors, found)
+        problem = group_problem(job, origin.recipe_step.quant, given)
         scale = group_input_scale(problem, transforms.get(group.name) or no_transform(found))
         if scale is not None:
             scales |= dict.fromkeys(group.linears, scale)

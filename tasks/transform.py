@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,9 +24,6 @@ from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics
 from tasks.engine.export_format import export_dtype
 from tasks.engine.folding import (
-    apply_transforms,
-    from_tensors,
-    head_dim,
     is_norm,
     quantized_groups,
     realizer,
@@ -37,10 +34,10 @@ from tasks.engine.folding import (
 from tasks.engine.job import Job, activation_lineage, scheme_lineage
 from tasks.engine.precision import search_products
 from tasks.engine.step import step
-from tasks.engine.store import Draft, load_tensors
-from tasks.engine.streams import Stream, require
+from tasks.engine.store import Draft
+from tasks.engine.streams import Stream
+from tasks.engine.version import DECISION, version_block
 
-DECISION = "transform.safetensors"
 _RANGES = {
     None: InputRange.MINMAX,
     ActAlgorithm.MINMAX: InputRange.MINMAX,
@@ -50,9 +47,20 @@ _RANGES = {
 _CLIP_KEYS = ("trans", "weight_clip", "clip_query_key", "clip_steps", "clip_shrink")
 
 Trials = list[dict[str, Any]]
-Decide = Callable[
-    [Job, Quant, int, LinearGroup, InputStatistics], tuple[ChannelTransform, Trials] | None
-]
+Decision = tuple[ChannelTransform, Trials] | None
+
+
+@dataclass(frozen=True, eq=False)
+class GroupInputs:
+    """A group of linears in its block, before any change of this step, and its inputs."""
+
+    block: int
+    group: LinearGroup
+    tensors: Mapping[str, Tensor]
+    statistics: InputStatistics
+
+
+Decide = Callable[[Job, Quant, GroupInputs], Decision]
 
 
 def has_transform(quant: Quant) -> bool:
@@ -73,7 +81,7 @@ def _depends_on(job: Job, recipe_step: ResolvedStep, stream: Stream, block: int)
         "linears": list(job.plan.blocks[block].quantized),
         "dtype": str(export_dtype(job.dtype)),
         "stream": stream.key,
-        "weights": job.block_digest(block),
+        "weights": stream.version.lineage(job, block),
         "config": dict(job.source.config),
     }
 
@@ -87,11 +95,13 @@ def transform(
     The value holds, per group, the largest input and everything that the search tried.
     """
     statistics = block_statistics(job, stream, block)
+    tensors = version_block(job, stream.version, block)
     decide = _METHODS[recipe_step.quant.method]
     decided, tried = {}, {}
     for group in quantized_groups(job, block):
+        given = GroupInputs(block, group, tensors, statistics[group.name])
         with search_products(job.device):
-            found = decide(job, recipe_step.quant, block, group, statistics[group.name])
+            found = decide(job, recipe_step.quant, given)
         if found is not None:
             decided[group.name], tried[group.name] = found
     draft.save_tensors(DECISION, to_tensors(decided))
@@ -102,15 +112,12 @@ def transform(
     }
 
 
-def group_problem(
-    job: Job, quant: Quant, block: int, group: LinearGroup, statistics: InputStatistics
-) -> GroupProblem:
+def group_problem(job: Job, quant: Quant, given: GroupInputs) -> GroupProblem:
     """A group's linears and inputs, and how both are quantized."""
-    tensors = job.read_block(block)
     act = quant.act
     return GroupProblem(
-        [tensors[f"{linear}.weight"] for linear in group.linears],
-        statistics,
+        [given.tensors[f"{linear}.weight"] for linear in given.group.linears],
+        given.statistics,
         job.scheme.weight,
         job.scheme.activation,
         _RANGES[act.calib_algo] if act is not None and act.static else InputRange.MINMAX,
@@ -118,51 +125,26 @@ def group_problem(
     )
 
 
-def block_transforms(job: Job, decision: str | None) -> Mapping[str, ChannelTransform]:
-    """The transforms of a block that were decided, by the names of groups."""
-    if decision is None:
-        return {}
-    return from_tensors(load_tensors(require(job, decision).file(DECISION), job.device))
-
-
-def transformed_block(job: Job, block: int, decision: str | None) -> Mapping[str, Tensor]:
-    """A block's tensors after its transforms, by their names in it; as stored without any."""
-    tensors = job.read_block(block)
-    if decision is None:
-        return tensors
-
-    def compute() -> dict[str, Tensor]:
-        transforms = block_transforms(job, decision)
-        architecture, dtype = job.plan.architecture, export_dtype(job.dtype)
-        return apply_transforms(tensors, transforms, architecture, head_dim(job), dtype)
-
-    return job.memo.get("transformed block", f"{decision} {block}", compute)
-
-
 def no_transform(statistics: InputStatistics) -> ChannelTransform:
     """The transform that changes nothing."""
     return ChannelTransform(torch.ones_like(statistics.total))
 
 
-def _identity(
-    job: Job, quant: Quant, block: int, group: LinearGroup, statistics: InputStatistics
-) -> tuple[ChannelTransform, Trials]:
-    del job, quant, block, group
-    return no_transform(statistics), []
+def _identity(job: Job, quant: Quant, given: GroupInputs) -> Decision:
+    del job, quant
+    return no_transform(given.statistics), []
 
 
-def _awq(
-    job: Job, quant: Quant, block: int, group: LinearGroup, statistics: InputStatistics
-) -> tuple[ChannelTransform, Trials] | None:
+def _awq(job: Job, quant: Quant, given: GroupInputs) -> Decision:
     special = quant.special
     assert isinstance(special, AwqSpecial)
-    fed_by_linear = not is_norm(job.plan.architecture, group)
-    if fed_by_linear and not special.do_gqa_trans and shares_heads(group, job.read_block(block)):
+    fed_by_linear = not is_norm(job.plan.architecture, given.group)
+    if fed_by_linear and not special.do_gqa_trans and shares_heads(given.group, given.tensors):
         return None
     both = special.trans_version is TransVersion.BEST
     found, trials = awq.search(
-        group_problem(job, quant, block, group, statistics),
-        realizer(job, block, group),
+        group_problem(job, quant, given),
+        realizer(job, given.block, given.group, given.tensors),
         versions=tuple(AwqVersion) if both else (AwqVersion(special.trans_version.value),),
         measure=ImportanceMeasure(special.importance.value),
         ratios=special.ratios,
@@ -171,25 +153,22 @@ def _awq(
     return found, [asdict(trial) for trial in trials]
 
 
-def _smoothquant(
-    job: Job, quant: Quant, block: int, group: LinearGroup, statistics: InputStatistics
-) -> tuple[ChannelTransform, Trials] | None:
+def _smoothquant(job: Job, quant: Quant, given: GroupInputs) -> Decision:
     special = quant.special
     assert isinstance(special, SmoothQuantSpecial)
-    if not is_norm(job.plan.architecture, group):
+    if not is_norm(job.plan.architecture, given.group):
         return None
-    weights = group_problem(job, quant, block, group, statistics).weights
-    scale = smoothing_scale(statistics.absmax, weights, special.alpha)
-    return ChannelTransform(realizer(job, block, group)(scale)), []
+    weights = group_problem(job, quant, given).weights
+    scale = smoothing_scale(given.statistics.absmax, weights, special.alpha)
+    realize = realizer(job, given.block, given.group, given.tensors)
+    return ChannelTransform(realize(scale)), []
 
 
-def _os_plus(
-    job: Job, quant: Quant, block: int, group: LinearGroup, statistics: InputStatistics
-) -> tuple[ChannelTransform, Trials]:
+def _os_plus(job: Job, quant: Quant, given: GroupInputs) -> Decision:
     found, trials = os_plus.search(
-        group_problem(job, quant, block, group, statistics),
-        realizer(job, block, group, how="max"),
-        shift=shift_of(job, block, group, os_plus.middle(statistics)),
+        group_problem(job, quant, given),
+        realizer(job, given.block, given.group, given.tensors, how="max"),
+        shift=shift_of(job, given.group, given.tensors, os_plus.middle(given.statistics)),
     )
     return found, [asdict(trial) for trial in trials]
 

@@ -25,13 +25,12 @@ from tasks.engine.export_format import (
     quantization_config,
     restore,
 )
-from tasks.engine.job import Job
+from tasks.engine.job import Job, require
 from tasks.engine.plan import outside_shapes
 from tasks.engine.publication import REPORT
 from tasks.engine.source import TensorInfo
 from tasks.engine.step import step
 from tasks.engine.store import Draft
-from tasks.engine.streams import require
 from tasks.quantize import codes_digest
 
 # models up to this size in float32 are also loaded whole by transformers

@@ -44,6 +44,8 @@ class Architecture:
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
+    # linears whose outputs are added to the stream of hidden states
+    stream_writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     # what a norm adds to its weight before it multiplies: 1 in Gemma
     norm_offset: float = 0.0
 

@@ -15,6 +15,7 @@ from tasks.engine.errors import RunError
 from tasks.engine.job import Job
 from tasks.engine.precision import search_products
 from tasks.engine.streams import Stream, block_arguments, hidden_states
+from tasks.engine.version import version_block
 
 # rows of inputs that are kept to see how they are rounded, drawn with this seed
 SAMPLE_ROWS = 512
@@ -32,7 +33,8 @@ def block_statistics(job: Job, stream: Stream, block: int) -> Mapping[str, Input
 
 def _collect(job: Job, stream: Stream, block: int) -> dict[str, InputStatistics]:
     hidden = hidden_states(job, stream)
-    weights = {name: t.to(job.compute_dtype) for name, t in job.read_block(block).items()}
+    tensors = version_block(job, stream.version, block)
+    weights = {name: t.to(job.compute_dtype) for name, t in tensors.items()}
     # how inputs are rounded matters where they are
     draw = job.scheme.activation is not None
     sample = sampled_rows(hidden.shape[0] * hidden.shape[1])

@@ -44,13 +44,15 @@ def shares_heads(group: LinearGroup, tensors: Mapping[str, Tensor]) -> bool:
     return bool(rows != tensors[f"{group.linears[0]}.weight"].shape[1])
 
 
-def realizer(job: Job, block: int, group: LinearGroup, how: str = "mean") -> Realize:
+def realizer(
+    job: Job, block: int, group: LinearGroup, tensors: Mapping[str, Tensor], how: str = "mean"
+) -> Realize:
     """What turns wanted factors of a group's inputs into those that its feeder can take.
 
     A norm's are rounded with its weight, query heads that share a channel share a factor, and a
     linear that stays unquantized takes powers of two, which round nothing.
     """
-    architecture, tensors = job.plan.architecture, job.read_block(block)
+    architecture = job.plan.architecture
     feeder = tensors[f"{group.fed_by}.weight"]
     if is_norm(architecture, group):
         dtype = export_dtype(job.dtype)
@@ -67,9 +69,10 @@ def realizer(job: Job, block: int, group: LinearGroup, how: str = "mean") -> Rea
     return realize
 
 
-def shift_of(job: Job, block: int, group: LinearGroup, wanted: Tensor) -> Tensor | None:
+def shift_of(
+    job: Job, group: LinearGroup, tensors: Mapping[str, Tensor], wanted: Tensor
+) -> Tensor | None:
     """The shift of a group's inputs that biases can take, (K,); None where there are none."""
-    tensors = job.read_block(block)
     needed = [f"{name}.bias" for name in (group.fed_by, *group.linears)]
     if not group.passes_shifts or not all(name in tensors for name in needed):
         return None

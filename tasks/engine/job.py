@@ -17,7 +17,7 @@ from tasks.engine.memo import Memo
 from tasks.engine.plan import Plan, plan_model
 from tasks.engine.precision import compute_dtype
 from tasks.engine.source import Source
-from tasks.engine.store import Store
+from tasks.engine.store import Entry, Store
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,20 @@ class Job:
             lambda: self.source.read(plan.full(plan.tensors), self.device),
         )
         return {name.removeprefix(plan.prefix): tensor for name, tensor in tensors.items()}
+
+
+def require(job: Job, key: str) -> Entry:
+    """Return an entry that an earlier step made.
+
+    Raises:
+        OSError: it is gone from the store since then.
+    """
+    entry = job.store.get(key)
+    if entry is None:
+        raise OSError(
+            f"store {job.store.root}: the entry {key} is gone or damaged; run the command again"
+        )
+    return entry
 
 
 def scheme_lineage(job: Job) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from tasks.engine.decoder import (
     run_block,
 )
 from tasks.engine.errors import RunError
-from tasks.engine.export_format import INPUT_SCALE, restore_block
-from tasks.engine.job import Job
+from tasks.engine.export_format import INPUT_SCALE, export_dtype, restore_block
+from tasks.engine.job import Job, require
 from tasks.engine.store import Entry, load_tensors
+from tasks.engine.version import SOURCE, Version, outside_tensors, version_block
 from tasks.engine.windows import read_tokens
 
 HIDDEN = "hidden.safetensors"
@@ -54,11 +56,13 @@ class Stream:
         tokens: key of the windows.
         origin: digest of what turns them into the first block's input: embedding and config.
         links: the blocks passed so far.
+        version: of the model before rounding that it passes through.
     """
 
     tokens: str
     origin: str = ""
     links: tuple[Link, ...] = ()
+    version: Version = SOURCE
 
     @property
     def key(self) -> str:
@@ -74,18 +78,19 @@ class Stream:
 
     def after(self, key: str, packed: str | None) -> Stream:
         """Return the stream one block further."""
-        return Stream(self.tokens, self.origin, (*self.links, Link(key, packed)))
+        return replace(self, links=(*self.links, Link(key, packed)))
 
     def back(self) -> Stream:
         """Return the stream one block before."""
-        return Stream(self.tokens, self.origin, self.links[:-1])
+        return replace(self, links=self.links[:-1])
 
 
-def start_stream(job: Job, tokens: str) -> Stream:
+def start_stream(job: Job, tokens: str, version: Version = SOURCE) -> Stream:
     """Return the stream of a set of token windows before the first block."""
     embedding = job.source.digest([job.plan.architecture.embedding])
     config = json.dumps(dict(job.source.config), sort_keys=True)
-    return Stream(tokens, hashlib.sha256(f"{embedding} {config}".encode()).hexdigest())
+    origin = f"{embedding} {version.rotation or ''} {config}"
+    return Stream(tokens, hashlib.sha256(origin.encode()).hexdigest(), version=version)
 
 
 def hidden_states(job: Job, stream: Stream) -> Tensor:
@@ -128,30 +133,34 @@ def _never() -> Tensor:
 
 def _embed(job: Job, stream: Stream) -> Tensor:
     tokens = read_tokens(require(job, stream.tokens))
-    embedding = read_embedding(job)
+    embedding = read_embedding(job, stream.version)
     batches = micro_batches(tokens, job.device)
     return torch.cat(
         [job.decoder.embed(embedding, batch.to(job.device))[0].cpu() for batch in batches]
     )
 
 
-def read_embedding(job: Job) -> Tensor:
-    """Read the source's embedding (V, D) in the compute dtype, on the device."""
+def read_embedding(job: Job, version: Version) -> Tensor:
+    """Read the embedding (V, D) as it is exported, in the compute dtype, on the device."""
     name = job.plan.architecture.embedding
-    return job.source.read([name], job.device)[name].to(job.compute_dtype)
+    if version.rotation is None:
+        return job.source.read([name], job.device)[name].to(job.compute_dtype)
+    rotated = outside_tensors(job, version)[name]
+    return rotated.to(export_dtype(job.dtype)).to(job.compute_dtype)
 
 
 def pass_block(job: Job, stream: Stream, hidden: Tensor, packed: str | None) -> Tensor:
-    """Run the block that ``stream`` enters: with its exported weights, or with the source's."""
+    """Run the block that ``stream`` enters: with its exported weights, or with the version's."""
     block = stream.block
     if packed is None:
-        weights = {n: t.to(job.compute_dtype) for n, t in job.read_block(block).items()}
+        tensors = version_block(job, stream.version, block)
+        weights = {n: t.to(job.compute_dtype) for n, t in tensors.items()}
         return through_block(job, block, weights, hidden, None)
     plan = job.plan.blocks[block]
-    tensors = _packed_tensors(job, block, require(job, packed))
-    weights = restore_block(tensors, plan.quantized, job.scheme, job.compute_dtype)
+    stored = _packed_tensors(job, block, require(job, packed))
+    weights = restore_block(stored, plan.quantized, job.scheme, job.compute_dtype)
     ending = f".{INPUT_SCALE}"
-    scales = {n.removesuffix(ending): t for n, t in tensors.items() if n.endswith(ending)}
+    scales = {n.removesuffix(ending): t for n, t in stored.items() if n.endswith(ending)}
     return through_block(
         job, block, weights, hidden, activation_hook(job.scheme.activation, scales)
     )
@@ -216,20 +225,6 @@ def activation_hook(
     return quantize
 
 
-def require(job: Job, key: str) -> Entry:
-    """Return an entry that an earlier step made.
-
-    Raises:
-        OSError: it is gone from the store since then.
-    """
-    entry = job.store.get(key)
-    if entry is None:
-        raise OSError(
-            f"store {job.store.root}: the entry {key} is gone or damaged; run the command again"
-        )
-    return entry
-
-
 def boundary_key(stream: Stream) -> str:
     """Key of the stream's hidden states on disk."""
     return hashlib.sha256(f"boundary {stream.key}".encode()).hexdigest()
@@ -258,14 +253,19 @@ def drop_boundaries(job: Job, stream: Stream) -> None:
         stream = stream.back()
 
 
-def require_finite(hidden: Tensor, block: int) -> None:
-    """Refuse a stream with NaN or Inf.
+def require_finite(hidden: Tensor, block: int) -> float:
+    """Refuse a stream with NaN or Inf; give its mean square.
 
     Raises:
         RunError: names the block.
     """
-    if not all(bool(torch.isfinite(extreme)) for extreme in hidden.aminmax()):
+    # window by window: what is small stays in a cache
+    squares = [float(window.float().square_().sum()) for window in hidden]
+    mean_square = math.fsum(squares) / hidden.numel()
+    # a square may overflow where its root does not
+    if not math.isfinite(mean_square) and not bool(hidden.abs().amax().isfinite()):
         raise RunError(
             f"block {block}: its output holds NaN or Inf; the model overflows "
             f"{hidden.dtype}, or its weights are damaged"
         )
+    return mean_square

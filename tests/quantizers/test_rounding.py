@@ -11,7 +11,7 @@ from quantizers.rounding import (
     QuantizedWeight,
     dequantize,
     expand_scale,
-    quantize_dequantize_weight_,
+    quantize_dequantize_weight,
     quantize_weight,
     round_to_nearest,
     weight_scales,
@@ -279,9 +279,9 @@ def test_searches_do_not_wait_for_the_device(how, shape):
 
 
 @pytest.mark.parametrize(("how", "shape"), CASES, ids=IDS)
-def test_in_place_is_the_same_to_the_bit(device, how, shape):
-    work = matrix(*shape, device=device) * 1.3
-    quantized = round_to_nearest(work, how)
-    same = quantize_dequantize_weight_(work, quantized.scale, quantized.zero_point, how)
-    assert same is work
-    assert torch.equal(work, dequantize(quantized, how))
+def test_without_codes_it_is_the_same_to_the_bit(device, how, shape):
+    weight = matrix(*shape, device=device) * 1.3
+    quantized, before = round_to_nearest(weight, how), weight.clone()
+    found = quantize_dequantize_weight(weight, quantized.scale, quantized.zero_point, how)
+    assert torch.equal(found, dequantize(quantized, how))
+    assert torch.equal(weight, before)

@@ -14,8 +14,9 @@ from tasks.clip import CLIP, FACTORS, block_clip, clip, has_clip
 from tasks.engine.job import Job
 from tasks.engine.store import Entry
 from tasks.engine.streams import start_stream
+from tasks.engine.version import transformed_block
 from tasks.quantize import Origin, block_codes
-from tasks.transform import transform, transformed_block
+from tasks.transform import transform
 from tests.models import make_checkpoint
 from tests.quantizers.literal import rounded_weight
 from tests.tasks.conftest import JobOf, make_entry, put_tokens, random_tokens

@@ -17,8 +17,9 @@ from tasks.engine.errors import RunError
 from tasks.engine.job import Job
 from tasks.engine.store import Entry
 from tasks.engine.streams import Stream, start_stream
+from tasks.engine.version import DECISION, block_transforms, transformed_block
 from tasks.quantize import INPUT_SCALES, Origin, block_codes, quantize
-from tasks.transform import DECISION, block_transforms, has_transform, transform, transformed_block
+from tasks.transform import has_transform, transform
 from tests.models import make_checkpoint
 from tests.tasks.conftest import JobOf, make_entry, put_tokens, random_tokens
 

@@ -63,8 +63,8 @@ def random_transforms(job: Job, block: int) -> dict[str, ChannelTransform]:
     for group in quantized_groups(job, block):
         columns = tensors[f"{group.linears[0]}.weight"].shape[1]
         wanted = torch.exp(torch.randn(columns, generator=draw))
-        shift = shift_of(job, block, group, torch.randn(columns, generator=draw))
-        scale = realizer(job, block, group)(wanted)
+        shift = shift_of(job, group, tensors, torch.randn(columns, generator=draw))
+        scale = realizer(job, block, group, tensors)(wanted)
         assert float((scale.log() - scale.log().mean()).abs().max()) > 0.3
         transforms[group.name] = ChannelTransform(scale, shift)
     return transforms
@@ -175,8 +175,8 @@ def test_sharing_heads_share_a_factor(
     ways = {"mean": heads.mean(1), "max": heads.amax(1), "min": heads.amin(1)}
     for how, values in ways.items():
         expected = values[:, None].expand_as(heads).reshape(-1)
-        assert torch.equal(realizer(job, 0, group, how)(wanted), expected)
-    shift = shift_of(job, 0, group, wanted)
+        assert torch.equal(realizer(job, 0, group, job.read_block(0), how)(wanted), expected)
+    shift = shift_of(job, group, job.read_block(0), wanted)
     assert shift is not None
     assert torch.equal(shift, ways["mean"][:, None].expand_as(heads).reshape(-1))
 
@@ -185,7 +185,9 @@ def test_sharing_heads_share_a_factor(
 def test_shifts_go_where_biases_take_them(name: str, job_of: JobOf, tmp_path: Path) -> None:
     job, wanted = job_for(job_of, tmp_path, name), torch.ones(64)
     shifted = {
-        group for group in GROUPS if shift_of(job, 0, group_named(job, group), wanted) is not None
+        group
+        for group in GROUPS
+        if shift_of(job, group_named(job, group), job.read_block(0), wanted) is not None
     }
     # norms have no biases, Qwen2's output projection neither, and between up and down is a gate
     assert shifted == ({"attention_output"} if name == "llama, biases" else set())

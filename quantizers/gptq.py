@@ -1,0 +1,203 @@
+"""GPTQ (arXiv 2210.17323): rounding column by column, each carrying the error of those before.
+
+With H = R R^T, R upper triangular, the output error of codes Q is ||(W - Q) R||^2 (Frobenius).
+Column j of (W - Q) R is R_jj (w_j - q_j) plus the sum over k < j of R_kj (w_k - q_k): rounding
+w_j + sum over k < j of (w_k - q_k) R_kj / R_jj makes it as small as a grid allows. These are the
+codes of the paper's algorithm 1, whose factor of the inverse of H is the inverse of R; here the
+inverse is never formed, and the error of a block of columns is passed on by one product.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantizers.number_formats import NumberFormat
+from quantizers.rounding import QuantizedWeight, weight_scales
+from quantizers.schemes import Granularity, WeightScheme
+
+__all__ = ["GramFactor", "RoundColumns", "factorize", "gptq", "round_columns"]
+
+# what damping is multiplied with, one after the other, until H is positive definite
+_RAISES = (1.0, 10.0, 100.0)
+
+# weight, carried, unit, scale, zero_point, format -> codes, error: see round_columns
+RoundColumns = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None, NumberFormat], tuple[Tensor, Tensor]
+]
+
+
+@dataclass(frozen=True, eq=False)
+class GramFactor:
+    """A damped Gram matrix, its columns in the order they are rounded in: H = R R^T.
+
+    Attributes:
+        upper: R, (K, K) float32, upper triangular.
+        order: (K,) int64, the column that comes first, second, ...
+        damping: share of the mean diagonal that was added to it.
+    """
+
+    upper: Tensor
+    order: Tensor
+    damping: float
+
+
+def factorize(gram: Tensor, *, percdamp: float = 0.01, actorder: bool = False) -> GramFactor | None:
+    """Damp a Gram matrix and factorize it; None where no damping makes it positive definite.
+
+    A column that was always zero gets the diagonal entry 1: it is rounded to nearest, and neither
+    takes nor hands on an error. Damping is percdamp, then ten and a hundred times that.
+
+    Args:
+        gram: (K, K), the inputs' Gram matrix, of any scale.
+        percdamp: share of the mean diagonal of the columns that were not always zero.
+        actorder: largest diagonal first (the first of equals), else as they stand.
+    """
+    gram = gram.to(torch.float64)
+    diagonal = gram.diagonal()
+    dead = diagonal <= 0
+    order = torch.arange(len(diagonal), device=gram.device)
+    if actorder:
+        order = diagonal.sort(descending=True, stable=True).indices
+    mean = torch.where(dead, 0.0, diagonal).sum() / (~dead).sum().clamp(min=1)
+    live = torch.where(dead, torch.ones_like(diagonal), diagonal)
+    # reversed in both directions a lower factor is an upper one
+    backwards = order.flip(0)
+    reversed_gram = gram[backwards][:, backwards]
+    for times in _RAISES:
+        damped = torch.where(dead, live, live + percdamp * times * mean)
+        reversed_gram.diagonal().copy_(damped[backwards])
+        lower, failed = torch.linalg.cholesky_ex(reversed_gram)
+        if not bool(failed) and bool(lower.diagonal().isfinite().all()):
+            return GramFactor(lower.flip(0, 1).to(torch.float32), order, percdamp * times)
+    return None
+
+
+def gptq(
+    weight: Tensor,
+    factor: GramFactor,
+    scheme: WeightScheme,
+    parameters: tuple[Tensor, Tensor | None] | None = None,
+    *,
+    block_size: int = 128,
+    rounding: RoundColumns | None = None,
+) -> QuantizedWeight:
+    """Quantize a weight with error feedback.
+
+    Args:
+        weight: (N, K), floating point; linears that share their inputs can be stacked, as every
+            row is on its own.
+        factor: of the inputs' Gram matrix.
+        scheme: the scheme.
+        parameters: scale and zero point, of scheme.scale_shape(N, K). None: those of each group
+            are found from its weights when it is reached, after all errors so far; without groups
+            from the weight itself.
+        block_size: columns between two products that pass errors on. It changes the last bits.
+        rounding: what rounds a block of columns; round_columns by default.
+
+    Raises:
+        ValueError: groups whose scales are found on the way, and columns out of their order.
+    """
+    rows, columns = weight.shape
+    order, width = factor.order, min(scheme.width(columns), columns)
+    on_the_way = parameters is None and scheme.granularity is Granularity.GROUP
+    if on_the_way and not torch.equal(order, torch.arange(columns, device=order.device)):
+        raise ValueError("columns out of their order need scales that are found before")
+    given = parameters or weight_scales(weight, scheme)
+    scale, zero = (None if p is None else _by_group(p, scheme, rows) for p in given)
+    assert scale is not None
+    # columns as rows: what is rounded together lies together
+    work = weight.to(torch.float32).t()[order].contiguous()
+    unit = factor.upper / factor.upper.diagonal()
+    codes, error = torch.empty_like(work), torch.empty_like(work)
+    for part in _parts(columns, block_size, width if on_the_way else columns):
+        before = slice(0, part.start)
+        if on_the_way and part.start % width == 0:
+            group = slice(part.start, part.start + width)
+            completed = work[group] + _passed_on(factor.upper, error, group)
+            found, found_zero = weight_scales(completed.t(), scheme)
+            scale[part.start // width] = found[:, 0]
+            if zero is not None and found_zero is not None:
+                zero[part.start // width] = found_zero[:, 0]
+        groups = order[part] // width
+        codes[part], error[part] = (rounding or round_columns)(
+            work[part],
+            unit[before, part].t() @ error[before],
+            unit[part, part],
+            scale[groups],
+            None if zero is None else zero[groups],
+            scheme.number_format,
+        )
+    restored = torch.empty_like(codes)
+    restored[order] = codes
+    final = restored.t().to(scheme.number_format.code_dtype).contiguous()
+    if not on_the_way:
+        return QuantizedWeight(final, *given)
+    stored_zero = None if zero is None else zero.t().to(torch.int8).contiguous()
+    return QuantizedWeight(final, scale.t().to(scheme.scale_dtype).contiguous(), stored_zero)
+
+
+def round_columns(
+    weight: Tensor,
+    carried: Tensor,
+    unit: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    number: NumberFormat,
+) -> tuple[Tensor, Tensor]:
+    """Round b columns one after the other, each carrying the error of those before.
+
+    Args:
+        weight: (b, N) float32, columns as rows.
+        carried: (b, N) float32, what the columns before this block hand on.
+        unit: (b, b) float32, R_kj / R_jj of the block.
+        scale: (b, N) float32.
+        zero_point: (b, N) float32, None if symmetric.
+        number: format of the codes.
+
+    Returns:
+        codes and error W - Q, each (b, N) float32.
+    """
+    codes, error = torch.empty_like(weight), torch.empty_like(weight)
+    target = weight + carried
+    for column in range(len(weight)):
+        wanted = target[column]
+        if column:
+            wanted = torch.addmv(wanted, error[:column].t(), unit[:column, column])
+        code = wanted / scale[column]
+        if number.is_float:
+            code = code.clamp_(number.qmin, number.qmax).to(number.code_dtype).to(torch.float32)
+        elif zero_point is None:
+            code = code.round_().clamp_(number.qmin, number.qmax)
+        else:
+            code = code.round_().add_(zero_point[column]).clamp_(number.qmin, number.qmax)
+        codes[column] = code
+        level = code if zero_point is None else code - zero_point[column]
+        torch.sub(weight[column], level * scale[column], out=error[column])
+    return codes, error
+
+
+def _passed_on(upper: Tensor, error: Tensor, group: slice) -> Tensor:
+    """What the best real weights of a group would add for the errors before it, (g, N)."""
+    before = slice(0, group.start)
+    arriving = upper[before, group].t() @ error[before]
+    passed: Tensor = torch.linalg.solve_triangular(upper[group, group].t(), arriving, upper=False)
+    return passed
+
+
+def _parts(columns: int, block_size: int, width: int) -> list[slice]:
+    """Blocks of columns that begin anew with every group."""
+    starts = sorted({*range(0, columns, block_size), *range(0, columns, width)})
+    ends = [*starts[1:], columns]
+    return [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+def _by_group(parameter: Tensor, scheme: WeightScheme, rows: int) -> Tensor:
+    """Scales or zero points with a row for each group of columns, (groups, N) float32."""
+    if scheme.granularity is Granularity.TENSOR:
+        return parameter.to(torch.float32).reshape(1, 1).expand(1, rows)
+    if scheme.granularity is Granularity.BLOCK:
+        assert scheme.block_shape is not None
+        parameter = parameter.repeat_interleave(scheme.block_shape[0], dim=0)[:rows]
+    return parameter.to(torch.float32, copy=True).mT
