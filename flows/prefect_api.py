@@ -21,6 +21,31 @@ from tasks.engine.errors import InputError
 # of servers that start in one home at the same time, each waits until those before it are up
 START_LIMIT_S = 600.0
 NEVER_PROXIED = ("127.0.0.1", "localhost")
+# what a server that serves one command has no use for, and what it may do in batches: on few cores
+# it takes time from the quantization
+_SERVICES = "PREFECT_SERVER_SERVICES"
+LEAN_SERVER = {
+    "PREFECT_UI_ENABLED": "0",
+    **{
+        f"{_SERVICES}_{name}_ENABLED": "false"
+        for name in (
+            "SCHEDULER",
+            "LATE_RUNS",
+            "CANCELLATION_CLEANUP",
+            "PAUSE_EXPIRATIONS",
+            "FOREMAN",
+            "REPOSSESSOR",
+            "TRIGGERS",
+        )
+    },
+    **{
+        f"{_SERVICES}_{name}_BATCH_SIZE": "100" for name in ("TASK_RUN_RECORDER", "EVENT_PERSISTER")
+    },
+    **{
+        f"{_SERVICES}_{name}_READ_BATCH_SIZE": "100"
+        for name in ("TASK_RUN_RECORDER", "EVENT_PERSISTER")
+    },
+}
 OFFLINE = {
     "DO_NOT_TRACK": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -74,7 +99,7 @@ def prefect_api(log: Path) -> Iterator[str]:
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PREFECT_UI_ENABLED": "0"},
+            env=LEAN_SERVER | dict(os.environ),
             pass_fds=(listening.fileno(),),
         )
     try:

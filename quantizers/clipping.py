@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from quantizers.losses import row_errors
-from quantizers.rounding import quantize_dequantize_weight, weight_scales
+from quantizers.number_formats import NumberFormat
+from quantizers.rounding import quantize_dequantize_weight, scales_of, weight_extremes
 from quantizers.schemes import Granularity, WeightScheme
 
-__all__ = ["clip_factors", "search_clip"]
+__all__ = ["clip_factors", "range_factors", "search_clip"]
 
-_CPU_ENTRIES = 1 << 18
+_CPU_ENTRIES = 1 << 20
 _DEVICE_ENTRIES = 1 << 26
 
 
@@ -25,6 +26,22 @@ def clip_factors(steps: int = 10, shrink: float = 0.5) -> Tensor:
     if not 1 <= steps <= 256 or not 0 < shrink <= 1:
         raise ValueError(f"{steps} clip steps down by {shrink}: use 1 to 256, and within (0, 1]")
     return 1 - torch.arange(steps, dtype=torch.float32) * (shrink / steps)
+
+
+def range_factors(number_format: NumberFormat, steps: int = 10, shrink: float = 0.5) -> Tensor:
+    """Factors on the range that a scale comes from, (steps,) float32, the first of them 1.
+
+    Integers: clip_factors. Floats: 2^(i / steps): a float's grid looks the same in every octave, so
+    a range that is wider by less than one shifts the grid, and nothing saturates; clipping the
+    largest weights costs more than the grid gains.
+
+    Raises:
+        ValueError: as clip_factors.
+    """
+    factors = clip_factors(steps, shrink)
+    if number_format.is_float:
+        return torch.exp2(torch.arange(steps, dtype=torch.float32) / steps)
+    return factors
 
 
 def search_clip(weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor) -> Tensor:
@@ -64,9 +81,10 @@ def _search(weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor)
     work = weight.to(torch.float32)
     least = torch.full(shape, torch.inf, device=weight.device)
     chosen = torch.zeros(shape, dtype=torch.uint8, device=weight.device)
+    extremes = weight_extremes(work, scheme)
     for number, factor in enumerate(factors.tolist()):
         ends = torch.full(shape, factor, device=weight.device)
-        scale, zero_point = weight_scales(work, scheme, clip_low=ends, clip_high=ends)
+        scale, zero_point = scales_of(extremes, scheme, clip_low=ends, clip_high=ends)
         restored = quantize_dequantize_weight(work, scale, zero_point, scheme)
         difference = restored.sub_(work)
         error = _errors(difference, gram, scheme)

@@ -34,7 +34,7 @@ from quantizers.statistics import InputStatistics, weighted_rows
 __all__ = ["GroupProblem", "group_input_scale", "output_error"]
 
 # Entries worked on at once: rows that stay in a CPU's cache are tried several times faster.
-_CPU_ENTRIES = 1 << 18
+_CPU_ENTRIES = 1 << 20
 _DEVICE_ENTRIES = 1 << 27
 
 

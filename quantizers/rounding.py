@@ -18,6 +18,8 @@ __all__ = [
     "quantize_weight",
     "round_group",
     "round_to_nearest",
+    "scales_of",
+    "weight_extremes",
     "weight_scales",
 ]
 
@@ -75,7 +77,30 @@ def weight_scales(
         ValueError: weight is not a matrix of floats, its shape does not suit the scheme, or
             clip factors have another shape.
     """
-    low, high = _extremes(weight, scheme)
+    return scales_of(
+        weight_extremes(weight, scheme), scheme, clip_low=clip_low, clip_high=clip_high
+    )
+
+
+def scales_of(
+    extremes: tuple[Tensor, Tensor],
+    scheme: WeightScheme,
+    *,
+    clip_low: Tensor | None = None,
+    clip_high: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """weight_scales of a weight whose extremes are known.
+
+    Args:
+        extremes: lo and hi of weight_extremes.
+        scheme: the scheme.
+        clip_low: as weight_scales takes it.
+        clip_high: likewise.
+
+    Raises:
+        ValueError: clip factors of another shape.
+    """
+    low, high = extremes
     for name, factor in (("clip_low", clip_low), ("clip_high", clip_high)):
         if factor is not None and factor.shape != low.shape:
             raise ValueError(
@@ -293,8 +318,12 @@ def expand_scale(scale: Tensor, scheme: WeightScheme, rows: int, columns: int) -
     return per_row.repeat_interleave(width, dim=1)[:, :columns]
 
 
-def _extremes(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
-    """Smallest and largest entry per scale, zero counted in; float32, scale shape."""
+def weight_extremes(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
+    """Smallest and largest entry per scale, zero counted in; float32, scale shape.
+
+    Raises:
+        ValueError: weight is not a matrix of floats, or its shape does not suit the scheme.
+    """
     rows, columns = _matrix_shape(weight)
     if not weight.is_floating_point():
         raise ValueError(f"a weight to be quantized holds floats, not {weight.dtype}")

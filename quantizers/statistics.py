@@ -143,7 +143,7 @@ def add_batch(
     factors = rows if as_they_are else torch.empty_like(rows, dtype=torch.float32)
     low, high = _sums_(windows, factors, total, sums, chunk)
     gram = statistics.gram.clone()
-    for part in factors.split(chunk):
+    for part in torch.split(factors, chunk):
         _add_product_(gram, part)
     # A finite diagonal bounds the whole matrix: (x_i x_j)^2 <= x_i^2 x_j^2, summed.
     if not bool(torch.cat((sums, gram.diagonal())).isfinite().all()):

@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.schema import Quant, ResolvedStep
 from configs.special_keys import AwqSpecial
 from quantizers.channel_transform import transformed_gram
-from quantizers.clipping import clip_factors, search_clip
+from quantizers.clipping import range_factors, search_clip
 from quantizers.schemes import Granularity
 from tasks.engine.architectures import Architecture, LinearGroup
 from tasks.engine.collect import block_statistics
@@ -66,7 +66,8 @@ def clip(
     """
     special = recipe_step.quant.special
     assert isinstance(special, AwqSpecial)
-    factors = clip_factors(special.clip_steps, special.clip_shrink)
+    codes = job.scheme.weight.number_format
+    factors = range_factors(codes, special.clip_steps, special.clip_shrink)
     statistics = block_statistics(job, stream, block)
     transforms = block_transforms(job, decision)
     tensors = transformed_block(job, block, decision, stream.version)

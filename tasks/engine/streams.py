@@ -260,7 +260,7 @@ def require_finite(hidden: Tensor, block: int) -> float:
         RunError: names the block.
     """
     # window by window: what is small stays in a cache
-    squares = [float(window.float().square_().sum()) for window in hidden]
+    squares = [float(window.float().square().sum()) for window in hidden]
     mean_square = math.fsum(squares) / hidden.numel()
     # a square may overflow where its root does not
     if not math.isfinite(mean_square) and not bool(hidden.abs().amax().isfinite()):

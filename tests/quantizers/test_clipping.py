@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from quantizers import clipping
-from quantizers.clipping import clip_factors, search_clip
-from quantizers.number_formats import int_format
+from quantizers.clipping import clip_factors, range_factors, search_clip
+from quantizers.number_formats import E4M3, int_format
+from quantizers.rounding import dequantize, round_to_nearest
 from quantizers.schemes import Granularity, WeightScheme
 from tests.quantizers.literal import rounded
 from tests.quantizers.search_cases import inputs, weight_scheme, weights
@@ -171,3 +172,26 @@ def test_shapes_that_do_not_fit_are_refused():
         search_clip(torch.ones(2, 4), torch.eye(3), scheme, FACTORS)
     with pytest.raises(ValueError, match="257 clip factors"):
         search_clip(torch.ones(2, 4), torch.eye(4), scheme, torch.ones(257))
+
+
+def test_ranges_of_integers_shrink_and_those_of_floats_widen_by_less_than_an_octave():
+    assert torch.equal(range_factors(int_format(4), 20, 0.4), clip_factors(20, 0.4))
+    factors = range_factors(E4M3, 4)
+    assert factors.tolist() == pytest.approx([1.0, 2**0.25, 2**0.5, 2**0.75])
+    with pytest.raises(ValueError, match="0 clip steps"):
+        range_factors(E4M3, 0)
+
+
+def test_a_wider_range_of_floats_saturates_nothing_and_loses_less(device):
+    scheme = weight_scheme("e4m3", "channel")
+    x, weight = correlated(400, 96).to(device), weights((48,), 96)[0].to(device)
+    factors = range_factors(E4M3, 10).to(device)
+    gram = gram_of(x)
+
+    def lost(clip):
+        restored = dequantize(round_to_nearest(weight, scheme, clip), scheme)
+        assert (restored.abs().amax(1) >= 0.93 * weight.abs().amax(1)).all()
+        return ((restored - weight) @ gram * (restored - weight)).sum()
+
+    chosen = search_clip(weight, gram, scheme, factors)
+    assert lost(factors[chosen.int()]) < 0.95 * lost(None)

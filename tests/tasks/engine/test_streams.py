@@ -232,3 +232,11 @@ def test_a_boundary_is_written_by_one_process(
     )
     keep_boundary(course.job, course.streams[-1], course.states[-1])
     assert written == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_square_leaves_the_stream_as_it_is(dtype: torch.dtype) -> None:
+    hidden = torch.randn(3, 4, 8).to(dtype)
+    before = hidden.clone()
+    assert require_finite(hidden, 0) == pytest.approx(float(before.float().square().mean()))
+    assert torch.equal(hidden, before)
