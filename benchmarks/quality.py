@@ -91,6 +91,7 @@ ROWS = {
     "awq_w4a16_tuned": Row("W4A16", "AWQ, tuned", "tuned/awq_w4a16", Peer("awq", "W4A16")),
     "rtn_w8a8": Row("W8A8", "RTN", "rtn_w8a8", Peer("rtn", "W8A8"), calibrated=False),
     "awq_w8a8": Row("W8A8", "AWQ", "awq_w8a8", Peer("awq", "W8A8")),
+    "awq_w8a8_tuned": Row("W8A8", "AWQ, tuned", "tuned/awq_w8a8", Peer("awq", "W8A8")),
     "smoothquant_w8a8": Row("W8A8", "SmoothQuant", "smoothquant_w8a8", Peer("smoothquant", "W8A8")),
     "rtn_fp8": Row(
         "FP8 dynamic", "RTN", "fp8/rtn_fp8", Peer("rtn", "FP8_DYNAMIC"), calibrated=False
