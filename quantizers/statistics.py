@@ -224,8 +224,9 @@ def _sums_(
     """
     count, length, columns = windows.shape
     if windows.device.type != "cpu":
-        total += windows.sum((0, 1), dtype=torch.float32)
-        sums += windows.abs().sum((0, 1), dtype=torch.float32)
+        for part in torch.split(windows.reshape(factors.shape), chunk):
+            total += part.sum(0, dtype=torch.float32)
+            sums += part.abs().sum(0, dtype=torch.float32)
         if factors.data_ptr() != windows.data_ptr():
             factors.copy_(windows.reshape(factors.shape))
         return windows.amin(1).float(), windows.amax(1).float()
