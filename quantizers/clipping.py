@@ -11,7 +11,7 @@ from quantizers.number_formats import NumberFormat
 from quantizers.rounding import quantize_dequantize_weight, scales_of, weight_extremes
 from quantizers.schemes import Granularity, WeightScheme
 
-__all__ = ["clip_factors", "range_factors", "search_clip"]
+__all__ = ["clip_factors", "range_factors", "search_clip", "search_clip_curve"]
 
 _CPU_ENTRIES = 1 << 20
 _DEVICE_ENTRIES = 1 << 26
@@ -64,6 +64,13 @@ def search_clip(weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Ten
     Raises:
         ValueError: shapes that do not fit.
     """
+    return search_clip_curve(weight, gram, scheme, factors)[0]
+
+
+def search_clip_curve(
+    weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """search_clip, and the error of the whole weight under each factor, (steps,) float64."""
     columns = weight.shape[1]
     if tuple(gram.shape) != (columns, columns):
         raise ValueError(f"gram has shape {tuple(gram.shape)}, not ({columns}, {columns})")
@@ -73,14 +80,18 @@ def search_clip(weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Ten
         return _search(weight, gram, scheme, factors)
     entries = _CPU_ENTRIES if weight.device.type == "cpu" else _DEVICE_ENTRIES
     parts = torch.split(weight, max(1, entries // columns))
-    return torch.cat([_search(part, gram, scheme, factors) for part in parts])
+    found = [_search(part, gram, scheme, factors) for part in parts]
+    return torch.cat([chosen for chosen, _ in found]), torch.stack([e for _, e in found]).sum(0)
 
 
-def _search(weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor) -> Tensor:
+def _search(
+    weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor
+) -> tuple[Tensor, Tensor]:
     shape = scheme.scale_shape(*weight.shape)
     work = weight.to(torch.float32)
     least = torch.full(shape, torch.inf, device=weight.device)
     chosen = torch.zeros(shape, dtype=torch.uint8, device=weight.device)
+    curve = []
     extremes = weight_extremes(work, scheme)
     for number, factor in enumerate(factors.tolist()):
         ends = torch.full(shape, factor, device=weight.device)
@@ -88,10 +99,11 @@ def _search(weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor)
         restored = quantize_dequantize_weight(work, scale, zero_point, scheme)
         difference = restored.sub_(work)
         error = _errors(difference, gram, scheme)
+        curve.append(error.to(torch.float64).sum())
         better = error < least
         least = torch.where(better, error, least)
         chosen = torch.where(better, torch.full_like(chosen, number), chosen)
-    return chosen
+    return chosen, torch.stack(curve)
 
 
 def _errors(difference: Tensor, gram: Tensor, scheme: WeightScheme) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.schema import Quant, ResolvedStep
 from configs.special_keys import AwqSpecial
 from quantizers.channel_transform import transformed_gram
-from quantizers.clipping import range_factors, search_clip
+from quantizers.clipping import range_factors, search_clip_curve
 from quantizers.schemes import Granularity
 from tasks.engine.architectures import Architecture, LinearGroup
 from tasks.engine.collect import block_statistics
@@ -62,7 +62,8 @@ def clip(
 ) -> dict[str, Any]:
     """Search clip factors: per linear, the number of a factor for each of its scales.
 
-    The value holds, per linear, how many scales took each factor.
+    The value holds, per linear, how many scales took each factor, and the mean squared output
+    error if all had taken it; where a scale is shared, that of all who share it.
     """
     special = recipe_step.quant.special
     assert isinstance(special, AwqSpecial)
@@ -72,6 +73,7 @@ def clip(
     transforms = block_transforms(job, decision)
     tensors = transformed_block(job, block, decision, stream.version)
     chosen: dict[str, Tensor] = {}
+    errors: dict[str, list[float]] = {}
     for group in quantized_groups(job, block):
         linears = clipped_linears(job, group, special.clip_query_key)
         transform = transforms.get(group.name) or no_transform(statistics[group.name])
@@ -80,18 +82,22 @@ def clip(
         if job.scheme.weight.granularity is Granularity.TENSOR and linears:
             # one scale for all of them, so one factor too
             with search_products(job.device):
-                shared = search_clip(torch.cat(weights), gram, job.scheme.weight, factors)
+                shared, curve = search_clip_curve(
+                    torch.cat(weights), gram, job.scheme.weight, factors
+                )
             chosen |= dict.fromkeys(linears, shared)
+            errors |= dict.fromkeys(linears, curve.tolist())
             continue
         for linear, weight in zip(linears, weights, strict=True):
             with search_products(job.device):
-                chosen[linear] = search_clip(weight, gram, job.scheme.weight, factors)
+                chosen[linear], curve = search_clip_curve(weight, gram, job.scheme.weight, factors)
+            errors[linear] = curve.tolist()
     draft.save_tensors(CLIP, {n: t.clone() for n, t in chosen.items()} | {FACTORS: factors})
     counts = {
         linear: torch.bincount(numbers.flatten().int(), minlength=len(factors)).tolist()
         for linear, numbers in chosen.items()
     }
-    return {"factors": factors.tolist(), "chosen": counts}
+    return {"factors": factors.tolist(), "chosen": counts, "errors": errors}
 
 
 def clipped_linears(job: Job, group: LinearGroup, query_and_key: bool) -> tuple[str, ...]:

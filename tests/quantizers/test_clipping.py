@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantizers import clipping
-from quantizers.clipping import clip_factors, range_factors, search_clip
+from quantizers.clipping import clip_factors, range_factors, search_clip, search_clip_curve
 from quantizers.number_formats import E4M3, int_format
 from quantizers.rounding import dequantize, round_to_nearest
 from quantizers.schemes import Granularity, WeightScheme
@@ -195,3 +195,16 @@ def test_a_wider_range_of_floats_saturates_nothing_and_loses_less(device):
 
     chosen = search_clip(weight, gram, scheme, factors)
     assert lost(factors[chosen.int()]) < 0.95 * lost(None)
+
+
+@pytest.mark.parametrize("granularity", ["group", "channel", "tensor", "block"])
+def test_the_curve_is_the_error_of_the_whole_weight(device, granularity, monkeypatch):
+    scheme = weight_scheme("int4", granularity, dtype=BF16)
+    x, weight = correlated(250, 96), weights((48,), 96)[0]
+    monkeypatch.setattr(clipping, "_CPU_ENTRIES", 10 * 96)
+    given = (weight.to(device), gram_of(x).to(device), scheme, FACTORS.to(device))
+    chosen, curve = search_clip_curve(*given)
+    assert torch.equal(chosen, search_clip(*given))
+    assert curve.dtype == torch.float64
+    wanted = literal_errors(x, weight, "int4", granularity, True).flatten(0, -2).sum(0)
+    assert torch.allclose(curve.cpu(), wanted, rtol=1e-4)

@@ -114,6 +114,9 @@ def test_codes_come_from_the_ranges_that_were_chosen(
     assert entry.value["factors"] == pytest.approx(clip_factors(10, 0.8).tolist())
     for linear, counts in entry.value["chosen"].items():
         assert sum(counts) == factors[linear].numel()
+        curve = entry.value["errors"][linear]
+        assert len(curve) == len(entry.value["factors"])
+        assert 0 < min(curve) < max(curve)
         taken = [int((factors[linear] == f).sum()) for f in entry.value["factors"]]
         assert counts == taken
 
