@@ -49,6 +49,8 @@ def _no_online_rotation(value: bool) -> bool:
 Owq = Annotated[bool, AfterValidator(_no_owq), _REFUSED_ELSE_OFF]
 OnlineRotate = Annotated[bool, AfterValidator(_no_online_rotation), _REFUSED_ELSE_OFF]
 Alpha = Annotated[Fraction, Field(ge=0, le=1)]
+ClipSteps = Annotated[Count, Field(ge=1, le=256)]
+ClipShrink = Annotated[Fraction, Field(gt=0, le=1)]
 LearningRate = Annotated[Fraction, Field(gt=0)]
 
 
@@ -71,8 +73,8 @@ class AwqSpecial(Section):
     do_gqa_trans: bool = True
     weight_clip: bool = True
     clip_query_key: bool = False
-    clip_steps: Annotated[Count, Field(ge=1, le=256)] = 10
-    clip_shrink: Annotated[Fraction, Field(gt=0, le=1)] = 0.5
+    clip_steps: ClipSteps = 10
+    clip_shrink: ClipShrink = 0.5
     clip_version: Annotated[ClipVersion, choice(ClipVersion), _ONE_CLIP] = ClipVersion.V1
     clip_sym: Annotated[bool | None, NoEffect("a factor moves both ends of a range")] = None
     awq_bs: Annotated[Count | None, _ALWAYS_BATCHED] = None
@@ -84,13 +86,23 @@ class AwqSpecial(Section):
 
 
 class GptqSpecial(Section):
-    """GPTQ (arXiv 2210.17323): rounding with error feedback."""
+    """GPTQ (arXiv 2210.17323): rounding with error feedback.
+
+    Not in LLMC: weight_clip, which searches the ranges that scales come from first, with its
+    clip_query_key, clip_steps and clip_shrink, and refit_scales, how often scales are refitted to
+    the codes and these found anew.
+    """
 
     actorder: bool = True
     static_groups: bool = True
     percdamp: Annotated[Fraction, Field(gt=0)] = 0.01
     blocksize: Annotated[Count, Field(ge=1)] = 128
     true_sequential: bool = True
+    weight_clip: bool = False
+    clip_query_key: bool = True
+    clip_steps: ClipSteps = 10
+    clip_shrink: ClipShrink = 0.5
+    refit_scales: Annotated[Count, Field(ge=0, le=16)] = 0
     chunk_num: Annotated[Count | None, NoEffect("statistics are summed in fixed chunks")] = None
     owq: Owq = False
     online_rotate: OnlineRotate = False

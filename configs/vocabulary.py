@@ -40,7 +40,16 @@ class Method(StrEnum):
 
 # The schema knows every method of the seed document; the rest are refused before any work.
 IMPLEMENTED_METHODS = frozenset(
-    {Method.RTN, Method.IDENTITY, Method.AWQ, Method.SMOOTHQUANT, Method.OSPLUS}
+    {
+        Method.RTN,
+        Method.IDENTITY,
+        Method.AWQ,
+        Method.GPTQ,
+        Method.SMOOTHQUANT,
+        Method.OSPLUS,
+        Method.OMNIQUANT,
+        Method.QUAROT,
+    }
 )
 
 # The rotation of Quarot is drawn from the seed, and round to nearest looks at weights only.

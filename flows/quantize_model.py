@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from prefect.runtime import flow_run
 from configs.loading import ineffective_keys, load_recipe
 from configs.schema import ResolvedStep
 from configs.schemes import scheme_name
+from configs.vocabulary import Method
 from flows.progress import reporter
 from tasks.advance import advance
 from tasks.calibration_set import calibration_set
@@ -30,17 +31,26 @@ from tasks.engine.publication import alone, begun, end, work_identity
 from tasks.engine.settings import Settings, settings
 from tasks.engine.step import Result, Step, action
 from tasks.engine.store import Entry
-from tasks.engine.streams import Stream, drop_boundaries, start_stream
+from tasks.engine.streams import drop_boundaries, start_stream
 from tasks.engine.tracking import Run, flatten, open_run
+from tasks.engine.version import SOURCE, Version
 from tasks.evaluate import evaluate, summary
 from tasks.evaluation_set import evaluation_set
 from tasks.export import export
+from tasks.learn import (
+    Streams,
+    has_learned_clip,
+    has_learned_transform,
+    has_learning,
+    learn,
+)
 from tasks.load_model import load_model
 from tasks.pack import pack
 from tasks.publish import launch_line, model_card, publish
 from tasks.quantize import Origin, quantize
-from tasks.register import block_points, error_rows, register
+from tasks.register import block_points, error_rows, loss_points, register
 from tasks.report import make_report
+from tasks.rotate import rotate
 from tasks.transform import has_transform, transform
 from tasks.verify import verify
 
@@ -121,21 +131,18 @@ def quantize_model(
 
 
 def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> dict[str, Any]:
-    course, step = Course(), job.steps[-1]
+    course = Course()
     described = course.run(load_model, job)
-    reporter().plan(described.value["blocks"])
+    reporter().plan(described.value["blocks"] * sum(_passes(job)))
     sets: dict[str, Entry] = {}
-    stream = None
     # before the blocks: a text that cannot be had is better found now
     sets["evaluation"] = course.run(evaluation_set, job, job.evaluation).entry
-    if step.calib is not None:
-        sets["calibration"] = course.run(calibration_set, job, step.calib).entry
-        found = sets["calibration"].value["windows"]
-        if found < step.calib.n_samples:
-            log.warning("calib: the text gives %d of %d samples", found, step.calib.n_samples)
-        stream = start_stream(job, sets["calibration"].key)
-    quantized, packed, decided = _blocks(job, run, course, step, stream)
-    exported = course.run(export, job, tuple(p.key for p in packed))
+    calibrated = [_calibration(job, course, step, sets) for step in job.steps]
+    state = State()
+    for step, tokens in zip(job.steps, calibrated, strict=True):
+        state = _apply(job, run, course, step, tokens, state)
+    quantized, packed, decided = state.quantized, state.packed, state.decided
+    exported = course.run(export, job, tuple(p.key for p in packed), state.version)
     digests = _digests(job, quantized)
     verified = course.run(verify, job, exported.key, digests)
     evaluated = course.run(evaluate, job, exported.key, sets["evaluation"].key, job.evaluation)
@@ -163,40 +170,129 @@ def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> di
     }
 
 
-def _blocks(
-    job: Job, run: Run, course: Course, step: ResolvedStep, stream: Stream | None
-) -> tuple[list[Result], list[Result], list[Result]]:
-    """Take every block through its steps; those that the method does not have are left out.
+@dataclass(frozen=True)
+class State:
+    """What the steps of a recipe have come to.
 
-    Returns:
-        what was quantized, packed and decided.
+    Attributes:
+        version: of the model before rounding.
+        clipped: keys of the blocks' clips, which hold until weights are transformed again.
+        quantized: each block's codes, of the newest step that rounded.
+        packed: the blocks as they would be exported.
+        decided: all decisions, in their order.
     """
+
+    version: Version = SOURCE
+    clipped: tuple[str | None, ...] = ()
+    quantized: tuple[Result, ...] = ()
+    packed: tuple[Result, ...] = ()
+    decided: tuple[Result, ...] = ()
+
+
+def _passes(job: Job) -> list[bool]:
+    """Which steps take every block through their hands: all but a rotation that others follow."""
+    return [
+        step.quant.method is not Method.QUAROT or number + 1 == len(job.steps)
+        for number, step in enumerate(job.steps)
+    ]
+
+
+def _calibration(
+    job: Job, course: Course, step: ResolvedStep, sets: dict[str, Entry]
+) -> str | None:
+    """Key of a step's calibration windows, None where it reads none."""
+    if step.calib is None:
+        return None
+    found = course.run(calibration_set, job, step.calib).entry
+    if found.key not in {entry.key for entry in sets.values()}:
+        number = sum(role.startswith("calibration") for role in sets) + 1
+        sets["calibration" if number == 1 else f"calibration-{number}"] = found
+    if found.value["windows"] < step.calib.n_samples:
+        windows = found.value["windows"]
+        log.warning("calib: the text gives %d of %d samples", windows, step.calib.n_samples)
+    return found.key
+
+
+def _apply(
+    job: Job, run: Run, course: Course, step: ResolvedStep, tokens: str | None, state: State
+) -> State:
+    """One step of the recipe: a rotation, or a pass over all blocks."""
+    last = step is job.steps[-1]
+    if step.quant.method is Method.QUAROT:
+        rotated = course.run(rotate, job, step)
+        state = replace(
+            state, version=Version(rotation=rotated.key), decided=(*state.decided, rotated)
+        )
+        if not last:
+            return state
+    return _blocks(job, run, course, step, tokens, state, last)
+
+
+def _blocks(
+    job: Job,
+    run: Run,
+    course: Course,
+    step: ResolvedStep,
+    tokens: str | None,
+    state: State,
+    last: bool,
+) -> State:
+    """Take every block through a step; what the method does not have is left out.
+
+    Blocks are rounded and packed by the last step, and by one whose next block is to see them.
+    """
+    version, quant = state.version, step.quant
+    stream = None if tokens is None else start_stream(job, tokens, version)
+    floats = stream if has_learning(quant) else None
+    rounds = last or (stream is not None and quant.quant_out)
     quantized: list[Result] = []
     packed: list[Result] = []
     decided: list[Result] = []
+    decisions: list[str | None] = []
+    clips: list[str | None] = []
     for block in job.blocks:
-        decision = clipped = None
-        if stream is not None and has_transform(step.quant):
+        decision = None
+        clipped = state.clipped[block] if state.clipped else None
+        if stream is not None and has_transform(quant):
             decided.append(course.run(transform, job, step, stream, block=block))
-            decision = decided[-1].key
-        if stream is not None and has_clip(step.quant):
+            decision, clipped = decided[-1].key, None
+        if stream is not None and floats is not None and has_learning(quant):
+            found = course.run(learn, job, step, Streams(stream, floats), block=block)
+            run.log_points(loss_points(block, found.entry))
+            decided.append(found)
+            decision = found.key if has_learned_transform(quant) else None
+            clipped = found.key if has_learned_clip(quant) else clipped
+        if stream is not None and has_clip(quant):
             decided.append(course.run(clip, job, step, stream, decision, block=block))
             clipped = decided[-1].key
-        origin = Origin(step, stream, decision, clipped)
-        codes = course.run(quantize, job, origin, block=block)
-        shard = course.run(pack, job, origin, block=block)
-        run.log_points(block_points(block, codes.entry))
-        quantized.append(codes)
-        packed.append(shard)
+        decisions.append(decision)
+        clips.append(clipped)
+        through = None
+        if rounds:
+            origin = Origin(step, stream, decision, clipped, version)
+            quantized.append(course.run(quantize, job, origin, block=block))
+            packed.append(course.run(pack, job, origin, block=block))
+            through = packed[-1].key if quant.quant_out else None
+            if last:
+                run.log_points(block_points(block, quantized[-1].entry))
         if stream is not None and block + 1 < len(job.blocks):
-            through = shard.key if step.quant.quant_out else None
             passed = course.run(advance, job, stream, through, block=block)
             stream = stream.after(passed.key, through)
+            if floats is not None:
+                unquantized = course.run(advance, job, floats, None, block=block)
+                floats = floats.after(unquantized.key, None)
         reporter().block_done(block)
-    if stream is not None:
-        drop_boundaries(job, stream)
+    for passed_on in (stream, floats):
+        if passed_on is not None:
+            drop_boundaries(job, passed_on)
     job.memo.clear()
-    return quantized, packed, decided
+    return State(
+        version.after(decisions),
+        tuple(clips),
+        tuple(quantized),
+        tuple(packed),
+        (*state.decided, *decided),
+    )
 
 
 def _digests(job: Job, quantized: Sequence[Result]) -> dict[str, str]:

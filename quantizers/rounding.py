@@ -11,6 +11,7 @@ from quantizers.errors import NonFiniteError
 from quantizers.schemes import Granularity, WeightScheme
 
 __all__ = [
+    "ClipRange",
     "QuantizedWeight",
     "dequantize",
     "expand_scale",
@@ -26,6 +27,10 @@ __all__ = [
 # Entries worked on at once: a slice that stays in a CPU's cache rounds four times faster.
 _CPU_ENTRIES = 1 << 19
 _DEVICE_ENTRIES = 1 << 26
+
+
+# factors on the lower and on the upper end of every range that a scale comes from
+ClipRange = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +172,7 @@ def quantize_weight(
 
 
 def round_to_nearest(
-    weight: Tensor, scheme: WeightScheme, clip: Tensor | None = None
+    weight: Tensor, scheme: WeightScheme, clip: Tensor | ClipRange | None = None
 ) -> QuantizedWeight:
     """Quantize a weight by its own extremes: weight_scales, then quantize_weight.
 
@@ -176,7 +181,8 @@ def round_to_nearest(
     Args:
         weight: (N, K), floating point.
         scheme: the scheme.
-        clip: factors on both extremes, scheme.scale_shape(N, K); 1 where None.
+        clip: factors on the extremes, scheme.scale_shape(N, K): one for both, or a pair for the
+            lower and the upper; 1 where None.
 
     Raises:
         NonFiniteError: weight holds NaN or infinity, or a range that float32 cannot hold.
@@ -187,7 +193,9 @@ def round_to_nearest(
 
 
 def round_group(
-    weights: Sequence[Tensor], scheme: WeightScheme, clips: Sequence[Tensor | None]
+    weights: Sequence[Tensor],
+    scheme: WeightScheme,
+    clips: Sequence[Tensor | ClipRange | None],
 ) -> list[QuantizedWeight]:
     """Quantize linears that a server fuses: one scale for all where a tensor has one.
 
@@ -210,9 +218,10 @@ def round_group(
 
 
 def _finite_scales(
-    weight: Tensor, scheme: WeightScheme, clip: Tensor | None
+    weight: Tensor, scheme: WeightScheme, clip: Tensor | ClipRange | None
 ) -> tuple[Tensor, Tensor | None]:
-    scale, zero_point = weight_scales(weight.detach(), scheme, clip_low=clip, clip_high=clip)
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    scale, zero_point = weight_scales(weight.detach(), scheme, clip_low=low, clip_high=high)
     if not bool(scale.isfinite().all()):
         raise NonFiniteError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity")
     return scale, zero_point

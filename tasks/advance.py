@@ -35,6 +35,6 @@ def advance(
     hidden = pass_block(job, stream, hidden_states(job, stream), packed)
     mean_square = require_finite(hidden, block)
     after = stream.after(advance.key(job, stream, packed, block=block), packed)
-    job.memo.put("stream", after.key, hidden)
+    job.memo.put(after.kind, after.key, hidden)
     keep_boundary(job, after, hidden)
     return {"mean_square": mean_square}

@@ -13,7 +13,7 @@ import torch
 
 from configs.schema import Recipe
 from configs.schemes import export_problems, not_implemented
-from configs.vocabulary import DataName
+from configs.vocabulary import DataName, Method
 from tasks.engine.decoder import STREAM_BYTES
 from tasks.engine.errors import InputError
 from tasks.engine.export_format import export_dtype
@@ -175,8 +175,12 @@ def _check_recipe(recipe: Recipe) -> None:
     problems = [*not_implemented(recipe), *export_problems(recipe)]
     if problems:
         raise InputError(problems[0])
-    if len(steps) > 1:
-        raise InputError("steps: more than one step is not built yet; give one method under quant")
+    rotations = [n for n, step in enumerate(steps) if step.quant.method is Method.QUAROT]
+    if any(rotations):
+        raise InputError(
+            f"steps.{max(rotations)}.quant.method: a rotation turns the whole model before "
+            "anything else is decided; make it the first step, once"
+        )
     if not recipe.save.save_sgl:
         raise InputError("save.save_sgl: false is not built yet; remove it to export for SGLang")
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from configs.schema import Quant, ResolvedStep
-from configs.special_keys import AwqSpecial
+from configs.special_keys import AwqSpecial, GptqSpecial
 from quantizers.channel_transform import transformed_gram
 from quantizers.clipping import range_factors, search_clip_curve
+from quantizers.rounding import ClipRange
 from quantizers.schemes import Granularity
 from tasks.engine.architectures import Architecture, LinearGroup
 from tasks.engine.collect import block_statistics
@@ -26,18 +27,19 @@ from tasks.transform import no_transform
 
 CLIP = "clip.safetensors"
 FACTORS = "factors"
+LEARNED = "learned.safetensors"
 
 
 def has_clip(quant: Quant) -> bool:
     """Whether the method clips weights."""
-    return isinstance(quant.special, AwqSpecial) and quant.special.weight_clip
+    return isinstance(quant.special, AwqSpecial | GptqSpecial) and quant.special.weight_clip
 
 
 def _depends_on(
     job: Job, recipe_step: ResolvedStep, stream: Stream, decision: str | None, block: int
 ) -> dict[str, Any]:
     special = recipe_step.quant.special
-    assert isinstance(special, AwqSpecial)
+    assert isinstance(special, AwqSpecial | GptqSpecial)
     return {
         "steps": special.clip_steps,
         "shrink": special.clip_shrink,
@@ -66,7 +68,7 @@ def clip(
     error if all had taken it; where a scale is shared, that of all who share it.
     """
     special = recipe_step.quant.special
-    assert isinstance(special, AwqSpecial)
+    assert isinstance(special, AwqSpecial | GptqSpecial)
     codes = job.scheme.weight.number_format
     factors = range_factors(codes, special.clip_steps, special.clip_shrink)
     statistics = block_statistics(job, stream, block)
@@ -116,10 +118,19 @@ def _query_and_key(architecture: Architecture) -> set[str]:
     return {architecture.query, architecture.key}
 
 
-def block_clip(job: Job, clipped: str | None) -> Mapping[str, Tensor]:
-    """Clip factors of a block's linears, float32 in the shape of their scales."""
+def block_clip(job: Job, clipped: str | None) -> Mapping[str, ClipRange]:
+    """Factors on both ends of the ranges of a block's linears, searched or learned.
+
+    Float32, in the shape of their scales.
+    """
     if clipped is None:
         return {}
-    tensors = load_tensors(require(job, clipped).file(CLIP), job.device)
+    entry = require(job, clipped)
+    if LEARNED in entry.files:
+        learned = load_tensors(entry.file(LEARNED), job.device)
+        names = [name.removesuffix(".low") for name in learned if name.endswith(".low")]
+        return {name: (learned[f"{name}.low"], learned[f"{name}.high"]) for name in names}
+    tensors = load_tensors(entry.file(CLIP), job.device)
     factors = tensors.pop(FACTORS)
-    return {linear: factors[numbers.int()] for linear, numbers in tensors.items()}
+    searched = {linear: factors[numbers.int()] for linear, numbers in tensors.items()}
+    return {linear: (both, both) for linear, both in searched.items()}

@@ -15,29 +15,32 @@ from tasks.engine.source import INDEX, SINGLE
 from tasks.engine.step import step
 from tasks.engine.store import Draft
 from tasks.engine.text import TOKENIZER_FILES, files_digest
+from tasks.engine.version import SOURCE, Version, outside_tensors
 from tasks.pack import split_into_shards, untouched
 
 # small files that a checkpoint carries beside its weights
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json")
 
 
-def _depends_on(job: Job, packed: Sequence[str]) -> dict[str, Any]:
+def _depends_on(job: Job, packed: Sequence[str], version: Version = SOURCE) -> dict[str, Any]:
     return {
         "blocks": list(packed),
         "config": dict(job.source.config),
         "quantization": quantization_config(job.scheme, job.plan.ignore),
-        "outside": job.source.digest(job.plan.outside),
+        "outside": [job.source.digest(job.plan.outside), version.rotation],
         "companions": files_digest(job.source, COMPANIONS),
     }
 
 
 @step(depends_on=_depends_on, tags=("export",))
-def export(job: Job, draft: Draft, packed: Sequence[str]) -> dict[str, Any]:
+def export(
+    job: Job, draft: Draft, packed: Sequence[str], version: Version = SOURCE
+) -> dict[str, Any]:
     """Link the packed blocks, write the other tensors, the index, the config and the tokenizer."""
     entries = [require(job, key) for key in packed]
     shards = [entry.file(name) for entry in entries for name in sorted(entry.files)]
     outside: dict[str, Tensor] = {
-        name: untouched(tensor, job) for name, tensor in job.source.read(job.plan.outside).items()
+        name: untouched(tensor, job) for name, tensor in outside_tensors(job, version).items()
     }
     groups = split_into_shards(outside)
     total = len(shards) + len(groups)
@@ -55,7 +58,7 @@ def export(job: Job, draft: Draft, packed: Sequence[str]) -> dict[str, Any]:
     if total > 1:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(draft, INDEX, index)
-    _write_json(draft, "config.json", exported_config(job))
+    _write_json(draft, "config.json", exported_config(job, version))
     for companion in COMPANIONS:
         if (job.source.path / companion).is_file():
             # a copy: the source's own file must not share its bytes with the export
@@ -63,13 +66,14 @@ def export(job: Job, draft: Draft, packed: Sequence[str]) -> dict[str, Any]:
     return {"bytes": size, "tensors": len(weight_map), "shards": total}
 
 
-def exported_config(job: Job) -> dict[str, Any]:
+def exported_config(job: Job, version: Version = SOURCE) -> dict[str, Any]:
     """The source's ``config.json`` with the exported dtype and the quantization described."""
     dtype = str(export_dtype(job.dtype)).removeprefix("torch.")
     config = {k: v for k, v in job.source.config.items() if k not in ("auto_map", "torch_dtype")}
     return config | {
         "dtype": dtype,
-        "tie_word_embeddings": job.plan.tied,
+        # a rotated head has taken the final norm, and is no longer the embedding
+        "tie_word_embeddings": job.plan.tied and version.rotation is None,
         "quantization_config": quantization_config(job.scheme, job.plan.ignore),
     }
 

@@ -8,13 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
+from configs.fields import effective
 from configs.schema import ResolvedStep
+from configs.special_keys import GptqSpecial
 from quantizers.channel_transform import transformed_gram
 from quantizers.losses import relative_output_error, relative_weight_error
 from quantizers.output_error import group_input_scale
 from quantizers.rounding import QuantizedWeight, dequantize, round_group
 from tasks.clip import block_clip
 from tasks.engine.collect import block_statistics
+from tasks.engine.feedback import RoundedBlock, feed_back
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job, activation_lineage, require, scheme_lineage
 from tasks.engine.precision import search_products
@@ -61,6 +64,7 @@ def _depends_on(job: Job, origin: Origin, block: int) -> dict[str, Any]:
         "inputs": [activation_lineage(job), str(act.calib_algo), act.percentile]
         if _static(job) and act is not None
         else None,
+        "special": _rounding_keys(origin),
         "linears": list(job.plan.blocks[block].quantized),
         "weights": origin.version.lineage(job, block),
         "decision": origin.decision,
@@ -69,7 +73,20 @@ def _depends_on(job: Job, origin: Origin, block: int) -> dict[str, Any]:
     }
 
 
-@step(depends_on=_depends_on, tags=("quantize",))
+def _rounding_keys(origin: Origin) -> dict[str, Any] | None:
+    """What of the method's keys decides how codes are found."""
+    special = origin.recipe_step.quant.special
+    if not isinstance(special, GptqSpecial):
+        return None
+    searched = ("weight_clip", "clip_query_key", "clip_steps", "clip_shrink")
+    return {key: value for key, value in effective(special).items() if key not in searched}
+
+
+@step(
+    depends_on=_depends_on,
+    code=("quantizers.gptq", "quantizers.scale_refit"),
+    tags=("quantize",),
+)
 def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:
     """Round a block and report the error of each linear; the codes themselves stay in memory.
 
@@ -78,8 +95,10 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
     input scales are the entry's only file.
     """
     weights = transformed_block(job, block, origin.decision, origin.version)
-    codes = block_codes(job, origin, block)
-    grams = _grams(job, origin, block)
+    rounded = rounded_block(job, origin, block)
+    codes = rounded.codes
+    # a method that measures its own inputs reports of those
+    grams = {} if rounded.notes else _grams(job, origin, block)
     scales = _input_scales(job, origin, block)
     linears = {}
     for name, quantized in codes.items():
@@ -88,6 +107,7 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
         report: dict[str, Any] = {
             "weight_error": relative_weight_error(weight, restored),
             "digest": codes_digest(quantized, scales.get(name)),
+            **rounded.notes.get(name, {}),
         }
         if name in grams:
             with search_products(job.device):
@@ -102,17 +122,26 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
 
 def block_codes(job: Job, origin: Origin, block: int) -> Mapping[str, QuantizedWeight]:
     """Codes and scales of a block's linears: from memory, or computed again from their inputs."""
+    return rounded_block(job, origin, block).codes
 
-    def compute() -> dict[str, QuantizedWeight]:
+
+def rounded_block(job: Job, origin: Origin, block: int) -> RoundedBlock:
+    """A block after rounding, from memory, or computed again from its inputs."""
+
+    def compute() -> RoundedBlock:
         tensors = transformed_block(job, block, origin.decision, origin.version)
         clips = block_clip(job, origin.clipped)
+        special = origin.recipe_step.quant.special
+        if isinstance(special, GptqSpecial):
+            assert origin.stream is not None
+            return feed_back(job, special, origin.stream, block, tensors, clips)
         codes: dict[str, QuantizedWeight] = {}
         for group in quantized_groups(job, block):
             weights = [tensors[f"{linear}.weight"] for linear in group.linears]
             clipped = [clips.get(linear) for linear in group.linears]
             rounded = round_group(weights, job.scheme.weight, clipped)
             codes |= dict(zip(group.linears, rounded, strict=True))
-        return codes
+        return RoundedBlock(codes, {})
 
     return job.memo.get("codes", quantize.key(job, origin, block=block), compute)
 

@@ -26,6 +26,15 @@ def block_points(block: int, entry: Entry) -> list[Point]:
     return points
 
 
+def loss_points(block: int, entry: Entry) -> list[Point]:
+    """Metric points of a block that was learned: its loss in every epoch, a curve of its own."""
+    time_ms = int(entry.created * 1000)
+    return [
+        Point(f"loss.block-{block}", loss, epoch, time_ms)
+        for epoch, loss in enumerate(entry.value["loss"])
+    ]
+
+
 def error_rows(blocks: Sequence[Entry]) -> list[dict[str, Any]]:
     """One row per quantized linear of the model."""
     return [

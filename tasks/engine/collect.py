@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from quantizers.errors import NonFiniteError
 from quantizers.statistics import InputStatistics, add_batch, empty_statistics
-from tasks.engine.decoder import micro_batches, run_block
+from tasks.engine.architectures import LinearGroup
+from tasks.engine.decoder import InputHook, micro_batches, run_block
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job
 from tasks.engine.precision import search_products
@@ -32,18 +33,43 @@ def block_statistics(job: Job, stream: Stream, block: int) -> Mapping[str, Input
 
 
 def _collect(job: Job, stream: Stream, block: int) -> dict[str, InputStatistics]:
-    hidden = hidden_states(job, stream)
     tensors = version_block(job, stream.version, block)
+    return observe(job, stream, block, tensors, job.plan.architecture.groups)
+
+
+def observe(
+    job: Job,
+    stream: Stream,
+    block: int,
+    tensors: Mapping[str, Tensor],
+    groups: Sequence[LinearGroup],
+    on_input: InputHook | None = None,
+) -> dict[str, InputStatistics]:
+    """Statistics of the inputs of groups, in a pass that ends where the last of them is known.
+
+    Args:
+        job: the run.
+        stream: the hidden states that enter the block.
+        block: its number.
+        tensors: of the block, as it is to be run.
+        groups: those that are observed.
+        on_input: what becomes of the inputs of the linears of all other groups.
+    """
+    hidden = hidden_states(job, stream)
     weights = {name: t.to(job.compute_dtype) for name, t in tensors.items()}
     # how inputs are rounded matters where they are
     draw = job.scheme.activation is not None
     sample = sampled_rows(hidden.shape[0] * hidden.shape[1])
     # linears of a group share one input: the first of them sees it
-    first = {group.linears[0]: group.name for group in job.plan.architecture.groups}
+    first = {group.linears[0]: group.name for group in groups}
+    observed = {linear for group in groups for linear in group.linears}
+    others = tuple(n for n in job.plan.blocks[block].quantized if n not in observed)
     collected: dict[str, InputStatistics] = {}
     missing: set[str] = set()
 
     def see(linear: str, x: Tensor) -> Tensor:
+        if linear not in first:
+            return x if on_input is None else on_input(linear, x)
         name = first[linear]
         missing.discard(name)
         before = collected.get(name) or empty_statistics(x.shape[-1], x.device)
@@ -65,7 +91,7 @@ def _collect(job: Job, stream: Stream, block: int) -> dict[str, InputStatistics]
         arguments = block_arguments(job, batch.shape[0], batch.shape[1])[block]
         missing.update(first.values())
         with suppress(_AllSeen):
-            run_block(module, weights, batch.to(job.device), arguments, tuple(first), see)
+            run_block(module, weights, batch.to(job.device), arguments, (*first, *others), see)
     return collected
 
 

@@ -136,6 +136,8 @@ def run_block(
     arguments: Mapping[str, Any],
     linears: Sequence[str] = (),
     on_input: InputHook | None = None,
+    *,
+    gradients: bool = False,
 ) -> Tensor:
     """Run one block on hidden states (B, T, D) with the given weights.
 
@@ -146,11 +148,12 @@ def run_block(
         arguments: what :meth:`Decoder.embed` gave for this block.
         linears: names of the linears whose input ``on_input`` sees.
         on_input: called with a linear's name and its input; what it returns is the input used.
+        gradients: whether they flow to weights and hidden states.
 
     Returns:
         Hidden states (B, T, D) after the block.
     """
-    with torch.no_grad(), _hooked(block, linears, on_input):
+    with torch.set_grad_enabled(gradients), _hooked(block, linears, on_input):
         # strict: a weight that is missing would be read from memory that nobody wrote
         output = torch.func.functional_call(
             block, dict(weights), (hidden,), dict(arguments), strict=True

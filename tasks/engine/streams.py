@@ -72,6 +72,12 @@ class Stream:
         return hashlib.sha256(f"{self.tokens} {self.origin}".encode()).hexdigest()
 
     @property
+    def kind(self) -> str:
+        """Which of the streams that run side by side it is, for the memory."""
+        unquantized = self.links and self.links[-1].packed is None
+        return "stream before rounding" if unquantized else "stream"
+
+    @property
     def block(self) -> int:
         """Number of the block that these hidden states enter."""
         return len(self.links)
@@ -98,7 +104,7 @@ def hidden_states(job: Job, stream: Stream) -> Tensor:
 
     Taken from memory, from a boundary on disk, or made again from the newest one before.
     """
-    return job.memo.get("stream", stream.key, lambda: _find_or_make(job, stream))
+    return job.memo.get(stream.kind, stream.key, lambda: _find_or_make(job, stream))
 
 
 def _find_or_make(job: Job, stream: Stream) -> Tensor:
@@ -120,8 +126,8 @@ def _find_or_make(job: Job, stream: Stream) -> Tensor:
 
 
 def _kept(job: Job, stream: Stream) -> Tensor | None:
-    if job.memo.has("stream", stream.key):
-        kept: Tensor = job.memo.get("stream", stream.key, _never)
+    if job.memo.has(stream.kind, stream.key):
+        kept: Tensor = job.memo.get(stream.kind, stream.key, _never)
         return kept
     entry = job.store.get(boundary_key(stream))
     return None if entry is None else load_tensors(entry.file(HIDDEN))["hidden"]

@@ -1,0 +1,181 @@
+"""Rounding a block with GPTQ: group after group, each seeing what the ones before it became."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.special_keys import GptqSpecial
+from quantizers.gptq import GramFactor, factorize, gptq
+from quantizers.losses import relative_output_error, row_errors
+from quantizers.rounding import ClipRange, QuantizedWeight, dequantize, round_group, weight_scales
+from quantizers.scale_refit import refit_scales
+from quantizers.schemes import Granularity, WeightScheme
+from quantizers.statistics import InputStatistics
+from tasks.engine.architectures import LinearGroup
+from tasks.engine.collect import block_statistics, observe
+from tasks.engine.folding import quantized_groups
+from tasks.engine.job import Job
+from tasks.engine.precision import search_products
+from tasks.engine.streams import Stream, activation_hook
+
+log = logging.getLogger("blockquant")
+
+Parameters = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedBlock:
+    """Codes of a block's linears, and what their rounding has to report, by linear."""
+
+    codes: Mapping[str, QuantizedWeight]
+    notes: Mapping[str, dict[str, Any]]
+
+
+def feed_back(
+    job: Job,
+    special: GptqSpecial,
+    stream: Stream,
+    block: int,
+    tensors: Mapping[str, Tensor],
+    clips: Mapping[str, ClipRange],
+) -> RoundedBlock:
+    """Round a block's linears with GPTQ.
+
+    A matrix that no damping makes positive definite leaves its linears rounded to nearest.
+
+    Args:
+        job: the run.
+        special: GPTQ's keys.
+        stream: the hidden states that enter the block.
+        block: its number.
+        tensors: of the block, before rounding.
+        clips: factors on the ranges that scales come from, by linear.
+    """
+    codes: dict[str, QuantizedWeight] = {}
+    notes: dict[str, dict[str, Any]] = {}
+    current = dict(tensors)
+    activation = job.scheme.activation
+    hook = activation_hook(activation) if activation is not None and activation.dynamic else None
+    for group in quantized_groups(job, block):
+        if special.true_sequential:
+            statistics = observe(job, stream, block, current, (group,), hook)[group.name]
+        else:
+            statistics = block_statistics(job, stream, block)[group.name]
+        factor = factorize(
+            statistics.gram_mean(), percdamp=special.percdamp, actorder=special.actorder
+        )
+        weights = [tensors[f"{linear}.weight"].float() for linear in group.linears]
+        clipped = [clips.get(linear) for linear in group.linears]
+        _warn(job, block, group, statistics, factor, special)
+        if factor is None:
+            rounded = round_group(weights, job.scheme.weight, clipped)
+        else:
+            rounded = _round_group(weights, clipped, factor, statistics, job.scheme.weight, special)
+        for linear, weight, quantized in zip(group.linears, weights, rounded, strict=True):
+            restored = dequantize(quantized, job.scheme.weight)
+            current[f"{linear}.weight"] = restored
+            codes[linear] = quantized
+            with search_products(job.device):
+                error = relative_output_error(weight, restored, statistics.gram_mean())
+            notes[linear] = {
+                "output_error": error,
+                "tokens": statistics.tokens,
+                "damping": None if factor is None else factor.damping,
+            }
+    return RoundedBlock(codes, notes)
+
+
+def _warn(
+    job: Job,
+    block: int,
+    group: LinearGroup,
+    statistics: InputStatistics,
+    factor: GramFactor | None,
+    special: GptqSpecial,
+) -> None:
+    place = job.plan.blocks[block].prefix + group.linears[0]
+    columns = statistics.total.shape[0]
+    if statistics.tokens < columns:
+        log.warning(
+            "%s: %d calibration tokens for %d input features: their Gram matrix has rank %d at "
+            "most; use more samples",
+            *(place, statistics.tokens, columns, statistics.tokens),
+        )
+    if factor is None:
+        log.warning("%s: no damping makes its Gram matrix regular; rounded to nearest", place)
+    elif factor.damping > special.percdamp:
+        log.warning("%s: damping raised to %g of the mean diagonal", place, factor.damping)
+
+
+def _round_group(
+    weights: Sequence[Tensor],
+    clips: Sequence[ClipRange | None],
+    factor: GramFactor,
+    statistics: InputStatistics,
+    scheme: WeightScheme,
+    special: GptqSpecial,
+) -> list[QuantizedWeight]:
+    """Codes of linears that share their inputs."""
+    pairs = [clip or (None, None) for clip in clips]
+    if scheme.granularity is Granularity.TENSOR:
+        low, high = pairs[0]
+        stacked = torch.cat(list(weights))
+        scale, zero = weight_scales(stacked, scheme, clip_low=low, clip_high=high)
+        # each its own copy: files hold no tensor twice
+        scales: list[Parameters | None] = [(scale.clone(), zero) for _ in weights]
+    elif scheme.granularity is Granularity.GROUP and not special.static_groups:
+        scales = [None for _ in weights]
+    else:
+        scales = [
+            weight_scales(weight, scheme, clip_low=low, clip_high=high)
+            for weight, (low, high) in zip(weights, pairs, strict=True)
+        ]
+    return [
+        _refitted(weight, factor, statistics, scheme, given, special)
+        for weight, given in zip(weights, scales, strict=True)
+    ]
+
+
+def _refitted(
+    weight: Tensor,
+    factor: GramFactor,
+    statistics: InputStatistics,
+    scheme: WeightScheme,
+    parameters: Parameters | None,
+    special: GptqSpecial,
+) -> QuantizedWeight:
+    """Codes of one linear; scales and codes improved in turns as often as asked."""
+    best = gptq(weight, factor, scheme, parameters, block_size=special.blocksize)
+    gram = statistics.gram_mean()
+    for _ in range(special.refit_scales):
+        scale = refit_scales(weight, best, gram, scheme)
+        found = gptq(weight, factor, scheme, (scale, best.zero_point), block_size=special.blocksize)
+        best = _better_rows(weight, best, found, gram, scheme)
+    return best
+
+
+def _better_rows(
+    weight: Tensor,
+    first: QuantizedWeight,
+    second: QuantizedWeight,
+    gram: Tensor,
+    scheme: WeightScheme,
+) -> QuantizedWeight:
+    """Row by row, the codes that lose less."""
+    errors = [row_errors(dequantize(q, scheme) - weight, gram) for q in (first, second)]
+    better = (errors[1] < errors[0])[:, None]
+    zero = first.zero_point
+    return QuantizedWeight(
+        # float8 knows no where
+        torch.where(better, second.codes.view(torch.int8), first.codes.view(torch.int8)).view(
+            first.codes.dtype
+        ),
+        torch.where(better, second.scale, first.scale),
+        zero,
+    )
