@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from configs.fields import Count, Fraction, NoEffect, NotHashed, Section, choice
 from configs.vocabulary import ClipVersion, Importance, Method, RotateMode, TransVersion
@@ -108,9 +108,22 @@ class GptqSpecial(Section):
     online_rotate: OnlineRotate = False
     fp32_had: Annotated[bool, _FLOAT64] = False
 
+    @model_validator(mode="after")
+    def _clipped_scales_are_found_before(self) -> Self:
+        if self.weight_clip and not self.static_groups:
+            raise ValueError(
+                "weight_clip searches the scales before the first column is rounded: write "
+                "static_groups: true, or weight_clip: false"
+            )
+        return self
+
 
 class OmniQuantSpecial(Section):
-    """OmniQuant (arXiv 2308.13137): learned clipping and learned channel scales."""
+    """OmniQuant (arXiv 2308.13137): learned clipping and learned channel scales.
+
+    search_clip_init starts from a clip search of the step's own; search_scale_init starts let from
+    AWQ's scales, else from SmoothQuant's with alpha.
+    """
 
     aug_loss: bool = False
     lwc: bool = True
@@ -123,10 +136,16 @@ class OmniQuantSpecial(Section):
     epochs: Annotated[Count, Field(ge=1)] = 5
     wd: Annotated[Fraction, Field(ge=0)] = 0.0
     search_clip_init: bool = False
-    load_clip: bool = False
-    clip_path: str | None = None
+    load_clip: Annotated[bool, _STORED] = False
+    clip_path: Annotated[str | None, _STORED] = None
     search_scale_init: bool = False
-    scale_path: str | None = None
+    scale_path: Annotated[str | None, _STORED] = None
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> Self:
+        if not self.lwc and not self.let:
+            raise ValueError("lwc and let are both false: nothing is learned; write lwc: true")
+        return self
 
 
 class QuarotSpecial(Section):

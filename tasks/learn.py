@@ -13,6 +13,7 @@ from torch import Tensor
 from configs.fields import effective
 from configs.schema import Quant, ResolvedStep
 from configs.special_keys import OmniQuantSpecial
+from quantizers import awq, os_plus
 from quantizers.activations import quantize_dequantize_activation
 from quantizers.channel_transform import ChannelTransform
 from quantizers.clipping import range_factors, search_clip
@@ -21,16 +22,17 @@ from quantizers.omniquant import Learnable, clip_of, fake_quantize, starting_log
 from quantizers.omniquant import learn as descend
 from quantizers.smoothquant import smoothing_scale
 from tasks.clip import LEARNED
+from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics
 from tasks.engine.decoder import InputHook, micro_batches, run_block
 from tasks.engine.export_format import export_dtype
 from tasks.engine.folding import (
-    Transforms,
     apply_transforms,
     head_dim,
     is_norm,
     quantized_groups,
     realizer,
+    shift_of,
     to_tensors,
 )
 from tasks.engine.job import Job, activation_lineage, scheme_lineage
@@ -39,6 +41,7 @@ from tasks.engine.step import step
 from tasks.engine.store import Draft
 from tasks.engine.streams import Stream, block_arguments, hidden_states, pass_block
 from tasks.engine.version import DECISION, version_block
+from tasks.transform import GroupInputs, group_problem
 
 log = logging.getLogger("blockquant")
 
@@ -95,27 +98,35 @@ def learn(
 
     The value holds the loss of every epoch.
     """
-    special = recipe_step.quant.special
+    quant, special = recipe_step.quant, recipe_step.quant.special
     assert isinstance(special, OmniQuantSpecial)
-    logits = _start(job, special, streams.quantized, block) if special.lwc else {}
-    scales = _starting_scales(job, special, streams.quantized, block) if special.let else {}
-    kept = {linear: tuple(end.detach().clone() for end in ends) for linear, ends in logits.items()}
-    kept_scales = {name: scale.detach().clone() for name, scale in scales.items()}
-    loss_of, batches = _objective(job, streams, block, logits, scales)
-    learnable = [Learnable(list(scales.values()), special.let_lr)] if special.let else []
-    if special.lwc:
-        ends = [end for pair in logits.values() for end in pair]
-        learnable.append(Learnable(ends, special.lwc_lr))
+    stream = streams.quantized
+    tensors = version_block(job, stream.version, block)
+    logits = _start(job, special, stream, block) if special.lwc else {}
+    channels = _starting_channels(job, quant, special, stream, block) if special.let else {}
+    kept = {
+        linear: (low.detach().clone(), high.detach().clone())
+        for linear, (low, high) in logits.items()
+    }
+    kept_channels = {name: moved.copy() for name, moved in channels.items()}
+    learnable = [
+        Learnable([leaf for m in channels.values() for leaf in m.leaves], special.let_lr),
+        Learnable([end for pair in logits.values() for end in pair], special.lwc_lr),
+    ]
+    loss_of, batches = _objective(job, special, streams, block, logits, channels)
     losses, fell_back = [], False
     try:
         losses = descend(
-            learnable, loss_of, batches, epochs=special.epochs, weight_decay=special.wd
+            [part for part in learnable if part.parameters],
+            loss_of,
+            batches,
+            epochs=special.epochs,
+            weight_decay=special.wd,
         )
     except NonFiniteError as error:
         fell_back = True
-        log.warning("block %d: %s; it keeps the clip that learning started from", block, error)
-        logits = {linear: (pair[0], pair[1]) for linear, pair in kept.items()}
-        scales = kept_scales
+        log.warning("block %d: %s; it keeps what learning started from", block, error)
+        logits, channels = kept, kept_channels
     if special.lwc:
         named = {
             f"{linear}.{end}": clip_of(value.detach())
@@ -124,43 +135,57 @@ def learn(
         }
         draft.save_tensors(LEARNED, named)
     if special.let:
-        draft.save_tensors(DECISION, to_tensors(_realized(job, streams.quantized, block, scales)))
+        with torch.no_grad():
+            exact = _transforms(job, block, tensors, channels, exact=True)
+        draft.save_tensors(DECISION, to_tensors(exact))
     return {"loss": losses, "fell_back": fell_back, "batches": batches}
 
 
 def _objective(
     job: Job,
+    special: OmniQuantSpecial,
     streams: Streams,
     block: int,
     logits: Mapping[str, tuple[Tensor, Tensor]],
-    scales: Mapping[str, Tensor],
+    channels: Mapping[str, Moved],
 ) -> tuple[Callable[[int], Tensor], int]:
-    """The loss of a micro-batch by its number, and how many there are."""
-    tensors = version_block(job, streams.quantized.version, block)
-    hidden = hidden_states(job, streams.quantized)
-    targets = pass_block(job, streams.float, hidden_states(job, streams.float), None)
-    inputs, wanted = micro_batches(hidden, job.device), micro_batches(targets, job.device)
-    architecture, head = job.plan.architecture, head_dim(job)
-    linears = job.plan.blocks[block].quantized
-    hook, scheme = _straight_through(job), job.scheme.weight
+    """The loss of a micro-batch by its number, and how many there are.
 
-    def loss_of(batch: int) -> Tensor:
-        transforms = {name: ChannelTransform(scale.exp()) for name, scale in scales.items()}
-        current = apply_transforms(tensors, transforms, architecture, head, torch.float32)
+    With aug_loss, the block is held to its output on the unquantized stream from there, too.
+    """
+    tensors = version_block(job, streams.quantized.version, block)
+    floats = hidden_states(job, streams.float)
+    targets = micro_batches(pass_block(job, streams.float, floats, None), job.device)
+    sides = [micro_batches(hidden_states(job, streams.quantized), job.device)]
+    if special.aug_loss:
+        sides.append(micro_batches(floats, job.device))
+    linears, scheme = job.plan.blocks[block].quantized, job.scheme.weight
+    hook, module = _straight_through(job), job.decoder.blocks[block]
+
+    def rounded() -> dict[str, Tensor]:
+        transforms = _transforms(job, block, tensors, channels, exact=False)
+        current = apply_transforms(
+            tensors, transforms, job.plan.architecture, head_dim(job), torch.float32
+        )
         for linear in linears:
             weight = current[f"{linear}.weight"]
             low = high = torch.ones(scheme.scale_shape(*weight.shape), device=job.device)
             if linear in logits:
                 low, high = (clip_of(end) for end in logits[linear])
             current[f"{linear}.weight"] = fake_quantize(weight, scheme, low, high)
-        weights = {name: t.to(job.compute_dtype) for name, t in current.items()}
-        x = inputs[batch].to(job.device)
-        arguments = block_arguments(job, x.shape[0], x.shape[1])[block]
-        module = job.decoder.blocks[block]
-        found = run_block(module, weights, x, arguments, linears, hook, gradients=True)
-        return (found.float() - wanted[batch].to(job.device).float()).square().mean()
+        return {name: tensor.to(job.compute_dtype) for name, tensor in current.items()}
 
-    return loss_of, len(inputs)
+    def loss_of(batch: int) -> Tensor:
+        weights, target = rounded(), targets[batch].to(job.device).float()
+        arguments = block_arguments(job, *target.shape[:2])[block]
+        loss = torch.zeros((), device=job.device)
+        for inputs in sides:
+            x = inputs[batch].to(job.device)
+            found = run_block(module, weights, x, arguments, linears, hook, gradients=True)
+            loss = loss + (found.float() - target).square().mean()
+        return loss
+
+    return loss_of, len(targets)
 
 
 def _straight_through(job: Job) -> InputHook | None:
@@ -196,28 +221,72 @@ def _start(
     return logits
 
 
-def _starting_scales(
-    job: Job, special: OmniQuantSpecial, stream: Stream, block: int
-) -> dict[str, Tensor]:
-    """Logarithms of SmoothQuant's factors for the groups that a norm feeds, as leaves."""
-    tensors, statistics = (
-        version_block(job, stream.version, block),
-        block_statistics(job, stream, block),
-    )
-    scales = {}
-    for group in quantized_groups(job, block):
-        if is_norm(job.plan.architecture, group):
-            weights = [tensors[f"{linear}.weight"] for linear in group.linears]
-            start = smoothing_scale(statistics[group.name].absmax, weights, special.alpha)
-            scales[group.name] = start.log().requires_grad_()
-    return scales
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """What is learned of a group's channels: leaves, of which the scale is the exponential."""
+
+    log_scale: Tensor
+    shift: Tensor | None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """All that gradient descent changes."""
+        return [self.log_scale] if self.shift is None else [self.log_scale, self.shift]
+
+    def copy(self) -> Moved:
+        """The values as they are now."""
+        shift = None if self.shift is None else self.shift.detach().clone()
+        return Moved(self.log_scale.detach().clone(), shift)
 
 
-def _realized(job: Job, stream: Stream, block: int, scales: Mapping[str, Tensor]) -> Transforms:
-    """Learned scales as their norms can take them."""
+def _moved_groups(job: Job, block: int) -> list[LinearGroup]:
+    """The groups whose channels are scaled: those fed by a norm, and attention's output."""
+    architecture = job.plan.architecture
+    return [
+        group
+        for group in quantized_groups(job, block)
+        if is_norm(architecture, group) or group.fed_by == architecture.value
+    ]
+
+
+def _starting_channels(
+    job: Job, quant: Quant, special: OmniQuantSpecial, stream: Stream, block: int
+) -> dict[str, Moved]:
+    """SmoothQuant's factors, or AWQ's where asked, and shifts where biases take them."""
     tensors = version_block(job, stream.version, block)
-    groups = {group.name: group for group in quantized_groups(job, block)}
-    return {
-        name: ChannelTransform(realizer(job, block, groups[name], tensors)(scale.detach().exp()))
-        for name, scale in scales.items()
-    }
+    statistics = block_statistics(job, stream, block)
+    found: dict[str, Moved] = {}
+    for group in _moved_groups(job, block):
+        inputs = statistics[group.name]
+        problem = group_problem(job, quant, GroupInputs(block, group, tensors, inputs))
+        start = smoothing_scale(inputs.absmax, problem.weights, special.alpha)
+        if special.search_scale_init:
+            with search_products(job.device):
+                start = awq.search(problem, realizer(job, block, group, tensors))[0].scale
+        shift = None
+        if special.use_shift:
+            shift = shift_of(job, group, tensors, os_plus.middle(inputs))
+        found[group.name] = Moved(
+            start.log().requires_grad_(),
+            None if shift is None else shift.detach().clone().requires_grad_(),
+        )
+    return found
+
+
+def _transforms(
+    job: Job, block: int, tensors: Mapping[str, Tensor], channels: Mapping[str, Moved], exact: bool
+) -> dict[str, ChannelTransform]:
+    """The transforms of learned channels; ``exact`` ones are those that norms can take."""
+    transforms: dict[str, ChannelTransform] = {}
+    for group in _moved_groups(job, block):
+        if group.name not in channels:
+            continue
+        moved = channels[group.name]
+        scale, shift = moved.log_scale.exp(), moved.shift
+        # rounding to what a norm can store has no gradient
+        if exact or not is_norm(job.plan.architecture, group):
+            scale = realizer(job, block, group, tensors)(scale)
+        if shift is not None:
+            shift = shift_of(job, group, tensors, shift)
+        transforms[group.name] = ChannelTransform(scale, shift)
+    return transforms
