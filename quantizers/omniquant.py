@@ -1,5 +1,6 @@
 """OmniQuant (arXiv 2308.13137): clipping and channel scales learned by gradient descent."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -86,36 +87,59 @@ def learn(
     epochs: int,
     weight_decay: float = 0.0,
 ) -> list[float]:
-    """Minimize a loss with AdamW, all batches in their order in every epoch.
+    """Minimize a loss with AdamW, all batches in their order in every epoch; keep what was best.
+
+    The loss is measured before the first step and after every epoch: rounding jumps where
+    gradients see a slope, so that a start that a search has found may be better than all that
+    follows.
 
     Args:
-        learnable: what is learned, changed in place; the caller keeps a copy of the start.
+        learnable: what is learned, changed in place.
         loss_of: the scalar loss of a batch by its number, under the parameters as they are.
         batches: how many there are.
         epochs: passes over all batches.
         weight_decay: AdamW's.
 
     Returns:
-        the mean loss of every epoch, each batch's before its step.
+        the mean loss before the first epoch and after each: epochs + 1 numbers. The parameters are
+        those of the least of them.
 
     Raises:
-        NonFiniteError: a loss is NaN or infinite.
+        NonFiniteError: a loss is NaN or infinite; the parameters are those of the least so far.
     """
     optimizer = torch.optim.AdamW(
         [{"params": list(part.parameters), "lr": part.learning_rate} for part in learnable],
         weight_decay=weight_decay,
     )
-    losses: list[float] = []
-    for epoch in range(epochs):
-        total = 0.0
-        for batch in range(batches):
-            optimizer.zero_grad()
-            loss = loss_of(batch)
-            value = float(loss.detach())
-            if not torch.isfinite(loss.detach()):
-                raise NonFiniteError(f"the loss is {value} in epoch {epoch + 1}")
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            total += value
-        losses.append(total / batches)
+    leaves = [leaf for part in learnable for leaf in part.parameters]
+    best = [leaf.detach().clone() for leaf in leaves]
+    try:
+        losses = [_mean_loss(loss_of, batches)]
+        for epoch in range(epochs):
+            for batch in range(batches):
+                optimizer.zero_grad()
+                loss = loss_of(batch)
+                _require_finite(float(loss.detach()), epoch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            losses.append(_mean_loss(loss_of, batches, epoch))
+            if losses[-1] == min(losses):
+                best = [leaf.detach().clone() for leaf in leaves]
+    finally:
+        with torch.no_grad():
+            for leaf, value in zip(leaves, best, strict=True):
+                leaf.copy_(value)
     return losses
+
+
+@torch.no_grad()
+def _mean_loss(loss_of: Callable[[int], Tensor], batches: int, epoch: int = 0) -> float:
+    losses = [float(loss_of(batch)) for batch in range(batches)]
+    for loss in losses:
+        _require_finite(loss, epoch)
+    return sum(losses) / batches
+
+
+def _require_finite(loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"the loss is {loss} in epoch {epoch + 1}")

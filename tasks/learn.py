@@ -93,10 +93,9 @@ def learn(
     """Learn factors on both ends of every range, and maybe channel scales, by gradient descent.
 
     The loss is the mean squared difference of the quantized block's output and that of the block
-    before rounding on the stream that was never quantized. A loss that is no number leaves the
-    block at its start.
+    before rounding on the stream that was never quantized. A loss that is no number ends it.
 
-    The value holds the loss of every epoch.
+    The value holds the loss before the first epoch and after each; the least of them is kept.
     """
     quant, special = recipe_step.quant, recipe_step.quant.special
     assert isinstance(special, OmniQuantSpecial)
@@ -104,11 +103,6 @@ def learn(
     tensors = version_block(job, stream.version, block)
     logits = _start(job, special, stream, block) if special.lwc else {}
     channels = _starting_channels(job, quant, special, stream, block) if special.let else {}
-    kept = {
-        linear: (low.detach().clone(), high.detach().clone())
-        for linear, (low, high) in logits.items()
-    }
-    kept_channels = {name: moved.copy() for name, moved in channels.items()}
     learnable = [
         Learnable([leaf for m in channels.values() for leaf in m.leaves], special.let_lr),
         Learnable([end for pair in logits.values() for end in pair], special.lwc_lr),
@@ -125,8 +119,7 @@ def learn(
         )
     except NonFiniteError as error:
         fell_back = True
-        log.warning("block %d: %s; it keeps what learning started from", block, error)
-        logits, channels = kept, kept_channels
+        log.warning("block %d: %s; it keeps what was best before", block, error)
     if special.lwc:
         named = {
             f"{linear}.{end}": clip_of(value.detach())
@@ -232,11 +225,6 @@ class Moved:
     def leaves(self) -> list[Tensor]:
         """All that gradient descent changes."""
         return [self.log_scale] if self.shift is None else [self.log_scale, self.shift]
-
-    def copy(self) -> Moved:
-        """The values as they are now."""
-        shift = None if self.shift is None else self.shift.detach().clone()
-        return Moved(self.log_scale.detach().clone(), shift)
 
 
 def _moved_groups(job: Job, block: int) -> list[LinearGroup]:

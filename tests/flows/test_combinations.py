@@ -93,7 +93,7 @@ def test_the_loss_of_learning_is_tracked(
     run = result["mlflow"]["run"]
     for block in range(2):
         curve = client.get_metric_history(run, f"loss.block-{block}")
-        assert [point.step for point in curve] == [0, 1, 2]
+        assert [point.step for point in curve] == [0, 1, 2, 3]
         assert all(0 < point.value < 1 for point in curve)
     names = {a.path for a in client.list_artifacts(run, "decisions")}
     assert {"decisions/transform", "decisions/learn"} <= names
