@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from configs.fields import NoEffect, Section
 from configs.schema import Recipe, needs_calibration
+from configs.vocabulary import WeightAlgorithm
 
 __all__ = ["ineffective_keys", "ineffective_reasons"]
 
@@ -42,6 +43,8 @@ def _unused(recipe: Recipe) -> Iterator[tuple[str, str]]:
     quants = [("quant", recipe.quant)] if recipe.quant is not None else []
     quants += [(f"steps.{i}.quant", step.quant) for i, step in enumerate(recipe.steps or ())]
     for path, quant in quants:
+        if quant.weight.calib_algo is WeightAlgorithm.LEARNABLE:
+            yield f"{path}.weight.calib_algo", "the method decides what is learned"
         if "quant_out" in quant.model_fields_set and not needs_calibration(quant):
             yield f"{path}.quant_out", reason
         if quant.act is not None and not quant.act.static:

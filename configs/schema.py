@@ -21,9 +21,8 @@ from configs.fields import (
     choice,
     effective,
 )
-from configs.special_keys import SPECIAL_KEYS, NoSpecial, Special
+from configs.special_keys import SPECIAL_KEYS, GptqSpecial, NoSpecial, Special
 from configs.vocabulary import (
-    IMPLEMENTED_METHODS,
     METHODS_WITHOUT_CALIBRATION,
     ActAlgorithm,
     ActGranularity,
@@ -36,7 +35,6 @@ from configs.vocabulary import (
 )
 
 __all__ = [
-    "IMPLEMENTED_METHODS",
     "Act",
     "Base",
     "Calibration",
@@ -56,7 +54,6 @@ Data = TypeVar("Data", Calibration, Evaluation)
 _FOLLOWS = NotHashed("follows from bit")
 _QTORCH = NoEffect("torch has native float8")
 _STE = NoEffect("rounding is straight-through wherever a method learns")
-_ALGORITHM = NoEffect("the method decides")
 _QMAX = NoEffect("it never had one in LLMC either")
 
 
@@ -110,7 +107,8 @@ class Weight(_Numbers):
         )
     )
     need_pack: bool = False
-    calib_algo: Annotated[WeightAlgorithm | None, choice(WeightAlgorithm), _ALGORITHM] = None
+    # Where a method searches or learns a linear's ranges, those are taken.
+    calib_algo: Annotated[WeightAlgorithm, choice(WeightAlgorithm)] = WeightAlgorithm.MINMAX
 
     @model_validator(mode="before")
     @classmethod
@@ -198,6 +196,18 @@ class Quant(Section):
         return _special_of(info.data).model_validate(value) if "method" in info.data else {}
 
     @model_validator(mode="after")
+    def _searched_ranges_are_used(self) -> Quant:
+        special = self.special
+        on_the_way = isinstance(special, GptqSpecial) and not special.static_groups
+        grouped = self.weight.granularity is WeightGranularity.PER_GROUP
+        if on_the_way and grouped and self.weight.calib_algo is WeightAlgorithm.MSE:
+            raise ValueError(
+                "weight.calib_algo mse searches ranges before the first column is rounded: write "
+                "special.static_groups: true, or calib_algo: minmax"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _number_formats_agree(self) -> Quant:
         for name, section in (("weight", self.weight), ("act", self.act)):
             declared = section.quant_type or self.quant_type if section is not None else None
@@ -226,10 +236,14 @@ class Step(Section):
 
 
 class Save(Section):
-    """What is written; only the checkpoint for SGLang is."""
+    """What is published; whatever is made is measured all the same.
 
-    save_sgl: bool = True
-    save_trans: Annotated[bool, NoEffect("steps of one recipe need no file between them")] = False
+    save_sgl: the quantized checkpoint. save_trans: the model before rounding, as the steps left it,
+    in the folder transformed_model; with it alone nothing is rounded for an export.
+    """
+
+    save_trans: bool = False
+    save_sgl: bool = Field(default_factory=lambda data: not data.get("save_trans"))
     save_fake: Annotated[bool, NoEffect("evaluation reads the export itself")] = False
     save_path: str | None = None
 

@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from configs.fields import effective
-from configs.schema import IMPLEMENTED_METHODS, Act, Quant, Recipe, Weight
+from configs.schema import Act, Quant, Recipe, Weight
 from configs.special_keys import GptqSpecial
 from configs.vocabulary import (
     ActAlgorithm,
     ActGranularity,
     FloatFormat,
-    WeightAlgorithm,
     WeightGranularity,
 )
 
-__all__ = ["export_problems", "not_implemented", "scheme_name"]
+__all__ = ["export_problems", "not_implemented", "scheme_name", "unserved"]
 
 _MARLIN_GROUP_SIZES = (32, 64, 128)
 _FP8_BLOCK = 128
@@ -58,13 +57,6 @@ def not_implemented(recipe: Recipe) -> list[str]:
     """Return one line for each thing the schema knows and no code computes yet."""
     lines = []
     for place, quant in _quants(recipe):
-        if quant.method not in IMPLEMENTED_METHODS:
-            known = ", ".join(sorted(IMPLEMENTED_METHODS))
-            lines.append(f"{place}.method: {quant.method} is not implemented yet; use {known}")
-        if quant.weight.calib_algo is WeightAlgorithm.MSE:
-            lines.append(
-                f"{place}.weight.calib_algo: the mse search is not implemented; write minmax"
-            )
         act = quant.act
         if act is not None and act.static and act.calib_algo not in _STATIC_RANGES:
             known = ", ".join(str(algorithm) for algorithm in _STATIC_RANGES if algorithm)
@@ -83,6 +75,17 @@ def export_problems(recipe: Recipe) -> list[str]:
     quants = _quants(recipe)
     place, last = quants[-1]
     return [*_disagreements(quants), *(f"{place}.{problem}" for problem in _problems(last))]
+
+
+def unserved(recipe: Recipe) -> str | None:
+    """Say why an export that is good for something else is not for SGLang, or None if it is."""
+    place, quant = _quants(recipe)[-1]
+    if quant.act is None and not quant.weight.is_float and not quant.weight.need_pack:
+        return (
+            f"{place}.weight.need_pack: false: unpacked codes are read by transformers only, not "
+            "by SGLang; write need_pack: true to serve the export"
+        )
+    return None
 
 
 def _quants(recipe: Recipe) -> list[tuple[str, Quant]]:
@@ -104,8 +107,9 @@ def _disagreements(quants: list[tuple[str, Quant]]) -> Iterator[str]:
 
 
 def _numbers(section: Weight | Act | None) -> dict[str, Any] | None:
-    # Only the last step packs.
-    return None if section is None else effective(section) | {"need_pack": None}
+    # Only the last step packs, and only one that rounds looks for ranges.
+    same = {"need_pack": None, "calib_algo": None}
+    return None if section is None else effective(section) | same
 
 
 def _problems(quant: Quant) -> Iterator[str]:
@@ -145,11 +149,6 @@ def _weight_only_problems(weight: Weight) -> Iterator[str]:
     if weight.bit == 8 and not weight.symmetric:
         # Loads, then fails in the kernel: Marlin has zero points for 4 bits only.
         yield "weight.symmetric: asymmetric 8 bit weights are not served: write symmetric: true"
-    if not weight.need_pack:
-        yield (
-            "weight.need_pack: unpacked codes are read by transformers only, not by SGLang: "
-            "write need_pack: true"
-        )
 
 
 def _int8_problems(weight: Weight, act: Act) -> Iterator[str]:

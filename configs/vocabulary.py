@@ -5,7 +5,6 @@ from __future__ import annotations
 from enum import StrEnum
 
 __all__ = [
-    "IMPLEMENTED_METHODS",
     "METHODS_WITHOUT_CALIBRATION",
     "ActAlgorithm",
     "ActGranularity",
@@ -37,20 +36,6 @@ class Method(StrEnum):
     OMNIQUANT = "OmniQuant"
     QUAROT = "Quarot"
 
-
-# The schema knows every method of the seed document; the rest are refused before any work.
-IMPLEMENTED_METHODS = frozenset(
-    {
-        Method.RTN,
-        Method.IDENTITY,
-        Method.AWQ,
-        Method.GPTQ,
-        Method.SMOOTHQUANT,
-        Method.OSPLUS,
-        Method.OMNIQUANT,
-        Method.QUAROT,
-    }
-)
 
 # The rotation of Quarot is drawn from the seed, and round to nearest looks at weights only.
 METHODS_WITHOUT_CALIBRATION = frozenset({Method.RTN, Method.QUAROT})
@@ -88,7 +73,7 @@ class ActGranularity(StrEnum):
 
 
 class WeightAlgorithm(StrEnum):
-    """LLMC's ``calib_algo`` of weights."""
+    """LLMC's ``calib_algo`` of weights; learnable reads as minmax, for a method that learns."""
 
     MINMAX = "minmax"
     MSE = "mse"

@@ -371,13 +371,17 @@ def _show_result(result: dict[str, Any]) -> None:
     found = sum(step["cached"] for step in result["steps"])
     line = f"{result['scheme']}: {summary(result['metrics'])}"
     out.print(line, highlight=False, soft_wrap=True)
+    place = result["checkpoint"] or "the store only (save.save_sgl: false)"
     out.print(
-        f"{result['bytes'] / 1e6:.1f} MB in {result['checkpoint']} "
+        f"{result['bytes'] / 1e6:.1f} MB in {place} "
         f"({len(result['steps'])} steps, {found} found in the store)",
         highlight=False,
         soft_wrap=True,
     )
-    out.print(f"serve it: {result['launch']}", highlight=False, soft_wrap=True)
+    if result["launch"]:
+        out.print(f"serve it: {result['launch']}", highlight=False, soft_wrap=True)
+    elif result["unserved"]:
+        out.print(f"not served: {result['unserved']}", highlight=False, soft_wrap=True)
     out.print(
         f"look at it: {mlflow_line(result['mlflow']['uri'])}", highlight=False, soft_wrap=True
     )

@@ -8,10 +8,22 @@ from torch import Tensor
 
 from quantizers.losses import row_errors
 from quantizers.number_formats import NumberFormat
-from quantizers.rounding import quantize_dequantize_weight, scales_of, weight_extremes
+from quantizers.rounding import (
+    ClipRange,
+    expand_scale,
+    quantize_dequantize_weight,
+    scales_of,
+    weight_extremes,
+)
 from quantizers.schemes import Granularity, WeightScheme
 
-__all__ = ["clip_factors", "range_factors", "search_clip", "search_clip_curve"]
+__all__ = [
+    "clamp_to_range",
+    "clip_factors",
+    "range_factors",
+    "search_clip",
+    "search_clip_curve",
+]
 
 _CPU_ENTRIES = 1 << 20
 _DEVICE_ENTRIES = 1 << 26
@@ -44,7 +56,9 @@ def range_factors(number_format: NumberFormat, steps: int = 10, shrink: float = 
     return factors
 
 
-def search_clip(weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor) -> Tensor:
+def search_clip(
+    weight: Tensor, gram: Tensor | None, scheme: WeightScheme, factors: Tensor
+) -> Tensor:
     """Numbers of the clip factors with the least output error, one per scale.
 
     A factor multiplies both ends of the range that a scale comes from. The error of a row's group
@@ -54,7 +68,8 @@ def search_clip(weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Ten
     Args:
         weight: (N, K), floating point, after any transform; the stacked weights of a group of
             linears where they share one scale.
-        gram: (K, K) float32, the inputs' Gram matrix, after the transform too.
+        gram: (K, K) float32, the inputs' Gram matrix, after the transform too; None: the squared
+            error of the weight itself.
         scheme: the weights' scheme.
         factors: (steps,), at most 256.
 
@@ -68,11 +83,11 @@ def search_clip(weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Ten
 
 
 def search_clip_curve(
-    weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor
+    weight: Tensor, gram: Tensor | None, scheme: WeightScheme, factors: Tensor
 ) -> tuple[Tensor, Tensor]:
     """search_clip, and the error of the whole weight under each factor, (steps,) float64."""
     columns = weight.shape[1]
-    if tuple(gram.shape) != (columns, columns):
+    if gram is not None and tuple(gram.shape) != (columns, columns):
         raise ValueError(f"gram has shape {tuple(gram.shape)}, not ({columns}, {columns})")
     if len(factors) > 256:
         raise ValueError(f"{len(factors)} clip factors: their numbers are stored in a byte")
@@ -84,8 +99,33 @@ def search_clip_curve(
     return torch.cat([chosen for chosen, _ in found]), torch.stack([e for _, e in found]).sum(0)
 
 
+def clamp_to_range(weight: Tensor, scheme: WeightScheme, clip: ClipRange) -> Tensor:
+    """A weight whose own extremes are those that clip factors make of them.
+
+    Args:
+        weight: (N, K), floating point.
+        scheme: the scheme.
+        clip: factors on the lower and on the upper extremes, scheme.scale_shape(N, K) each; where
+            they are symmetric, the wider end is the range.
+
+    Returns:
+        (N, K) float32; factors above 1 leave it as it is.
+
+    Raises:
+        ValueError: weight does not suit the scheme.
+    """
+    rows, columns = weight.shape
+    ends = weight_extremes(weight, scheme)
+    low, high = (end * factor.to(torch.float32) for end, factor in zip(ends, clip, strict=True))
+    if scheme.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    low, high = (expand_scale(end, scheme, rows, columns) for end in (low, high))
+    return weight.to(torch.float32).clamp(low, high)
+
+
 def _search(
-    weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor
+    weight: Tensor, gram: Tensor | None, scheme: WeightScheme, factors: Tensor
 ) -> tuple[Tensor, Tensor]:
     shape = scheme.scale_shape(*weight.shape)
     work = weight.to(torch.float32)
@@ -106,12 +146,14 @@ def _search(
     return chosen, torch.stack(curve)
 
 
-def _errors(difference: Tensor, gram: Tensor, scheme: WeightScheme) -> Tensor:
+def _errors(difference: Tensor, gram: Tensor | None, scheme: WeightScheme) -> Tensor:
     """The error of everything that shares a scale, in the shape of the scales."""
     columns = difference.shape[1]
     width = min(scheme.width(columns), columns)
     parts = [
-        row_errors(part, gram[start : start + width, start : start + width])
+        part.square().sum(1)
+        if gram is None
+        else row_errors(part, gram[start : start + width, start : start + width])
         for start, part in zip(
             range(0, columns, width), torch.split(difference, width, dim=1), strict=True
         )

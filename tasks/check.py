@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,31 +12,24 @@ import psutil
 import torch
 
 from configs.schema import Recipe
-from configs.schemes import export_problems, not_implemented
-from configs.vocabulary import DataName, Method
-from tasks.engine.decoder import STREAM_BYTES
+from configs.schemes import export_problems, not_implemented, unserved
+from configs.vocabulary import Method
 from tasks.engine.errors import InputError
-from tasks.engine.export_format import export_dtype
-from tasks.engine.generate import BATCH
 from tasks.engine.hub import fetched, is_hub_id, look_up
 from tasks.engine.job import Job
 from tasks.engine.memo import Memo
 from tasks.engine.plan import require_fit, require_sizes
+from tasks.engine.prediction import Prediction, predict, sampled
 from tasks.engine.publication import REPORT, begun, work_identity
 from tasks.engine.settings import settings
 from tasks.engine.source import Source, free_bytes, open_source
 from tasks.engine.store import Store
-from tasks.engine.streams import KEPT_BOUNDARIES
 from tasks.engine.tracking import check_uri
 from tasks.engine.windows import check_section
 from tasks.publish import staging_folder
 
-# what Python, torch, transformers, MLflow and Prefect hold before any tensor
-LIBRARY_BYTES = 900 * 2**20
-START_SECONDS = 12.0
-DISK_BYTES_PER_SECOND = 1e9
-# launching the operations of one block for one token: as on two CPU cores; a guess for a GPU
-BLOCK_CALL_SECONDS = {"cpu": 0.002, "cuda": 0.0005}
+log = logging.getLogger("blockquant")
+
 # bytes of a name and of a path, as Linux has them; below a path are files of ours
 LONGEST_NAME = 255
 LONGEST_PATH = 4095 - 2 * 256
@@ -56,19 +49,8 @@ class Request:
     overwrite: bool = False
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What a run will cost: bytes and seconds."""
-
-    export_bytes: int
-    store_bytes: int
-    peak_memory_bytes: int
-    device_bytes: int
-    seconds: float
-
-
-def output_folder(recipe: Recipe, name: str, model: str | None, output: str | None) -> Path:
-    """Return the folder to publish, absolute.
+def output_folder(recipe: Recipe, name: str, model: str | None, output: str | None) -> Path | None:
+    """Return the folder to publish, absolute; None where the recipe publishes nothing.
 
     Args:
         recipe: the recipe, whose ``save.save_path`` serves where no output is given.
@@ -76,6 +58,8 @@ def output_folder(recipe: Recipe, name: str, model: str | None, output: str | No
         model: the model, where it is not the recipe's.
         output: what was asked for; by default named after model and recipe, where one stands.
     """
+    if not recipe.save.save_sgl and not recipe.save.save_trans:
+        return None
     named = output or recipe.save.save_path
     if named is None:
         source = Path(model or recipe.model.path or "model").expanduser().absolute()
@@ -130,6 +114,8 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
         if step.calib is not None:
             check_section(source, step.calib)
     check_section(source, job.evaluation)
+    if job.quantizes and (reason := unserved(request.recipe)):
+        log.warning(reason)
     prediction = predict(job)
     _check_room(job, request, prediction)
     named = _named_model(request)
@@ -181,8 +167,6 @@ def _check_recipe(recipe: Recipe) -> None:
             f"steps.{max(rotations)}.quant.method: a rotation turns the whole model before "
             "anything else is decided; make it the first step, once"
         )
-    if not recipe.save.save_sgl:
-        raise InputError("save.save_sgl: false is not built yet; remove it to export for SGLang")
 
 
 def _check_places(request: Request) -> None:
@@ -241,99 +225,6 @@ def _check_overwritten(request: Request, source: Source) -> None:
         )
 
 
-def predict(job: Job) -> Prediction:
-    """Predict the size of the export, the peak of memory and the time of a run."""
-    export = _export_bytes(job)
-    sizes = job.source.tensors
-    numbers = {name: info.size // info.dtype.itemsize for name, info in sizes.items()}
-    blocks = [sum(numbers[n] for n in b.full(b.tensors)) for b in job.plan.blocks]
-    embedding = numbers[job.plan.architecture.embedding]
-    width = job.compute_dtype.itemsize
-    stream = _calibration_tokens(job) * int(job.source.config["hidden_size"]) * width
-    # two models are evaluated side by side, on a CPU in float32
-    evaluated = 4 if job.device == "cpu" else width
-    evaluation = _evaluation_tokens(job) * int(job.source.config["hidden_size"]) * 2 * evaluated
-    columns = max(
-        (sizes[name].shape[1] for b in job.plan.blocks for name in b.full(b.weights)), default=0
-    )
-    # one block as read, in the compute dtype and restored; the head; a Gram matrix in float32
-    device = 3 * max(blocks) * width + embedding * width + (4 * columns * columns if stream else 0)
-    peak = LIBRARY_BYTES + 2 * stream + min(evaluation, 2 * STREAM_BYTES)
-    peak += device if job.device == "cpu" else 0
-    forward = 2.0 * sum(blocks) * (2 * _calibration_tokens(job) + 2 * _evaluation_tokens(job))
-    forward += 2.0 * 2 * embedding * _evaluation_tokens(job)
-    read = sum(info.size for info in sizes.values())
-    seconds = START_SECONDS + forward / _throughput(job.device)
-    seconds += (3 * read + export) / DISK_BYTES_PER_SECOND
-    seconds += _sampling_seconds(job, sum(numbers.values()))
-    if job.device != "cpu" and _sampled(job):
-        # sampling text needs the whole model on the device
-        device = max(device, read)
-    boundaries = (KEPT_BOUNDARIES + 1) * stream
-    return Prediction(export, export + boundaries, int(peak), device, seconds)
-
-
-def _sampled(job: Job) -> list[tuple[int, int]]:
-    """Windows and their length of the texts that the model writes itself."""
-    calibration = [s.calib for s in job.steps if s.calib is not None]
-    asked = [(c.name, c.n_samples, c.seq_len) for c in calibration]
-    asked.append((job.evaluation.name, job.evaluation.windows or 0, job.evaluation.seq_len))
-    return [(n, length) for name, n, length in asked if name is DataName.SELF_GENERATED]
-
-
-def _sampling_seconds(job: Job, parameters: int) -> float:
-    """Time of sampling: each token of a batch is a pass through the whole model."""
-    kind = torch.device(job.device).type
-    seconds = 0.0
-    for windows, length in _sampled(job):
-        batches = -(-windows // BATCH)
-        per_step = batches * len(job.plan.blocks) * BLOCK_CALL_SECONDS[kind]
-        per_step += 2.0 * parameters * windows / _throughput(job.device)
-        seconds += length * per_step
-    return seconds
-
-
-def _calibration_tokens(job: Job) -> int:
-    return sum(
-        step.calib.n_samples * step.calib.seq_len for step in job.steps if step.calib is not None
-    )
-
-
-def _evaluation_tokens(job: Job) -> int:
-    # where all windows are asked for, a text of the size of WikiText-2's test set is assumed
-    return (job.evaluation.windows or 150) * job.evaluation.seq_len
-
-
-def _export_bytes(job: Job) -> int:
-    width = export_dtype(job.dtype).itemsize
-    total = 0
-    for block in job.plan.blocks:
-        for name in block.tensors:
-            info = job.source.tensors[block.prefix + name]
-            if name in block.weights:
-                rows, columns = info.shape
-                expected = job.scheme.expected(rows, columns).values()
-                total += sum(_count(shape) * dtype.itemsize for dtype, shape in expected)
-            else:
-                total += _count(info.shape) * width
-    return total + sum(_count(job.source.tensors[n].shape) * width for n in job.plan.outside)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
-
-
-def _throughput(device: str, size: int = 512) -> float:
-    """Floating point operations per second of a small matrix product, measured."""
-    left = torch.ones(size, size, device=device)
-    torch.mm(left, left)
-    start = time.perf_counter()
-    for _ in range(4):
-        result = torch.mm(left, left)
-    _ = float(result[0, 0])
-    return 4 * 2 * size**3 / max(time.perf_counter() - start, 1e-6)
-
-
 def _available_memory(device: str) -> int:
     if device == "cpu":
         return int(psutil.virtual_memory().available)
@@ -350,7 +241,7 @@ def _check_room(job: Job, request: Request, prediction: Prediction) -> None:
     allowed = job.memory if job.device != "cpu" else request.memory
     if allowed is not None and prediction.device_bytes > allowed:
         what, mend = "one block and the head take", "allow as much"
-        if job.device != "cpu" and _sampled(job):
+        if job.device != "cpu" and sampled(job):
             what, mend = "the model, which writes its own text, takes", "name a text file instead"
         raise InputError(
             f"--memory: {what} about {prediction.device_bytes / 1e6:.1f} MB on {request.device}, "

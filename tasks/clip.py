@@ -10,8 +10,9 @@ from torch import Tensor
 
 from configs.schema import Quant, ResolvedStep
 from configs.special_keys import AwqSpecial, GptqSpecial
+from configs.vocabulary import WeightAlgorithm
 from quantizers.channel_transform import transformed_gram
-from quantizers.clipping import range_factors, search_clip_curve
+from quantizers.clipping import range_factors, search_clip, search_clip_curve
 from quantizers.rounding import ClipRange
 from quantizers.schemes import Granularity
 from tasks.engine.architectures import Architecture, LinearGroup
@@ -28,6 +29,8 @@ from tasks.transform import no_transform
 CLIP = "clip.safetensors"
 FACTORS = "factors"
 LEARNED = "learned.safetensors"
+# LLMC's grid for calib_algo mse: a hundred steps, of which eighty are walked
+MSE_STEPS, MSE_SHRINK = 80, 0.8
 
 
 def has_clip(quant: Quant) -> bool:
@@ -100,6 +103,33 @@ def clip(
         for linear, numbers in chosen.items()
     }
     return {"factors": factors.tolist(), "chosen": counts, "errors": errors}
+
+
+def rounding_ranges(
+    job: Job, quant: Quant, block: int, tensors: Mapping[str, Tensor], clipped: str | None
+) -> Mapping[str, ClipRange]:
+    """Factors on the ranges that a block's scales come from, in the shape of the scales.
+
+    Those that were decided; for other linears, with calib_algo mse, those with the least squared
+    error of the weight. A linear without has its own extremes.
+    """
+    decided = block_clip(job, clipped)
+    if quant.weight.calib_algo is not WeightAlgorithm.MSE:
+        return decided
+    found = dict(decided)
+    scheme = job.scheme.weight
+    factors = range_factors(scheme.number_format, MSE_STEPS, MSE_SHRINK).to(job.device)
+    for group in quantized_groups(job, block):
+        free = [linear for linear in group.linears if linear not in decided]
+        weights = [tensors[f"{linear}.weight"] for linear in free]
+        if scheme.granularity is Granularity.TENSOR and len(free) == len(group.linears):
+            shared = factors[search_clip(torch.cat(weights), None, scheme, factors).int()]
+            found |= dict.fromkeys(free, (shared, shared))
+        elif scheme.granularity is not Granularity.TENSOR:
+            for linear, weight in zip(free, weights, strict=True):
+                best = factors[search_clip(weight, None, scheme, factors).int()]
+                found[linear] = (best, best)
+    return found
 
 
 def clipped_linears(job: Job, group: LinearGroup, query_and_key: bool) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Assemble the checkpoint that SGLang loads, inside the store; publishing it is another step."""
+"""Assemble a checkpoint inside the store, quantized or not; publishing it is another step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,30 @@ def export(
     job: Job, draft: Draft, packed: Sequence[str], version: Version = SOURCE
 ) -> dict[str, Any]:
     """Link the packed blocks, write the other tensors, the index, the config and the tokenizer."""
-    entries = [require(job, key) for key in packed]
+    return _assemble(job, draft, packed, version, exported_config(job, version))
+
+
+def _transformed_depends_on(job: Job, blocks: Sequence[str], version: Version) -> dict[str, Any]:
+    return {
+        "blocks": list(blocks),
+        "config": dict(job.source.config),
+        "outside": [job.source.digest(job.plan.outside), version.rotation],
+        "companions": files_digest(job.source, COMPANIONS),
+    }
+
+
+@step(depends_on=_transformed_depends_on, tags=("export",))
+def export_transformed(
+    job: Job, draft: Draft, blocks: Sequence[str], version: Version
+) -> dict[str, Any]:
+    """Assemble a checkpoint of blocks before rounding, the ones of :mod:`tasks.transformed`."""
+    return _assemble(job, draft, blocks, version, unquantized_config(job, version))
+
+
+def _assemble(
+    job: Job, draft: Draft, blocks: Sequence[str], version: Version, config: dict[str, Any]
+) -> dict[str, Any]:
+    entries = [require(job, key) for key in blocks]
     shards = [entry.file(name) for entry in entries for name in sorted(entry.files)]
     outside: dict[str, Tensor] = {
         name: untouched(tensor, job) for name, tensor in outside_tensors(job, version).items()
@@ -58,7 +81,7 @@ def export(
     if total > 1:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(draft, INDEX, index)
-    _write_json(draft, "config.json", exported_config(job, version))
+    _write_json(draft, "config.json", config)
     for companion in COMPANIONS:
         if (job.source.path / companion).is_file():
             # a copy: the source's own file must not share its bytes with the export
@@ -68,13 +91,18 @@ def export(
 
 def exported_config(job: Job, version: Version = SOURCE) -> dict[str, Any]:
     """The source's ``config.json`` with the exported dtype and the quantization described."""
+    quantization = quantization_config(job.scheme, job.plan.ignore)
+    return unquantized_config(job, version) | {"quantization_config": quantization}
+
+
+def unquantized_config(job: Job, version: Version = SOURCE) -> dict[str, Any]:
+    """The source's ``config.json`` with the exported dtype."""
     dtype = str(export_dtype(job.dtype)).removeprefix("torch.")
     config = {k: v for k, v in job.source.config.items() if k not in ("auto_map", "torch_dtype")}
     return config | {
         "dtype": dtype,
         # a rotated head has taken the final norm, and is no longer the embedding
         "tie_word_embeddings": job.plan.tied and version.rotation is None,
-        "quantization_config": quantization_config(job.scheme, job.plan.ignore),
     }
 
 

@@ -39,11 +39,16 @@ def pack(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:
             packed |= {f"{plan.prefix}{linear}.{part}": t for part, t in members.items()}
         else:
             packed[plan.prefix + name] = untouched(tensor, job)
-    shards = split_into_shards(packed)
+    return save_shards(draft, packed)
+
+
+def save_shards(draft: Draft, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write a block's tensors into as many files as it takes; how many, and their bytes."""
+    shards = split_into_shards(tensors)
     for number, names in enumerate(shards):
         file = "block.safetensors" if len(shards) == 1 else f"block-{number}.safetensors"
-        draft.save_tensors(file, {n: packed[n] for n in names}, {"format": "pt"})
-    return {"tensors": len(packed), "bytes": sum(_size(t) for t in packed.values())}
+        draft.save_tensors(file, {n: tensors[n] for n in names}, {"format": "pt"})
+    return {"tensors": len(tensors), "bytes": sum(_size(t) for t in tensors.values())}
 
 
 def untouched(tensor: Tensor, job: Job) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -13,19 +12,25 @@ from typing import Any
 from tasks.engine.errors import InputError
 from tasks.engine.publication import REPORT, begin, publication_key
 from tasks.engine.store import Entry, Store, checksum, link_or_copy
+from tasks.report import report_text
 
 CARD = "README.md"
+
+
+# where in an output the quantized checkpoint lies, and the model before rounding
+QUANTIZED = "."
+TRANSFORMED = "transformed_model"
 
 
 def publish(
     store: Store,
     identity: str,
-    entry: Entry,
+    entries: Mapping[str, Entry],
     report: Mapping[str, Any],
     output: Path,
     overwrite: bool,
 ) -> str:
-    """Put the export at ``output``: the folder is there as a whole, or not at all.
+    """Put exports, by their folders in it, at ``output``: it is there as a whole, or not at all.
 
     Files are hard links to the store where both lie on one disk, else copies whose checksums are
     compared. A folder that holds these very bytes already stays: a run that was killed after
@@ -38,7 +43,7 @@ def publish(
     output = output.absolute()
     with store.lock(publication_key(output)):
         try:
-            return _publish(store, identity, entry, report, output, overwrite)
+            return _publish(store, identity, entries, report, output, overwrite)
         except BaseException:
             shutil.rmtree(staging_folder(output), ignore_errors=True)
             raise
@@ -52,7 +57,7 @@ def staging_folder(output: Path) -> Path:
 def _publish(
     store: Store,
     identity: str,
-    entry: Entry,
+    entries: Mapping[str, Entry],
     report: Mapping[str, Any],
     output: Path,
     overwrite: bool,
@@ -61,12 +66,13 @@ def _publish(
     replaced = output.with_name(f".{output.name}.blockquant-old")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    for name, stored in entry.files.items():
-        copied = link_or_copy(entry.file(name), staging / name)
-        if not copied.samefile(entry.file(name)) and checksum(copied) != stored.checksum:
-            raise OSError(f"{copied}: the copy differs from the export; is the disk full?")
-    text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False)
-    (staging / REPORT).write_text(text + "\n", encoding="utf-8")
+    for folder, entry in entries.items():
+        (staging / folder).mkdir(exist_ok=True)
+        for name, stored in entry.files.items():
+            copied = link_or_copy(entry.file(name), staging / folder / name)
+            if not copied.samefile(entry.file(name)) and checksum(copied) != stored.checksum:
+                raise OSError(f"{copied}: the copy differs from the export; is the disk full?")
+    (staging / REPORT).write_text(report_text(report), encoding="utf-8")
     (staging / CARD).write_text(model_card(report), encoding="utf-8")
     if _same_files(staging, output):
         shutil.rmtree(staging)
@@ -84,23 +90,30 @@ def _publish(
 
 
 def _same_files(one: Path, other: Path) -> bool:
-    names = {path.name for path in one.iterdir()}
-    if not other.is_dir() or names != {path.name for path in other.iterdir()}:
+    names = _files(one)
+    if not other.is_dir() or names != _files(other):
         return False
     return all(
-        (one / name).samefile(other / name)
-        or ((other / name).is_file() and checksum(one / name) == checksum(other / name))
+        (one / name).samefile(other / name) or checksum(one / name) == checksum(other / name)
         for name in names
     )
+
+
+def _files(folder: Path) -> set[Path]:
+    """Paths of all files in a folder and its folders, relative to it."""
+    return {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
 
 
 def model_card(report: Mapping[str, Any]) -> str:
     """Write the model card of an export from its report."""
     metrics = report["metrics"]
+    layout, how = "safetensors", "transformed, not quantized"
+    if report["format"] is not None:
+        layout, how = f"compressed-tensors, {report['format']}", f"quantized to {report['scheme']}"
     rows = [
         ("scheme", report["scheme"]),
         ("method", report["method"]),
-        ("format", f"compressed-tensors, {report['format']}"),
+        ("format", layout),
         ("source", f"{report['source']['name']} (digest {report['source']['digest']})"),
         ("size", f"{report['bytes'] / 1e6:.1f} MB"),
         ("calibrated on", report["calibration"] or "nothing"),
@@ -111,29 +124,30 @@ def model_card(report: Mapping[str, Any]) -> str:
         ("top-1 agreement", f"{metrics['top1_agreement']:.2%}"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    launch = launch_line(Path("."), report)
+    serving = report["unserved"] if launch is None else f"Serve it:\n\n```\n{launch}\n```"
     return f"""---
 tags: [blockquant, compressed-tensors, {report["scheme"].lower().replace(" ", "-")}]
 ---
-# {report["source"]["name"]}, quantized to {report["scheme"]}
+# {report["source"]["name"]}, {how}
 
-Quantized with blockquant {report["versions"]["blockquant"]}; the figures were
+Made with blockquant {report["versions"]["blockquant"]}; the figures were
 measured on this checkpoint after reopening it from disk, with activations quantized as SGLang does.
 
 | | |
 |---|---|
 {table}
 
-Serve it:
-
-```
-{launch_line(Path("."))}
-```
+{serving}
 
 `{REPORT}` holds the recipe, the versions, the metrics and the error of every linear.
 """
 
 
-def launch_line(checkpoint: Path) -> str:
-    """The command that serves a checkpoint with SGLang on this machine."""
-    path = shlex.quote(str(checkpoint))
+def launch_line(checkpoint: Path, report: Mapping[str, Any]) -> str | None:
+    """The command that serves a published folder with SGLang on this machine, if that serves it."""
+    if report["unserved"]:
+        return None
+    folder = checkpoint / (QUANTIZED if report["format"] else TRANSFORMED)
+    path = shlex.quote(str(folder))
     return f"python -m sglang.launch_server --model-path {path} --host 127.0.0.1 --port 30000"

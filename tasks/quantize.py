@@ -11,11 +11,12 @@ from torch import Tensor
 from configs.fields import effective
 from configs.schema import ResolvedStep
 from configs.special_keys import GptqSpecial
+from configs.vocabulary import WeightAlgorithm
 from quantizers.channel_transform import transformed_gram
 from quantizers.losses import relative_output_error, relative_weight_error
 from quantizers.output_error import group_input_scale
 from quantizers.rounding import QuantizedWeight, dequantize, round_group
-from tasks.clip import block_clip
+from tasks.clip import rounding_ranges
 from tasks.engine.collect import block_statistics
 from tasks.engine.feedback import RoundedBlock, feed_back
 from tasks.engine.folding import quantized_groups
@@ -58,6 +59,7 @@ class Origin:
 
 def _depends_on(job: Job, origin: Origin, block: int) -> dict[str, Any]:
     act = origin.recipe_step.quant.act
+    mse = origin.recipe_step.quant.weight.calib_algo is WeightAlgorithm.MSE
     return {
         "method": str(origin.recipe_step.quant.method),
         "scheme": scheme_lineage(job),
@@ -65,6 +67,7 @@ def _depends_on(job: Job, origin: Origin, block: int) -> dict[str, Any]:
         if _static(job) and act is not None
         else None,
         "special": _rounding_keys(origin),
+        "ranges": "mse" if mse else "minmax",
         "linears": list(job.plan.blocks[block].quantized),
         "weights": origin.version.lineage(job, block),
         "decision": origin.decision,
@@ -84,7 +87,7 @@ def _rounding_keys(origin: Origin) -> dict[str, Any] | None:
 
 @step(
     depends_on=_depends_on,
-    code=("quantizers.gptq", "quantizers.scale_refit"),
+    code=("quantizers.clipping", "quantizers.gptq", "quantizers.scale_refit"),
     tags=("quantize",),
 )
 def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:
@@ -130,7 +133,7 @@ def rounded_block(job: Job, origin: Origin, block: int) -> RoundedBlock:
 
     def compute() -> RoundedBlock:
         tensors = transformed_block(job, block, origin.decision, origin.version)
-        clips = block_clip(job, origin.clipped)
+        clips = rounding_ranges(job, origin.recipe_step.quant, block, tensors, origin.clipped)
         special = origin.recipe_step.quant.special
         if isinstance(special, GptqSpecial):
             assert origin.stream is not None

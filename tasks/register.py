@@ -9,6 +9,7 @@ from typing import Any
 from tasks.engine.publication import REPORT
 from tasks.engine.store import Entry
 from tasks.engine.tracking import Point, Run
+from tasks.report import report_text
 
 
 def block_points(block: int, entry: Entry) -> list[Point]:
@@ -55,7 +56,7 @@ def register(
     blocks: Sequence[Entry],
     decided: Sequence[Entry],
     sets: Mapping[str, Entry],
-    location: str,
+    location: str | None,
     seconds: Mapping[str, float],
     log: Path | None = None,
 ) -> None:
@@ -67,7 +68,7 @@ def register(
         blocks: the quantize entry of each block.
         decided: the entries of transforms and clips, block after block.
         sets: calibration and evaluation sets by their role.
-        location: the published folder.
+        location: the published folder, None for a run that only measures.
         seconds: time of each kind of step in this process.
         log: the run's log file.
     """
@@ -82,7 +83,7 @@ def register(
     run.log_points(points)
     run.log_table(error_rows(blocks), "errors.json")
     _log_decisions(run, [*decided, *blocks])
-    run.log_file(Path(location) / REPORT)
+    run.log_text(report_text(report), REPORT)
     for role, entry in sets.items():
         run.log_file(entry.file("tokens.safetensors"), role)
         run.log_input(str(entry.value["name"]), entry.key, entry.value, role)
@@ -90,7 +91,7 @@ def register(
         run.log_file(log)
     run.set_tags(
         {
-            "checkpoint": location,
+            "checkpoint": location or "not published",
             "source.digest": str(report["source"]["digest"]),
             "scheme": str(report["scheme"]),
             "served": "no",

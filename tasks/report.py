@@ -2,58 +2,87 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from configs.schemes import scheme_name
+from configs.schemes import scheme_name, unserved
 from tasks.engine.job import Job
 from tasks.engine.store import Entry
+
+
+@dataclass(frozen=True)
+class Product:
+    """A checkpoint in the store, verified and measured.
+
+    Attributes:
+        exported: the export's entry.
+        verified: what was verified.
+        evaluated: what was measured.
+    """
+
+    exported: Entry
+    verified: Entry
+    evaluated: Entry
 
 
 def make_report(
     job: Job,
     blocks: Sequence[Entry],
-    exported: Entry,
-    verified: Entry,
-    evaluated: Entry,
+    products: Mapping[str, Product],
     sets: Mapping[str, Entry],
 ) -> dict[str, Any]:
     """Everything that belongs to the checkpoint; no place, no time: those differ by run.
 
     Args:
         job: the run.
-        blocks: the quantize entry of each block.
-        exported: the export's entry.
-        verified: what was verified.
-        evaluated: what was measured.
-        sets: ``evaluation`` and, where the method reads one, ``calibration``.
+        blocks: the quantize entry of each block; none where nothing was quantized.
+        products: by their folders; the first of them is what the report is about.
+        sets: ``evaluation`` and those that were calibrated on.
     """
     linears = {
         plan.prefix + name: linear
-        for plan, entry in zip(job.plan.blocks, blocks, strict=True)
+        for plan, entry in zip(job.plan.blocks, blocks, strict=bool(blocks))
         for name, linear in entry.value["linears"].items()
     }
+    (_, main), *others = products.items()
+    calibration = [_described(sets[role]) for role in sorted(sets) if role != "evaluation"]
     return {
-        "scheme": scheme_name(job.steps[-1].quant),
+        "scheme": scheme_name(job.steps[-1].quant) if job.quantizes else "not quantized",
         "method": " then ".join(str(step.quant.method) for step in job.steps),
-        "format": job.scheme.format,
+        "format": job.scheme.format if job.quantizes else None,
         "recipe": _without_places(job.recipe.canonical()),
         "source": {
             "name": job.source.name,
             "digest": job.source.digest(job.source.tensors),
         },
         "versions": {"blockquant": version("blockquant"), **job.fingerprint},
-        "bytes": exported.value["bytes"],
+        "bytes": main.exported.value["bytes"],
         "ignored": list(job.plan.ignored),
-        "calibration": _described(sets["calibration"]) if "calibration" in sets else None,
+        "calibration": "; ".join(calibration) or None,
         "evaluation": _described(sets["evaluation"]),
         "evaluation_tokens": sets["evaluation"].key,
-        "metrics": evaluated.value,
-        "verification": verified.value,
+        "metrics": main.evaluated.value,
+        "verification": main.verified.value,
+        "unserved": unserved(job.recipe) if job.quantizes else None,
         "linears": linears,
+        **{
+            folder: {
+                "bytes": other.exported.value["bytes"],
+                "metrics": other.evaluated.value,
+                "verification": other.verified.value,
+            }
+            for folder, other in others
+        },
     }
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """A report as it is written, the same everywhere."""
+    return json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _described(entry: Entry) -> str:

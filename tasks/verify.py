@@ -40,12 +40,12 @@ PROBE_TOKENS = 64
 
 
 def _depends_on(
-    job: Job, exported: str, digests: Mapping[str, str], whole: bool = True
+    job: Job, exported: str, digests: Mapping[str, str] | None, whole: bool = True
 ) -> dict[str, Any]:
     del job
     return {
         "exported": exported,
-        "digests": dict(digests),
+        "digests": None if digests is None else dict(digests),
         "whole": whole,
         "reader": version("compressed-tensors"),
     }
@@ -53,7 +53,7 @@ def _depends_on(
 
 @step(depends_on=_depends_on, tags=("verify",))
 def verify(
-    job: Job, draft: Draft, exported: str, digests: Mapping[str, str], whole: bool = True
+    job: Job, draft: Draft, exported: str, digests: Mapping[str, str] | None, whole: bool = True
 ) -> dict[str, Any]:
     """Check the exported checkpoint against what was quantized, from disk alone.
 
@@ -61,17 +61,21 @@ def verify(
         job: the run.
         draft: the entry to fill.
         exported: key of the export.
-        digests: digest of the codes of each quantized linear, by its full name.
+        digests: digest of the codes of each quantized linear, by its full name; None for a
+            checkpoint that is not quantized.
         whole: load models of up to 512 MiB whole with transformers too.
     """
     del draft
-    return verify_folder(require(job, exported).folder, digests, whole)
+    return verify_folder(require(job, exported).folder, digests, whole, digests is not None)
 
 
 def verify_folder(
-    folder: Path, digests: Mapping[str, str] | None = None, whole: bool = True
+    folder: Path,
+    digests: Mapping[str, str] | None = None,
+    whole: bool = True,
+    quantized: bool = True,
 ) -> dict[str, Any]:
-    """Check a checkpoint folder.
+    """Check a checkpoint folder, one that is ``quantized`` or one that is not.
 
     Every tensor's name, dtype and shape; finite values; compressed-tensors' own schema and its
     own decompression of every linear against ours; the codes' digests where they are known; and
@@ -82,10 +86,13 @@ def verify_folder(
         VerificationError: names the tensor and what is wrong with it.
     """
     checkpoint = open_checkpoint(folder)
-    if checkpoint.scheme is None:
-        raise InputError(f"{folder}/config.json: no quantization_config; nothing to verify")
-    reader = _independent_scheme(checkpoint)
-    _check_description(checkpoint, checkpoint.scheme)
+    scheme, reader = checkpoint.scheme, None
+    if (scheme is not None) is not quantized:
+        found = "a" if scheme is not None else "no"
+        raise InputError(f"{folder}/config.json: {found} quantization_config; nothing to verify")
+    if scheme is not None:
+        reader = _independent_scheme(checkpoint)
+        _check_description(checkpoint, scheme)
     decoder = build_decoder(checkpoint.source.config)
     linears = 0
     expected: set[str] = set()
@@ -94,13 +101,14 @@ def verify_folder(
         expected |= set(checkpoint.names(block).values())
         _check_untouched(checkpoint, decoder, block, stored)
         for linear in checkpoint.quantized(block):
+            assert scheme is not None and reader is not None
             name = checkpoint.architecture.block_prefix(block) + linear
             members = _members(stored, linear)
             rows, columns = _weight_shape(module, linear)
-            _check_tensors(name, members, checkpoint.scheme, (rows, columns))
-            _check_independent(name, members, checkpoint.scheme, reader)
+            _check_tensors(name, members, scheme, (rows, columns))
+            _check_independent(name, members, scheme, reader)
             if digests is not None:
-                _check_digest(name, members, checkpoint.scheme, digests)
+                _check_digest(name, members, scheme, digests)
             linears += 1
     _check_outside(checkpoint, decoder, expected)
     report: dict[str, Any] = {"linears": linears, "tensors": len(checkpoint.source.tensors)}
@@ -265,6 +273,9 @@ def _compare_logits(checkpoint: Checkpoint, decoder: Decoder) -> float:
     context = int(checkpoint.source.config.get("max_position_embeddings") or PROBE_TOKENS)
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (1, min(PROBE_TOKENS, context)), generator=draw)
+    how = {}
+    if checkpoint.scheme is not None:
+        how["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     logging.disable_progress_bar()
     with warnings.catch_warnings():
         # transformers says that ours overrides the file's dequantize, which is the point
@@ -272,7 +283,7 @@ def _compare_logits(checkpoint: Checkpoint, decoder: Decoder) -> float:
         theirs_model = AutoModelForCausalLM.from_pretrained(
             checkpoint.source.path,
             dtype=torch.float32,
-            quantization_config=CompressedTensorsConfig(dequantize=True),
+            **how,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,

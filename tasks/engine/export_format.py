@@ -59,6 +59,8 @@ class Scheme:
         if self.activation is not None and not self.activation.dynamic:
             scale[INPUT_SCALE] = (torch.float32, (1,))
         if self.format != PACKED:
+            if not self.weight.symmetric:
+                scale["weight_zero_point"] = (torch.int8, scale["weight_scale"][1])
             return {"weight": (self.weight.number_format.code_dtype, (rows, columns))} | scale
         packed: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "weight_packed": (torch.int32, (rows, -(-columns * bits // 32))),
@@ -71,7 +73,7 @@ class Scheme:
 
 
 def export_dtype(source: torch.dtype) -> torch.dtype:
-    """Dtype of untouched tensors and of pack-quantized scales: the source's, float32 as bf16."""
+    """Dtype of untouched tensors and of weight-only scales: the source's, float32 as bf16."""
     return torch.float16 if source == torch.float16 else torch.bfloat16
 
 
@@ -80,7 +82,8 @@ def scheme_of(quant: Quant, source: torch.dtype) -> Scheme:
     weight = quant.weight
     granularity = _CONFIG_GRANULARITY[str(weight.granularity)]
     codes = _number_format(weight.bit)
-    layout = _layout(codes, quant.act is not None)
+    layout = _layout(codes, quant.act is None and weight.need_pack)
+    weight_only = quant.act is None and not codes.is_float
     block = (weight.block_size or 128,) * 2 if granularity is Granularity.BLOCK else None
     return Scheme(
         WeightScheme(
@@ -89,7 +92,7 @@ def scheme_of(quant: Quant, source: torch.dtype) -> Scheme:
             granularity,
             weight.group_size,
             block,
-            export_dtype(source) if layout == PACKED else torch.float32,
+            export_dtype(source) if weight_only else torch.float32,
         ),
         None if quant.act is None else _activation(quant.act),
         layout,
@@ -110,10 +113,10 @@ def _number_format(bit: int | str) -> NumberFormat:
     return int_format(bit) if isinstance(bit, int) else number_format(str(bit))
 
 
-def _layout(codes: NumberFormat, quantized_inputs: bool) -> str:
+def _layout(codes: NumberFormat, packed: bool) -> str:
     if codes.is_float:
         return FLOAT8
-    return INT8 if quantized_inputs else PACKED
+    return PACKED if packed else INT8
 
 
 def compress(
@@ -124,6 +127,8 @@ def compress(
     if input_scale is not None:
         scale[INPUT_SCALE] = input_scale
     if scheme.format != PACKED:
+        if quantized.zero_point is not None:
+            scale["weight_zero_point"] = quantized.zero_point
         return {"weight": quantized.codes} | scale
     bits = scheme.weight.number_format.bits
     shape = torch.tensor(quantized.codes.shape, dtype=torch.int64)
@@ -136,11 +141,11 @@ def compress(
 def decompress(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     """Read a quantized linear back: the inverse of :func:`compress`."""
     scale = tensors["weight_scale"]
+    zero_point = tensors.get("weight_zero_point")
     if scheme.format != PACKED:
-        return QuantizedWeight(tensors["weight"], scale, None)
+        return QuantizedWeight(tensors["weight"], scale, zero_point)
     bits = scheme.weight.number_format.bits
     rows, columns = (int(extent) for extent in tensors["weight_shape"])
-    zero_point = tensors.get("weight_zero_point")
     return QuantizedWeight(
         unpack_codes(tensors["weight_packed"], bits, columns),
         scale,
@@ -235,7 +240,7 @@ def scheme_from_config(config: Mapping[str, Any], model_dtype: torch.dtype) -> S
             granularity,
             weights.get("group_size") if granularity is Granularity.GROUP else None,
             tuple(block) if block else None,
-            model_dtype if layout == PACKED else torch.float32,
+            model_dtype if layout != FLOAT8 and inputs is None else torch.float32,
         )
         activation = None
         if inputs is not None:

@@ -72,7 +72,7 @@ def feed_back(
         )
         weights = [tensors[f"{linear}.weight"].float() for linear in group.linears]
         clipped = [clips.get(linear) for linear in group.linears]
-        _warn(job, block, group, statistics, factor, special)
+        _warn(job, block, group, factor, special)
         if factor is None:
             rounded = round_group(weights, job.scheme.weight, clipped)
         else:
@@ -91,22 +91,33 @@ def feed_back(
     return RoundedBlock(codes, notes)
 
 
+def warn_of_rank(job: Job, tokens: int) -> None:
+    """Name the linear with the most input features, where calibration has fewer tokens."""
+    shapes = {
+        name: job.source.tensors[name].shape[1]
+        for block in job.plan.blocks
+        for name in block.full(block.weights)
+    }
+    wide = {name: columns for name, columns in shapes.items() if columns > tokens}
+    if wide:
+        widest = max(wide, key=wide.__getitem__)
+        others = len(wide) - 1
+        more = f" (and {others} more linear{'s' * (others > 1)})" if others else ""
+        log.warning(
+            "calib: %d tokens for the %d input features of %s%s: the Gram matrix has rank %d at "
+            "most, and GPTQ leans on damping; use more samples",
+            *(tokens, wide[widest], widest.removesuffix(".weight"), more, tokens),
+        )
+
+
 def _warn(
     job: Job,
     block: int,
     group: LinearGroup,
-    statistics: InputStatistics,
     factor: GramFactor | None,
     special: GptqSpecial,
 ) -> None:
     place = job.plan.blocks[block].prefix + group.linears[0]
-    columns = statistics.total.shape[0]
-    if statistics.tokens < columns:
-        log.warning(
-            "%s: %d calibration tokens for %d input features: their Gram matrix has rank %d at "
-            "most; use more samples",
-            *(place, statistics.tokens, columns, statistics.tokens),
-        )
     if factor is None:
         log.warning("%s: no damping makes its Gram matrix regular; rounded to nearest", place)
     elif factor.damping > special.percdamp:

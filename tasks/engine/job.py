@@ -54,6 +54,11 @@ class Job:
         """The recipe's steps, in order."""
         return self.recipe.resolved_steps()
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether codes are exported: not where only the model before rounding is asked for."""
+        return self.recipe.save.save_sgl or not self.recipe.save.save_trans
+
     @cached_property
     def scheme(self) -> Scheme:
         """How linears are quantized and stored: what the last step says."""

@@ -21,19 +21,20 @@ REPORT = "blockquant.json"
 
 
 def work_identity(job: Job, output: Path | None) -> str:
-    """What makes two runs the same work: recipe, source, output and what is left out."""
-    work = [job.recipe.canonical(), str(job.source.path), str(output), job.plan.ignore]
+    """What makes two runs the same work: recipe, source, output, what is left out and published."""
+    save = [job.recipe.save.save_sgl, job.recipe.save.save_trans]
+    work = [job.recipe.canonical(), str(job.source.path), str(output), job.plan.ignore, save]
     return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def publication_key(output: Path) -> str:
+def publication_key(output: Path | str) -> str:
     """Name of the lock and of the record of publishing at ``output``."""
     return hashlib.sha256(f"publication {output}".encode()).hexdigest()
 
 
 @contextmanager
-def alone(store: Store, output: Path) -> Iterator[None]:
-    """Be the only run of this store that works for ``output``.
+def alone(store: Store, output: Path | str) -> Iterator[None]:
+    """Be the only run of this store that works for ``output``, or for a name where there is none.
 
     Raises:
         RunError: another process does already.

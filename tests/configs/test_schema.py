@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from configs.effects import ineffective_keys, ineffective_reasons
+from configs.errors import RecipeError
 from configs.loading import load_recipe, parse_recipe
 from configs.special_keys import AwqSpecial, GptqSpecial
 
@@ -120,6 +121,7 @@ def test_the_canonical_form_of_a_recipe():
                         "group_size": 128,
                         "block_size": None,
                         "need_pack": True,
+                        "calib_algo": "minmax",
                     },
                     "act": None,
                     "special": {},
@@ -156,7 +158,7 @@ def test_the_digest_does_not_move():
     # A change here recomputes every stored result: it wants a reason and a line in CHANGELOG.md.
     assert (
         digest(load_recipe("rtn_w4a16"))
-        == "0f7728685c2fb94087df8c45678a8b5eb1edd611ff16b7914c53749aaf606f5f"
+        == "11adbf93b8452db9240c8b009031850eb49c1bc7799b3827314268efc9d7fc0a"
     )
 
 
@@ -193,7 +195,7 @@ def test_what_changes_a_result_changes_the_digest(other):
 
 def test_ineffective_keys_are_those_that_were_given():
     assert ineffective_keys(parse()) == []
-    weight = {**QUANT["weight"], "use_qtorch": True, "ste": True, "calib_algo": "minmax"}
+    weight = {**QUANT["weight"], "use_qtorch": True, "ste": True, "calib_algo": "learnable"}
     act = {"bit": 8, "granularity": "per_token", "qmax_to_tensor": True}
     recipe = parse(
         model={"tokenizer_mode": "slow", "type": "Llama"},
@@ -208,9 +210,9 @@ def test_ineffective_keys_are_those_that_were_given():
         "eval.eval_pos",
         "quant.weight.use_qtorch",
         "quant.weight.ste",
-        "quant.weight.calib_algo",
         "quant.act.qmax_to_tensor",
         "save.save_fake",
+        "quant.weight.calib_algo",
         "quant.quant_out",
         "calib",
     ]
@@ -227,3 +229,19 @@ def test_ineffective_keys_inside_steps_and_special():
         "steps.0.quant.quant_out",
         "steps.0.calib",
     ]
+
+
+@pytest.mark.parametrize(
+    ("save", "quantized"),
+    [({}, True), ({"save_trans": True}, False), ({"save_trans": True, "save_sgl": True}, True)],
+)
+def test_a_model_before_rounding_is_asked_for_alone_or_beside_the_export(save, quantized):
+    assert parse(save=save).save.save_sgl is quantized
+
+
+def test_a_search_for_ranges_needs_scales_that_are_found_before():
+    weight = {"bit": 4, "granularity": "per_group", "group_size": 128, "calib_algo": "mse"}
+    gptq = {"method": "GPTQ", "weight": weight, "special": {"static_groups": False}}
+    with pytest.raises(RecipeError, match="calib_algo mse searches ranges before"):
+        parse(quant=gptq, calib={"name": "pileval"})
+    parse(quant={**gptq, "special": {}}, calib={"name": "pileval"})

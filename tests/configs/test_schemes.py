@@ -3,7 +3,7 @@
 import pytest
 
 from configs.loading import load_recipe, parse_recipe
-from configs.schemes import export_problems, not_implemented, scheme_name
+from configs.schemes import export_problems, not_implemented, scheme_name, unserved
 
 GROUP = {"bit": 4, "granularity": "per_group", "group_size": 128, "need_pack": True}
 CHANNEL = {"bit": 8, "granularity": "per_channel"}
@@ -79,12 +79,6 @@ def test_what_is_served_has_no_problems(weight, act):
             {**GROUP, "bit": 8, "symmetric": False},
             None,
             "weight.symmetric: asymmetric 8 bit weights are not served: write symmetric: true",
-        ),
-        (
-            {**GROUP, "need_pack": False},
-            None,
-            "weight.need_pack: unpacked codes are read by transformers only, not by SGLang: "
-            "write need_pack: true",
         ),
         # int8
         ({**CHANNEL, "bit": 4}, TOKEN, "weight.bit: 4 bit weights are served with 16 bit"),
@@ -176,21 +170,30 @@ def test_steps_share_their_numbers_but_only_the_last_one_packs():
         ]
         return parse_recipe({"steps": steps, "calib": {"name": "pileval"}}, "x.yml")
 
-    unpacked = {**GROUP, "need_pack": False, "calib_algo": "minmax"}
+    unpacked = {**GROUP, "need_pack": False, "calib_algo": "mse"}
     assert export_problems(combined(unpacked, GROUP)) == []
     (found,) = export_problems(combined({**GROUP, "group_size": 64}, GROUP))
     assert found == (
         "steps.0.quant.weight: differs from steps.1.quant.weight; all steps of a recipe share "
         "one weight section: write the same"
     )
-    (found,) = export_problems(combined(GROUP, unpacked))
-    assert found.startswith("steps.1.quant.weight.need_pack: ")
+    assert unserved(combined(unpacked, GROUP)) is None
+    assert str(unserved(combined(GROUP, unpacked))).startswith("steps.1.quant.weight.need_pack: ")
 
 
 def test_what_no_code_computes_yet():
     assert not_implemented(load_recipe("demo/w4a16")) == []
-    assert not_implemented(quantized(CHANNEL, TOKEN, method="gptq")) == [
-        "quant.method: GPTQ is not implemented yet; use Awq, Identity, OsPlus, RTN, SmoothQuant"
-    ]
-    (found,) = not_implemented(quantized({**CHANNEL, "calib_algo": "mse"}, TOKEN))
-    assert found.startswith("quant.weight.calib_algo: the mse search is not implemented")
+    act = {"bit": "e4m3", "granularity": "per_tensor", "static": True, "calib_algo": "static_hist"}
+    (found,) = not_implemented(quantized({**CHANNEL, "bit": "e4m3"}, act))
+    assert found.startswith("quant.act.calib_algo: static_hist is not implemented")
+
+
+def test_unpacked_codes_are_for_transformers():
+    unpacked = quantized({**GROUP, "need_pack": False})
+    assert export_problems(unpacked) == []
+    assert unserved(unpacked) == (
+        "quant.weight.need_pack: false: unpacked codes are read by transformers only, not by "
+        "SGLang; write need_pack: true to serve the export"
+    )
+    for served in (quantized(GROUP), quantized(CHANNEL, TOKEN), quantized(E4M3, E4M3_TOKEN)):
+        assert unserved(served) is None

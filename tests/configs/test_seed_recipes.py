@@ -159,11 +159,16 @@ SEED = {
 SAVE = "save:\n    save_sgl: True\n    save_path: /save/for/sgl/\n"
 
 
+# the first file of a combination writes what the second one reads
+SAVE_TRANS = "save:\n    save_trans: True\n    save_fake: False\n    save_path: /save/for/step/2/\n"
+
+
 def as_llmc_file(name: str) -> str:
     method, _, seed, text, numbers, special = SEED[name]
     head = HEAD.format(seed=seed, calib=text, evaluation=EVALUATION)
     quant = f"method: {method}\n{numbers}{special}"
-    return f"{head}quant:\n{indent(quant, '    ')}{SAVE}"
+    save = SAVE_TRANS if "/step_1" in name else SAVE
+    return f"{head}quant:\n{indent(quant, '    ')}{save}"
 
 
 @pytest.mark.parametrize("name", SEED)

@@ -73,7 +73,7 @@ def test_what_shares_one_scale_is_clipped_as_a_whole_or_not_at_all(
     codes = block_codes(job, origin, 0)
     for group in job.plan.architecture.groups:
         of_scales = {float(codes[linear].scale) for linear in group.linears}
-        of_factors = {float(factors[linear]) for linear in group.linears if linear in factors}
+        of_factors = {float(end) for n in group.linears if n in factors for end in factors[n]}
         assert len(of_scales) == 1
         assert len(of_factors) == (0 if left_out.issuperset(group.linears) else 1)
 
@@ -94,7 +94,9 @@ def test_codes_come_from_the_ranges_that_were_chosen(
         restored = made.codes.float().unflatten(1, (-1, 32))
         zero = 0 if made.zero_point is None else made.zero_point.float()[..., None]
         restored = ((restored - zero) * made.scale.float()[..., None]).flatten(1)
-        clip_of = factors.get(linear, torch.ones(made.scale.shape))
+        ends = factors.get(linear, (torch.ones(made.scale.shape),) * 2)
+        assert torch.equal(*ends), "a searched factor moves both ends"
+        clip_of = ends[0]
         some |= bool((clip_of < 1).any())
         wanted = torch.cat(
             [
@@ -113,11 +115,11 @@ def test_codes_come_from_the_ranges_that_were_chosen(
     assert some, "the case clips something"
     assert entry.value["factors"] == pytest.approx(clip_factors(10, 0.8).tolist())
     for linear, counts in entry.value["chosen"].items():
-        assert sum(counts) == factors[linear].numel()
+        assert sum(counts) == factors[linear][0].numel()
         curve = entry.value["errors"][linear]
         assert len(curve) == len(entry.value["factors"])
         assert 0 < min(curve) < max(curve)
-        taken = [int((factors[linear] == f).sum()) for f in entry.value["factors"]]
+        taken = [int((factors[linear][0] == f).sum()) for f in entry.value["factors"]]
         assert counts == taken
 
 

@@ -17,9 +17,10 @@ import yaml
 
 import tasks.engine.store as store_module
 from tasks.engine.errors import InputError
+from tasks.engine.publication import REPORT as REPORT_FILE
 from tasks.engine.publication import begun
 from tasks.engine.store import Entry, Store
-from tasks.publish import launch_line, model_card, publish
+from tasks.publish import TRANSFORMED, launch_line, model_card, publish
 
 KEY = "ab" * 32
 REPORT: dict[str, Any] = {
@@ -30,6 +31,7 @@ REPORT: dict[str, Any] = {
     "versions": {"blockquant": "9.9", "torch": "2"},
     "bytes": 12_345_678,
     "calibration": None,
+    "unserved": None,
     "evaluation": "text, 4 windows of 64 tokens",
     "metrics": {
         **{"nll": 2.5, "reference_nll": 2.25, "nll_increase": 0.25, "kl": 0.125},
@@ -61,7 +63,7 @@ def output(tmp_path: Path) -> Path:
 @pytest.fixture
 def put(store: Store, entry: Entry, output: Path) -> Callable[..., str]:
     def make(place: Path = output, *, overwrite: bool = False, **changes: Any) -> str:
-        return publish(store, "work", entry, REPORT | changes, place, overwrite)
+        return publish(store, "work", {".": entry}, REPORT | changes, place, overwrite)
 
     return make
 
@@ -216,7 +218,7 @@ def test_report_and_card_are_the_same_each_time(
     turned = json.loads(json.dumps(REPORT), object_pairs_hook=lambda p: dict(reversed(p)))
     assert list(turned) != list(REPORT)
     other = tmp_path / "other place" / "name"
-    publish(store, "other work", entry, turned, other, False)
+    publish(store, "other work", {".": entry}, turned, other, False)
     assert contents(other) == contents(output)
 
 
@@ -239,12 +241,38 @@ def test_the_card_says_what_was_measured() -> None:
         "top-1 agreement": "87.50%",
     }
     assert "blockquant 9.9" in body
-    assert launch_line(Path(".")) in body
+    assert str(launch_line(Path("."), REPORT)) in body
 
 
 def test_the_launch_line_is_safe_to_paste() -> None:
-    words = shlex.split(launch_line(Path("/models/it's; rm -rf x")))
+    words = shlex.split(str(launch_line(Path("/models/it's; rm -rf x"), REPORT)))
     assert words == [
         *("python", "-m", "sglang.launch_server", "--model-path", "/models/it's; rm -rf x"),
         *("--host", "127.0.0.1", "--port", "30000"),
     ]
+
+
+def test_what_sglang_cannot_load_is_not_offered_to_it() -> None:
+    report = REPORT | {"unserved": "quant.weight.need_pack: false: read by transformers only"}
+    assert launch_line(Path("out"), report) is None
+    card = model_card(report)
+    assert "read by transformers only" in card and "sglang.launch_server" not in card
+
+
+def test_a_model_before_rounding_lies_in_a_folder_of_its_own(
+    store: Store, entry: Entry, output: Path
+) -> None:
+    report = REPORT | {"format": None, "scheme": "not quantized"}
+    publish(store, "work", {TRANSFORMED: entry}, report, output, False)
+    assert set(p.name for p in output.iterdir()) == {"transformed_model", REPORT_FILE, "README.md"}
+    assert set(contents(output / TRANSFORMED)) == set(entry.files)
+    line = str(launch_line(output, report))
+    assert shlex.split(line)[4] == str(output / "transformed_model")
+    # a second time nothing is replaced
+    before = (output / REPORT_FILE).stat().st_ino
+    publish(store, "work", {TRANSFORMED: entry}, report, output, False)
+    assert (output / REPORT_FILE).stat().st_ino == before
+    # both beside each other
+    both = output.with_name("both")
+    publish(store, "work", {".": entry, TRANSFORMED: entry}, REPORT, both, False)
+    assert set(contents(both / TRANSFORMED)) == set(entry.files) <= {p.name for p in both.iterdir()}

@@ -123,15 +123,20 @@ def test_what_is_reported(model: Path, job_of: JobOf) -> None:
         assert 0 < linear["output_error"] < linear["weight_error"] < 1
 
 
+@pytest.mark.parametrize(
+    ("tokens", "warned"), [(40, "and 13 more linears"), (80, "and 1 more linear)"), (96, "")]
+)
 def test_fewer_tokens_than_channels_are_warned_of(
-    model: Path, job_of: JobOf, caplog: pytest.LogCaptureFixture
+    tokens: int, warned: str, model: Path, job_of: JobOf, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = job_of(model, "gptq_w4a16", GROUPS)
     with caplog.at_level(logging.WARNING, "blockquant"):
-        rounded_block(job, origin_of(job, random_tokens(1, 40, 256)), 0)
-    (line,) = [record.message for record in caplog.records if "q_proj" in record.message]
-    assert "model.layers.0.self_attn.q_proj: 40 calibration tokens for 64 input features" in line
-    assert "rank 40" in line
+        feedback.warn_of_rank(job, tokens)
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == bool(warned)
+    for line in lines:
+        named = f"{tokens} tokens for the 96 input features of model.layers.0.mlp.down_proj"
+        assert named in line and warned in line and f"rank {tokens}" in line
 
 
 def test_a_matrix_that_cannot_be_mended_leaves_rounding_to_nearest(

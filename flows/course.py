@@ -1,0 +1,32 @@
+"""What a flow ran: each step is run, shown, timed and noted in one place."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from flows.progress import reporter
+from tasks.engine.job import Job
+from tasks.engine.step import Result, Step
+
+
+@dataclass
+class Course:
+    """What ran so far: which steps, found or made, and how long each kind took."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def run(self, step: Step[...], job: Job, *args: Any, **kwargs: Any) -> Result:
+        """Run a step, tell the reporter, and note it."""
+        block = kwargs.get("block")
+        label = step.name if block is None else f"{step.name}[block {block}]"
+        reporter().begin(label)
+        start = time.perf_counter()
+        result = step(job, *args, **kwargs)
+        self.seconds[step.name] += time.perf_counter() - start
+        self.steps.append({"step": label, "cached": result.cached})
+        reporter().end(label, result.cached)
+        return result

@@ -1,0 +1,165 @@
+"""What a run will cost: bytes on disk and in memory, and time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from configs.schema import Quant
+from configs.special_keys import GptqSpecial, OmniQuantSpecial
+from configs.vocabulary import DataName, Method
+from tasks.engine.decoder import STREAM_BYTES
+from tasks.engine.export_format import export_dtype
+from tasks.engine.generate import BATCH
+from tasks.engine.job import Job
+from tasks.engine.streams import KEPT_BOUNDARIES
+
+# what Python, torch, transformers, MLflow and Prefect hold before any tensor
+LIBRARY_BYTES = 900 * 2**20
+START_SECONDS = 12.0
+DISK_BYTES_PER_SECOND = 1e9
+# launching the operations of one block for one token: as on two CPU cores; a guess for a GPU
+BLOCK_CALL_SECONDS = {"cpu": 0.002, "cuda": 0.0005}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run will cost: bytes and seconds.
+
+    Attributes:
+        export_bytes: of what is published.
+        store_bytes: of what the store grows by.
+        peak_memory_bytes: of the process.
+        device_bytes: on the device.
+        seconds: from start to end.
+    """
+
+    export_bytes: int
+    store_bytes: int
+    peak_memory_bytes: int
+    device_bytes: int
+    seconds: float
+
+
+def predict(job: Job) -> Prediction:
+    """Predict the size of the export, the peak of memory and the time of a run."""
+    sizes = job.source.tensors
+    numbers = {name: info.size // info.dtype.itemsize for name, info in sizes.items()}
+    blocks = [sum(numbers[n] for n in b.full(b.tensors)) for b in job.plan.blocks]
+    embedding = numbers[job.plan.architecture.embedding]
+    width, hidden = job.compute_dtype.itemsize, int(job.source.config["hidden_size"])
+    # steps run one after the other
+    stream = max([0, *(tokens for _, tokens in _calibrations(job))]) * hidden * width
+    # two models are evaluated side by side, on a CPU in float32
+    evaluated = 4 if job.device == "cpu" else width
+    evaluation = _evaluation_tokens(job) * hidden * 2 * evaluated
+    columns = max(
+        (sizes[name].shape[1] for b in job.plan.blocks for name in b.full(b.weights)), default=0
+    )
+    # one block as read, in the compute dtype and restored; the head; a Gram matrix in float32
+    device = 3 * max(blocks) * width + embedding * width + (4 * columns * columns if stream else 0)
+    # a learned block has its targets and the stream before rounding beside it
+    learned = any(isinstance(step.quant.special, OmniQuantSpecial) for step in job.steps)
+    peak = LIBRARY_BYTES + (4 if learned else 2) * stream + min(evaluation, 2 * STREAM_BYTES)
+    peak += device if job.device == "cpu" else 0
+    calibrated = sum(tokens * _passes(quant) for quant, tokens in _calibrations(job))
+    forward = 2.0 * sum(blocks) * (calibrated + 2 * _evaluation_tokens(job))
+    forward += 2.0 * 2 * embedding * _evaluation_tokens(job)
+    read = sum(info.size for info in sizes.values())
+    made, published = _export_bytes(job)
+    seconds = START_SECONDS + forward / _throughput(job.device)
+    seconds += (3 * read + made) / DISK_BYTES_PER_SECOND
+    seconds += _sampling_seconds(job, sum(numbers.values()))
+    if job.device != "cpu" and sampled(job):
+        # sampling text needs the whole model on the device
+        device = max(device, read)
+    boundaries = (KEPT_BOUNDARIES + 1) * stream
+    return Prediction(published, made + boundaries, int(peak), device, seconds)
+
+
+def sampled(job: Job) -> list[tuple[int, int]]:
+    """Windows and their length of the texts that the model writes itself."""
+    calibration = [s.calib for s in job.steps if s.calib is not None]
+    asked = [(c.name, c.n_samples, c.seq_len) for c in calibration]
+    asked.append((job.evaluation.name, job.evaluation.windows or 0, job.evaluation.seq_len))
+    return [(n, length) for name, n, length in asked if name is DataName.SELF_GENERATED]
+
+
+def _sampling_seconds(job: Job, parameters: int) -> float:
+    """Time of sampling: each token of a batch is a pass through the whole model."""
+    kind = torch.device(job.device).type
+    seconds = 0.0
+    for windows, length in sampled(job):
+        batches = -(-windows // BATCH)
+        per_step = batches * len(job.plan.blocks) * BLOCK_CALL_SECONDS[kind]
+        per_step += 2.0 * parameters * windows / _throughput(job.device)
+        seconds += length * per_step
+    return seconds
+
+
+def _calibrations(job: Job) -> list[tuple[Quant, int]]:
+    """The steps that read text, each with its tokens."""
+    return [
+        (step.quant, step.calib.n_samples * step.calib.seq_len)
+        for step in job.steps
+        if step.calib is not None
+    ]
+
+
+def _passes(quant: Quant) -> float:
+    """How many times a step's tokens pass through a block: observed, then passed on."""
+    special = quant.special
+    if isinstance(special, GptqSpecial) and special.true_sequential:
+        # a pass up to each of four groups of linears, about two and a half of whole ones
+        return 3.5
+    if isinstance(special, OmniQuantSpecial):
+        # a backward pass is two forward ones; before the first epoch and after each it is measured
+        learned = (1 + special.epochs) * (2 if special.aug_loss else 1) + 2 * special.epochs
+        return 4 + learned
+    return 2
+
+
+def _evaluation_tokens(job: Job) -> int:
+    # where all windows are asked for, a text of the size of WikiText-2's test set is assumed
+    return (job.evaluation.windows or 150) * job.evaluation.seq_len
+
+
+def _export_bytes(job: Job) -> tuple[int, int]:
+    """Bytes of the checkpoints that are made, and of those of them that are published."""
+    width = export_dtype(job.dtype).itemsize
+    quantized = before = 0
+    for block in job.plan.blocks:
+        for name in block.tensors:
+            info = job.source.tensors[block.prefix + name]
+            before += _count(info.shape) * width
+            if name in block.weights:
+                rows, columns = info.shape
+                expected = job.scheme.expected(rows, columns).values()
+                quantized += sum(_count(shape) * dtype.itemsize for dtype, shape in expected)
+            else:
+                quantized += _count(info.shape) * width
+    outside = sum(_count(job.source.tensors[n].shape) * width for n in job.plan.outside)
+    if job.plan.tied and any(step.quant.method is Method.QUAROT for step in job.steps):
+        # a rotated head is no longer the embedding
+        outside += _count(job.source.tensors[job.plan.architecture.embedding].shape) * width
+    save = job.recipe.save
+    quantized, before = quantized + outside, before + outside
+    made = quantized * job.quantizes + before * save.save_trans
+    return made, quantized * save.save_sgl + before * save.save_trans
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _throughput(device: str, size: int = 512) -> float:
+    """Floating point operations per second of a small matrix product, measured."""
+    left = torch.ones(size, size, device=device)
+    torch.mm(left, left)
+    start = time.perf_counter()
+    for _ in range(4):
+        result = torch.mm(left, left)
+    _ = float(result[0, 0])
+    return 4 * 2 * size**3 / max(time.perf_counter() - start, 1e-6)
