@@ -25,7 +25,7 @@ from tasks.engine.folding import (
     to_tensors,
 )
 from tasks.engine.job import Job
-from tests.models import GEMMA2, make_checkpoint
+from tests.models import GEMMA2, edit_config, make_checkpoint
 from tests.tasks.conftest import JobOf, random_tokens
 
 BIASES = {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
@@ -116,6 +116,16 @@ def test_logits_stay_with_norms_in_few_bits(
     name: str, dtype: torch.dtype, job_of: JobOf, tmp_path: Path
 ) -> None:
     assert difference(job_for(job_of, tmp_path, name, dtype=dtype)) < 1e-4
+
+
+def test_logits_stay_where_the_config_leaves_the_head_size_to_transformers(
+    job_of: JobOf, tmp_path: Path
+) -> None:
+    model = make(tmp_path / "model", **GEMMA2, head_dim=256, dtype=torch.float32)
+    edit_config(model, head_dim=None)
+    job = job_of(model, "smoothquant_w8a8")
+    assert head_dim(job) == 256
+    assert difference(job) < 1e-4
 
 
 def test_norms_of_what_a_block_adds_stay_as_they_were(job_of: JobOf, tmp_path: Path) -> None:
