@@ -14,6 +14,7 @@ import torch
 from configs.schema import Recipe
 from configs.schemes import export_problems, not_implemented
 from configs.vocabulary import DataName, Method
+from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.decoder import STREAM_BYTES
 from tasks.engine.errors import InputError
 from tasks.engine.export_format import export_dtype
@@ -107,6 +108,7 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
         raise InputError(
             f"model {source.path}: is quantized already; give the checkpoint before quantization"
         )
+    _check_rotation(request.recipe, architecture_of(source.config))
     require_sizes(source)
     job = Job(
         request.recipe,
@@ -183,6 +185,22 @@ def _check_recipe(recipe: Recipe) -> None:
         )
     if not recipe.save.save_sgl:
         raise InputError("save.save_sgl: false is not built yet; remove it to export for SGLang")
+
+
+def _check_rotation(recipe: Recipe, architecture: Architecture) -> None:
+    """Refuse to rotate a stream to which norms add: their weights belong to its channels."""
+    steps = recipe.resolved_steps()
+    rotations = [n for n, step in enumerate(steps) if step.quant.method is Method.QUAROT]
+    if not rotations or not architecture.output_norms:
+        return
+    place = "quant" if recipe.quant is not None else f"steps.{rotations[0]}.quant"
+    mend = "" if recipe.quant is not None else "remove the step, or "
+    raise InputError(
+        f"{place}.method: {Method.QUAROT} rotates the residual stream, but "
+        f"{architecture.model_type} has norms on what is added to it "
+        f"({', '.join(architecture.output_norms)}), which a rotation cannot pass; "
+        f"{mend}take {Method.GPTQ} or {Method.AWQ} alone"
+    )
 
 
 def _check_places(request: Request) -> None:
