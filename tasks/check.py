@@ -15,7 +15,7 @@ from configs.schema import Recipe
 from configs.schemes import export_problems, not_implemented
 from configs.vocabulary import DataName, Method
 from tasks.engine.architectures import Architecture, architecture_of
-from tasks.engine.decoder import STREAM_BYTES
+from tasks.engine.decoder import MICRO_BATCH_TOKENS, STREAM_BYTES
 from tasks.engine.errors import InputError
 from tasks.engine.export_format import export_dtype
 from tasks.engine.generate import BATCH
@@ -38,6 +38,8 @@ START_SECONDS = 12.0
 DISK_BYTES_PER_SECOND = 1e9
 # launching the operations of one block for one token: as on two CPU cores; a guess for a GPU
 BLOCK_CALL_SECONDS = {"cpu": 0.002, "cuda": 0.0005}
+# an attention score, and it in float32 before and after the softmax: most, of bf16 on a CPU
+SCORE_BYTES = 2 + 4 + 4
 # bytes of a name and of a path, as Linux has them; below a path are files of ours
 LONGEST_NAME = 255
 LONGEST_PATH = 4095 - 2 * 256
@@ -276,6 +278,7 @@ def predict(job: Job) -> Prediction:
     )
     # one block as read, in the compute dtype and restored; the head; a Gram matrix in float32
     device = 3 * max(blocks) * width + embedding * width + (4 * columns * columns if stream else 0)
+    device += _score_bytes(job)
     peak = LIBRARY_BYTES + 2 * stream + min(evaluation, 2 * STREAM_BYTES)
     peak += device if job.device == "cpu" else 0
     forward = 2.0 * sum(blocks) * (2 * _calibration_tokens(job) + 2 * _evaluation_tokens(job))
@@ -289,6 +292,17 @@ def predict(job: Job) -> Prediction:
         device = max(device, read)
     boundaries = (KEPT_BOUNDARIES + 1) * stream
     return Prediction(export, export + boundaries, int(peak), device, seconds)
+
+
+def _score_bytes(job: Job) -> int:
+    """Attention scores of a micro-batch, where attention is not torch's own, which holds none."""
+    if job.plan.architecture.attention == "sdpa":
+        return 0
+    config: Any = job.decoder.model.config
+    calibration = [step.calib.seq_len for step in job.steps if step.calib is not None]
+    longest = max([*calibration, job.evaluation.seq_len])
+    tokens = max(MICRO_BATCH_TOKENS[torch.device(job.device).type], longest)
+    return tokens * longest * int(config.num_attention_heads) * SCORE_BYTES
 
 
 def _sampled(job: Job) -> list[tuple[int, int]]:
