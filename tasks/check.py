@@ -14,6 +14,7 @@ import torch
 from configs.schema import Recipe
 from configs.schemes import export_problems, not_implemented, unserved
 from configs.vocabulary import Method
+from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.errors import InputError
 from tasks.engine.hub import fetched, is_hub_id, look_up
 from tasks.engine.job import Job
@@ -91,6 +92,7 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
         raise InputError(
             f"model {source.path}: is quantized already; give the checkpoint before quantization"
         )
+    _check_rotation(request.recipe, architecture_of(source.config))
     require_sizes(source)
     job = Job(
         request.recipe,
@@ -167,6 +169,22 @@ def _check_recipe(recipe: Recipe) -> None:
             f"steps.{max(rotations)}.quant.method: a rotation turns the whole model before "
             "anything else is decided; make it the first step, once"
         )
+
+
+def _check_rotation(recipe: Recipe, architecture: Architecture) -> None:
+    """Refuse to rotate a stream to which norms add: their weights belong to its channels."""
+    steps = recipe.resolved_steps()
+    rotations = [n for n, step in enumerate(steps) if step.quant.method is Method.QUAROT]
+    if not rotations or not architecture.output_norms:
+        return
+    place = "quant" if recipe.quant is not None else f"steps.{rotations[0]}.quant"
+    mend = "" if recipe.quant is not None else "remove the step, or "
+    raise InputError(
+        f"{place}.method: {Method.QUAROT} rotates the residual stream, but "
+        f"{architecture.model_type} has norms on what is added to it "
+        f"({', '.join(architecture.output_norms)}), which a rotation cannot pass; "
+        f"{mend}take {Method.GPTQ} or {Method.AWQ} alone"
+    )
 
 
 def _check_places(request: Request) -> None:

@@ -111,7 +111,7 @@ def measure(
             for model, decoder in zip(models, decoders, strict=True)
         ]
         heads = [model.head(computing, device) for model in models]
-        for row in _score(finals, heads, part, device):
+        for row in _score(decoders, finals, heads, part, device):
             scores = scores.plus(row)
     return _means(scores, reference is not None)
 
@@ -153,15 +153,19 @@ def _final_hidden(
 
 
 def _score(
-    finals: list[Tensor], heads: list[Tensor], windows: Tensor, device: str
+    decoders: list[Decoder],
+    finals: list[Tensor],
+    heads: list[Tensor],
+    windows: Tensor,
+    device: str,
 ) -> Iterator[Scores]:
     for number, window in enumerate(windows):
         targets = window[1:].to(device)
         for start in range(0, len(targets), HEAD_ROWS):
             rows = slice(start, min(start + HEAD_ROWS, len(targets)))
             logs = [
-                functional.log_softmax((final[number, rows].to(device) @ head.T).float(), dim=-1)
-                for final, head in zip(finals, heads, strict=True)
+                functional.log_softmax(decoder.logits(final[number, rows].to(device), head), dim=-1)
+                for decoder, final, head in zip(decoders, finals, heads, strict=True)
             ]
             yield _score_rows(logs, targets[rows])
 

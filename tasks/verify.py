@@ -311,4 +311,4 @@ def weights_only_logits(checkpoint: Checkpoint, decoder: Decoder, tokens: Tensor
         hidden = run_block(decoder.blocks[block], weights, hidden, arguments[block])
     norm = {"weight": checkpoint.outside(checkpoint.architecture.final_norm, dtype)}
     hidden = torch.func.functional_call(decoder.final_norm, norm, (hidden,))
-    return hidden @ checkpoint.head(dtype).T
+    return decoder.logits(hidden, checkpoint.head(dtype))

@@ -13,6 +13,15 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 DEMO_MODEL = Path(__file__).parent.parent / "assets" / "demo-model"
 VOCABULARY = 8192
+# a window shorter than the texts of tests, and caps that small scores and logits feel
+GEMMA2: dict[str, Any] = {
+    "model_type": "gemma2",
+    "tied": True,
+    "sliding_window": 16,
+    "query_pre_attn_scalar": 16,
+    "attn_logit_softcapping": 1.0,
+    "final_logit_softcapping": 1.0,
+}
 
 
 def make_checkpoint(
@@ -24,11 +33,13 @@ def make_checkpoint(
     intermediate: int = 256,
     heads: int = 4,
     kv_heads: int = 2,
+    head_dim: int | None = None,
     tied: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     shard_size: str = "1GB",
     seed: int = 0,
     vocabulary: int = VOCABULARY,
+    context: int = 2048,
     **config: Any,
 ) -> Path:
     """Write a random checkpoint with the demo model's tokenizer; its outliers are seeded too."""
@@ -40,8 +51,8 @@ def make_checkpoint(
         num_hidden_layers=blocks,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=hidden // heads,
-        max_position_embeddings=2048,
+        head_dim=head_dim or hidden // heads,
+        max_position_embeddings=context,
         tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=1,

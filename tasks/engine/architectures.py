@@ -48,6 +48,12 @@ class Architecture:
     stream_writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     # what a norm adds to its weight before it multiplies: 1 in Gemma
     norm_offset: float = 0.0
+    # norms of what a block adds to the stream of hidden states: no rotation of it passes them
+    output_norms: tuple[str, ...] = ()
+    # which of transformers' attentions: torch's own knows no softcap of the scores
+    attention: str = "sdpa"
+    # key of config.json that caps the logits, where the model type has one
+    logit_cap: str | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -59,20 +65,34 @@ class Architecture:
         return f"{self.blocks}.{block}."
 
 
-_LLAMA_GROUPS = (
-    LinearGroup(
-        "attention_input",
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        fed_by="input_layernorm",
-    ),
-    LinearGroup("attention_output", ("self_attn.o_proj",), fed_by="self_attn.v_proj"),
-    LinearGroup("mlp_input", ("mlp.gate_proj", "mlp.up_proj"), fed_by="post_attention_layernorm"),
-    LinearGroup("mlp_output", ("mlp.down_proj",), fed_by="mlp.up_proj", passes_shifts=False),
-)
+def _dense_groups(mlp_norm: str = "post_attention_layernorm") -> tuple[LinearGroup, ...]:
+    return (
+        LinearGroup(
+            "attention_input",
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            fed_by="input_layernorm",
+        ),
+        LinearGroup("attention_output", ("self_attn.o_proj",), fed_by="self_attn.v_proj"),
+        LinearGroup("mlp_input", ("mlp.gate_proj", "mlp.up_proj"), fed_by=mlp_norm),
+        LinearGroup("mlp_output", ("mlp.down_proj",), fed_by="mlp.up_proj", passes_shifts=False),
+    )
+
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    name: Architecture(name, _LLAMA_GROUPS) for name in ("llama", "mistral", "qwen2", "qwen3")
-} | {"gemma": Architecture("gemma", _LLAMA_GROUPS, norm_offset=1.0)}
+    known.model_type: known
+    for known in (
+        *(Architecture(name, _dense_groups()) for name in ("llama", "mistral", "qwen2", "qwen3")),
+        Architecture("gemma", _dense_groups(), norm_offset=1.0),
+        Architecture(
+            "gemma2",
+            _dense_groups(mlp_norm="pre_feedforward_layernorm"),
+            norm_offset=1.0,
+            output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+            attention="eager",
+            logit_cap="final_logit_softcapping",
+        ),
+    )
+}
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

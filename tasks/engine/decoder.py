@@ -32,12 +32,13 @@ InputHook = Callable[[str, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model without weights: its blocks, its final norm, and how inputs enter it."""
+    """A model without weights: its blocks, its final norm, how inputs enter and logits leave it."""
 
     architecture: Architecture
     model: nn.Module
     blocks: tuple[nn.Module, ...]
     final_norm: nn.Module
+    logit_cap: float | None = None
 
     def embed(self, embedding: Tensor, tokens: Tensor) -> tuple[Tensor, tuple[dict[str, Any], ...]]:
         """Return the first block's input and each block's other arguments.
@@ -57,6 +58,19 @@ class Decoder:
             self.model(inputs_embeds=hidden, use_cache=False)
         calls = [recorder.take() for recorder in self.model.layers]  # type: ignore[union-attr]
         return calls[0][0], tuple(arguments for _, arguments in calls)
+
+    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """Logits (..., V) in float32 of hidden states (..., D) after the final norm.
+
+        Args:
+            hidden: (..., D).
+            head: (V, D), of the same dtype.
+        """
+        logits = (hidden @ head.T).float()
+        if self.logit_cap is None:
+            return logits
+        # in place: of a large vocabulary each copy is as large as the head
+        return logits.div_(self.logit_cap).tanh_().mul_(self.logit_cap)
 
 
 class _Recorder(nn.Module):
@@ -90,17 +104,21 @@ def build_decoder(config: Mapping[str, Any], device: str = "cpu") -> Decoder:
     blocks, final_norm = tuple(model.layers), model.norm
     model.layers = nn.ModuleList(_Recorder(block) for block in blocks)
     model.norm = nn.Identity()
-    return Decoder(architecture, model, blocks, final_norm)
+    # not the file's own: a key that is missing there has transformers' default
+    key = architecture.logit_cap
+    cap = None if key is None else getattr(causal_lm.config, key)
+    return Decoder(architecture, model, blocks, final_norm, cap)
 
 
 def build_causal_lm(config: Mapping[str, Any], device: str = "cpu") -> Any:
     """Build transformers' causal LM on the meta device, its rotary tables on ``device``."""
+    architecture = architecture_of(config)
     values = {k: v for k, v in config.items() if k not in ("auto_map", "quantization_config")}
     try:
         with _silent_transformers(), torch.device("meta"):
-            parsed = CONFIG_MAPPING[str(config["model_type"])].from_dict(values)
+            parsed = CONFIG_MAPPING[architecture.model_type].from_dict(values)
             causal_lm = AutoModelForCausalLM.from_config(
-                parsed, attn_implementation="sdpa", trust_remote_code=False
+                parsed, attn_implementation=architecture.attention, trust_remote_code=False
             )
     # a config that is wrong fails anywhere in transformers, with any kind of error
     except Exception as error:

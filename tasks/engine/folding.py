@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,9 +138,10 @@ def _of_shared_channels(transform: ChannelTransform, rows: int, head: int) -> Ch
 
 def head_dim(job: Job) -> int:
     """Size of an attention head."""
-    config = job.source.config
-    given = config.get("head_dim")
-    return int(given or config["hidden_size"] // config["num_attention_heads"])
+    # not the file's own: what is missing there has another default in each model type
+    config: Any = job.decoder.model.config
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)
 
 
 def to_tensors(transforms: Transforms) -> dict[str, Tensor]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from configs.schema import Quant
 from configs.special_keys import GptqSpecial, OmniQuantSpecial
 from configs.vocabulary import DataName, Method
-from tasks.engine.decoder import STREAM_BYTES
+from tasks.engine.decoder import MICRO_BATCH_TOKENS, STREAM_BYTES
 from tasks.engine.export_format import export_dtype
 from tasks.engine.generate import BATCH
 from tasks.engine.job import Job
@@ -22,6 +23,8 @@ START_SECONDS = 12.0
 DISK_BYTES_PER_SECOND = 1e9
 # launching the operations of one block for one token: as on two CPU cores; a guess for a GPU
 BLOCK_CALL_SECONDS = {"cpu": 0.002, "cuda": 0.0005}
+# an attention score, and it in float32 before and after the softmax: most, of bf16 on a CPU
+SCORE_BYTES = 2 + 4 + 4
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def predict(job: Job) -> Prediction:
     )
     # one block as read, in the compute dtype and restored; the head; a Gram matrix in float32
     device = 3 * max(blocks) * width + embedding * width + (4 * columns * columns if stream else 0)
+    device += _score_bytes(job)
     # a learned block has its targets and the stream before rounding beside it
     learned = any(isinstance(step.quant.special, OmniQuantSpecial) for step in job.steps)
     peak = LIBRARY_BYTES + (4 if learned else 2) * stream + min(evaluation, 2 * STREAM_BYTES)
@@ -77,6 +81,17 @@ def predict(job: Job) -> Prediction:
         device = max(device, read)
     boundaries = (KEPT_BOUNDARIES + 1) * stream
     return Prediction(published, made + boundaries, int(peak), device, seconds)
+
+
+def _score_bytes(job: Job) -> int:
+    """Attention scores of a micro-batch, where attention is not torch's own, which holds none."""
+    if job.plan.architecture.attention == "sdpa":
+        return 0
+    config: Any = job.decoder.model.config
+    calibration = [step.calib.seq_len for step in job.steps if step.calib is not None]
+    longest = max([*calibration, job.evaluation.seq_len])
+    tokens = max(MICRO_BATCH_TOKENS[torch.device(job.device).type], longest)
+    return tokens * longest * int(config.num_attention_heads) * SCORE_BYTES
 
 
 def sampled(job: Job) -> list[tuple[int, int]]:

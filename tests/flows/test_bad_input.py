@@ -209,6 +209,37 @@ def test_range_of_static_scales_that_is_not_built_yet(refused: Refused, tiny: Pa
     )
 
 
+@pytest.mark.parametrize("command", ["quantize", "check"])
+def test_rotation_of_a_model_that_has_norms_on_what_is_added(
+    refused: Refused, tmp_path: Path, words: Path, command: str
+) -> None:
+    model = make_checkpoint(tmp_path / "model", "gemma2", tied=True)
+    line = refused(
+        *(command, "w8a8_combin", "--model", model, "--output", tmp_path / "out"),
+        *("--set", f"steps.1.calib={{name: text, path: {words}, n_samples: 4, seq_len: 64}}"),
+        *("--set", f"eval={{name: text, path: {words}, windows: 1, seq_len: 32}}"),
+        says=(
+            "steps.0.quant.method: Quarot rotates the residual stream",
+            "gemma2 has norms",
+            "post_attention_layernorm, post_feedforward_layernorm",
+            "remove the step, or take GPTQ or Awq alone",
+        ),
+    )
+    assert line.count("step") == 2
+
+
+def test_rotation_alone_of_a_model_that_has_norms_on_what_is_added(
+    refused: Refused, tmp_path: Path
+) -> None:
+    model = make_checkpoint(tmp_path / "model", "gemma2", tied=True)
+    recipe = write_recipe(tmp_path, quant={"method": "Quarot", "weight": PACKED})
+    line = refused(
+        *("quantize", recipe, "--model", model),
+        says=(" quant.method: Quarot rotates", "gemma2 has norms", "take GPTQ or Awq alone"),
+    )
+    assert "step" not in line
+
+
 # models
 
 

@@ -98,7 +98,9 @@ def test_the_second_file_goes_on_from_what_the_first_one_saved(
         "blockquant.json",
     }
     assert result["scheme"] == "not quantized"
-    assert not any(step["step"].startswith("pack") for step in result["steps"][:-3]) or "awq" in first
+    assert (
+        not any(step["step"].startswith("pack") for step in result["steps"][:-3]) or "awq" in first
+    )
     # transformed, but the same function, to what bf16 rounds
     assert 0 < result["metrics"]["kl"] < 1e-4
     assert "transformed_model" in result["launch"]

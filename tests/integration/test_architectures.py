@@ -17,7 +17,7 @@ from tasks.engine.checkpoint import open_checkpoint
 from tasks.engine.decoder import build_decoder
 from tasks.engine.store import load_tensors
 from tasks.verify import verify_folder, weights_only_logits
-from tests.models import make_checkpoint
+from tests.models import GEMMA2, make_checkpoint
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -42,25 +42,30 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3"},
     "qwen3, tied": {"model_type": "qwen3", "tied": True, "kv_heads": 4},
     "gemma": {"model_type": "gemma", "tied": True},
+    "gemma2": GEMMA2,
+    "gemma2, no caps": GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    "gemma2, untied, biases": GEMMA2 | {"tied": False, "attention_bias": True},
 }
-RECIPES = {
-    "rtn_w4a16": "llama, tied, fp32",
-    "rtn_w4a16_asym": "qwen3",
-    "rtn_w8a16": "qwen2, tied, shards",
-    "rtn_w8a8": "qwen2",
-    "fp8/rtn_fp8": "mistral",
-    "fp8/rtn_fp8_block": "llama, shards, fp16",
-    "demo/w4a16": "qwen3, tied",
-}
-
-
-SEARCHED = {
-    "awq_w4a16": "gemma",
-    "awq_w8a8": "qwen2, tied, shards",
-    "os_plus_w8a8": "llama, biases",
-    "smoothquant_w8a8": "llama, shards, fp16",
-    "fp8/awq_fp8_static": "qwen3, tied",
-}
+ROUNDED = [
+    ("rtn_w4a16", "llama, tied, fp32"),
+    ("rtn_w4a16", "gemma2"),
+    ("rtn_w4a16_asym", "qwen3"),
+    ("rtn_w8a16", "qwen2, tied, shards"),
+    ("rtn_w8a8", "qwen2"),
+    ("fp8/rtn_fp8", "mistral"),
+    ("fp8/rtn_fp8_block", "llama, shards, fp16"),
+    ("demo/w4a16", "qwen3, tied"),
+]
+SEARCHED = [
+    ("awq_w4a16", "gemma"),
+    ("awq_w4a16", "gemma2"),
+    ("awq_w8a8", "qwen2, tied, shards"),
+    ("gptq_w4a16", "gemma2, no caps"),
+    ("os_plus_w8a8", "llama, biases"),
+    ("os_plus_w8a8", "gemma2, untied, biases"),
+    ("smoothquant_w8a8", "llama, shards, fp16"),
+    ("fp8/awq_fp8_static", "qwen3, tied"),
+]
 
 
 def make(folder: Path, name: str) -> Path:
@@ -105,11 +110,11 @@ def expected_tensors(recipe: str, rows: int, columns: int, dtype: torch.dtype) -
     return packed
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "name"), ROUNDED)
 def test_an_export_is_what_the_format_says(
-    recipe: str, tmp_path: Path, words: Path, home: Path, services: dict[str, str]
+    recipe: str, name: str, tmp_path: Path, words: Path, home: Path, services: dict[str, str]
 ) -> None:
-    source = make(tmp_path, RECIPES[recipe])
+    source = make(tmp_path, name)
     text = ["eval.name=text", f"eval.path={words}", "eval.windows=1", "eval.seq_len=32"]
     out = tmp_path / "out"
     quantize_model(recipe, model=str(source), output=str(out), overrides=text)
@@ -148,11 +153,11 @@ def test_an_export_is_what_the_format_says(
         assert (out / name).read_bytes() == (source / name).read_bytes()
 
 
-@pytest.mark.parametrize("recipe", SEARCHED)
+@pytest.mark.parametrize(("recipe", "name"), SEARCHED)
 def test_a_searched_export_is_still_the_model(
-    recipe: str, tmp_path: Path, words: Path, home: Path, services: dict[str, str]
+    recipe: str, name: str, tmp_path: Path, words: Path, home: Path, services: dict[str, str]
 ) -> None:
-    source = make(tmp_path, SEARCHED[recipe])
+    source = make(tmp_path, name)
     texts = [
         *("eval.name=text", f"eval.path={words}", "eval.windows=1", "eval.seq_len=32"),
         *("calib.name=text", f"calib.path={words}", "calib.n_samples=4", "calib.seq_len=64"),
@@ -160,7 +165,7 @@ def test_a_searched_export_is_still_the_model(
     out = tmp_path / "out"
     result = quantize_model(recipe, model=str(source), output=str(out), overrides=texts)
     made = {step["step"] for step in result["steps"]}
-    assert "transform[block 1]" in made
+    assert ("transform[block 1]" in made) == ("gptq" not in recipe)
     assert ("clip[block 1]" in made) == ("awq" in recipe)
     # transformers reads the same model from it, folded norms and biases and all
     assert verify_folder(out)["logit_difference"] < 1e-4
@@ -170,4 +175,7 @@ def test_a_searched_export_is_still_the_model(
         for opened in (open_checkpoint(out), open_checkpoint(source))
     )
     error = float((ours - theirs).norm() / theirs.norm())
-    assert error < (0.25 if "w4" in recipe else 0.06), error
+    # each of gemma2's norms brings what small random weights give to the size of the stream:
+    # their rounding to nearest costs .28 there, and .06 in gemma
+    four_bits = 0.45 if "gemma2" in name else 0.25
+    assert error < (four_bits if "w4" in recipe else 0.06), error

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.loading import load_recipe
 from configs.schema import Recipe
-from tasks.check import Request, check, check_device, describe, output_folder
+from tasks.check import SCORE_BYTES, Request, check, check_device, describe, output_folder
 from tasks.engine.errors import InputError
 from tasks.engine.precision import compute_dtype
 from tasks.engine.source import INDEX, open_source
@@ -100,6 +100,19 @@ def test_prediction_grows_with_the_calibration_set(
     tokens = (65536 - 64) * 64
     assert large.peak_memory_bytes - small.peak_memory_bytes == 2 * tokens * 128 * width
     assert large.seconds > small.seconds
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(64, 2048), (4096, 4096)])
+def test_prediction_holds_the_scores_that_attention_writes_out(
+    request_for: Callable[..., Request], tmp_path: Path, words: Path, length: int, tokens: int
+) -> None:
+    text = ("eval.name=text", f"eval.path={words}", f"eval.seq_len={length}", "eval.windows=1")
+    needed = []
+    for name, model_type in (("fused", "gemma"), ("written", "gemma2")):
+        model = make_checkpoint(tmp_path / name, model_type, tied=True, context=4096)
+        needed.append(check(request_for(recipe(*text), model=str(model)))[1].device_bytes)
+    norms = 3 * 2 * 128 * compute_dtype(torch.bfloat16, "cpu").itemsize
+    assert needed[1] - needed[0] == 4 * tokens * length * SCORE_BYTES + norms
 
 
 def test_text_that_the_model_writes_costs_time(

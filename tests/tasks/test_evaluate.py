@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from tasks.engine import decoder
 from tasks.engine.checkpoint import Checkpoint, open_checkpoint
 from tasks.engine.errors import InputError, NonFiniteWeightError, RunError
 from tasks.evaluate import measure, summary
-from tests.models import make_checkpoint
+from tests.models import GEMMA2, make_checkpoint
 from tests.tasks.conftest import JobOf, export_of, random_tokens
 
 WINDOWS = random_tokens(3, 48, seed=1)
@@ -148,6 +149,33 @@ def test_figures_are_those_of_a_literal_forward_pass(
     if RECIPES[recipe] is not None:
         without = literal_figures(literal_logits(checkpoint, None), reference_logits)
         assert abs(without["kl"] - wanted["kl"]) > 1e-4, "activations are seen in the figures"
+
+
+@pytest.mark.parametrize("cap", [1.0, None])
+def test_a_cap_of_the_logits_is_in_the_loss(cap: float | None, tmp_path: Path) -> None:
+    caps = {"final_logit_softcapping": cap, "initializer_range": 0.05}
+    folder = make_checkpoint(tmp_path / "model", **GEMMA2 | caps)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        loss = float(whole(WINDOWS, labels=WINDOWS).loss)
+        whole.config.final_logit_softcapping = None if cap else 1.0
+        other = float(whole(WINDOWS, labels=WINDOWS).loss)
+    assert abs(loss - other) > 0.1, "the cap is seen"
+    assert measure(open_checkpoint(folder), WINDOWS)["nll"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_each_of_two_models_has_its_own_cap(tmp_path: Path) -> None:
+    capped = make_checkpoint(tmp_path / "capped", **GEMMA2 | {"initializer_range": 0.05})
+    plain = Path(shutil.copytree(capped, tmp_path / "plain"))
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": None}))
+    one, other = open_checkpoint(capped), open_checkpoint(plain)
+    found = measure(one, WINDOWS, other)
+    assert found["nll"] == measure(one, WINDOWS)["nll"]
+    assert found["reference_nll"] == measure(other, WINDOWS)["nll"]
+    assert found["kl"] > 0.1
+    # a cap flattens, and leaves the order
+    assert found["top1_agreement"] == 1.0
 
 
 def test_a_model_beside_itself(model: Path) -> None:

@@ -19,7 +19,7 @@ from tasks.engine.decoder import (
     run_block,
 )
 from tasks.engine.errors import InputError
-from tests.models import make_checkpoint
+from tests.models import GEMMA2, make_checkpoint
 from tests.tasks.conftest import random_tokens
 
 LENGTH = 40
@@ -31,12 +31,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": {},
+    "gemma2": GEMMA2 | {"sliding_window": 8},
+}
+# the same models, nothing of them slides
+FULL: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False},
+    "gemma2": {"layer_types": ["full_attention"] * 3},
 }
 
 
 def make(folder: Path, name: str, **changes: Any) -> Path:
-    options = {**SHAPE, **MODELS[name], **changes}
-    return make_checkpoint(folder, name.split()[0], dtype=torch.float32, **options)
+    options = {"model_type": name.split()[0], **SHAPE, **MODELS[name], **changes}
+    return make_checkpoint(folder, dtype=torch.float32, **options)
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -83,17 +90,52 @@ def test_hidden_states_after_each_block(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+@pytest.mark.parametrize("name", FULL)
 def test_the_sliding_window_is_seen(tmp_path: Path, name: str) -> None:
     slid = make(tmp_path / "slid", name)
-    full = make(tmp_path / "full", name, sliding_window=None, use_sliding_window=False)
+    full = make(tmp_path / "full", name, **FULL[name])
     tokens = random_tokens(1, LENGTH, 256)
-    first = 0 if name == "mistral" else 1
+    first = 1 if name == "qwen2" else 0
     pairs = zip(block_by_block(slid, tokens), block_by_block(full, tokens), strict=True)
     for number, (one, other) in enumerate(pairs):
         # up to the window's length nothing slides; before the first sliding block neither
         torch.testing.assert_close(one[:, :8], other[:, :8], rtol=1e-5, atol=1e-5)
         assert torch.allclose(one, other, atol=1e-5) == (number <= first)
+
+
+def test_each_layer_has_the_mask_of_its_kind(tmp_path: Path) -> None:
+    decoder = build_decoder(config_of(make(tmp_path, "gemma2")))
+    _, arguments = decoder.embed(torch.randn(256, 32), random_tokens(1, LENGTH, 256))
+    seen = [(given["attention_mask"] == 0).sum(-1).flatten() for given in arguments]
+    before = torch.arange(1, LENGTH + 1)
+    for found, wanted in zip(seen, (before.clamp(max=8), before, before.clamp(max=8)), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("cap", [0.5, None])
+def test_logits_are_capped_as_the_config_says(tmp_path: Path, cap: float | None) -> None:
+    folder = make(tmp_path, "gemma2", final_logit_softcapping=cap)
+    draw = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(2, 5, 32, generator=draw), torch.randn(256, 32, generator=draw)
+    raw = hidden @ head.T
+    wanted = raw if cap is None else cap * torch.tanh(raw / cap)
+    decoder = build_decoder(config_of(folder))
+    assert decoder.logit_cap == cap
+    torch.testing.assert_close(decoder.logits(hidden, head), wanted)
+    in_bits = decoder.logits(hidden.bfloat16(), head.bfloat16())
+    assert in_bits.dtype == torch.float32
+    torch.testing.assert_close(in_bits, wanted, atol=0.1, rtol=0.02)
+
+
+def test_a_cap_that_the_config_leaves_out_is_that_of_transformers(tmp_path: Path) -> None:
+    config = config_of(make(tmp_path, "gemma2"))
+    del config["final_logit_softcapping"]
+    assert build_decoder(config).logit_cap == 30.0
+
+
+def test_a_key_that_is_none_of_the_model_caps_nothing(tmp_path: Path) -> None:
+    config = config_of(make(tmp_path, "llama"))
+    assert build_decoder(config | {"final_logit_softcapping": 1.0}).logit_cap is None
 
 
 def test_inputs_of_linears_are_seen_and_replaced(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tasks.engine.folding import (
     to_tensors,
 )
 from tasks.engine.job import Job
-from tests.models import make_checkpoint
+from tests.models import GEMMA2, edit_config, make_checkpoint
 from tests.tasks.conftest import JobOf, random_tokens
 
 BIASES = {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
@@ -36,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3"},
     "mistral": {"model_type": "mistral"},
     "gemma": {"model_type": "gemma", "tied": True},
+    "gemma2": GEMMA2,
 }
 GROUPS = ("attention_input", "attention_output", "mlp_input", "mlp_output")
 TOKENS = random_tokens(2, 24, 256)
@@ -110,11 +111,28 @@ def test_logits_stay_with_tied_embeddings(name: str, job_of: JobOf, tmp_path: Pa
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2"])
 def test_logits_stay_with_norms_in_few_bits(
     name: str, dtype: torch.dtype, job_of: JobOf, tmp_path: Path
 ) -> None:
     assert difference(job_for(job_of, tmp_path, name, dtype=dtype)) < 1e-4
+
+
+def test_logits_stay_where_the_config_leaves_the_head_size_to_transformers(
+    job_of: JobOf, tmp_path: Path
+) -> None:
+    model = make(tmp_path / "model", **GEMMA2, head_dim=256, dtype=torch.float32)
+    edit_config(model, head_dim=None)
+    job = job_of(model, "smoothquant_w8a8")
+    assert head_dim(job) == 256
+    assert difference(job) < 1e-4
+
+
+def test_norms_of_what_a_block_adds_stay_as_they_were(job_of: JobOf, tmp_path: Path) -> None:
+    job = job_for(job_of, tmp_path, "gemma2")
+    tensors, after = job.read_block(0), transformed(job, 0)
+    unchanged = {name for name in tensors if after[name] is tensors[name]}
+    assert unchanged == {f"{norm}.weight" for norm in job.plan.architecture.output_norms}
 
 
 def test_a_wrong_fold_would_be_seen(
@@ -133,7 +151,7 @@ def test_a_wrong_fold_would_be_seen(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", ["llama", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2"])
 def test_a_norm_folds_without_loss(
     name: str, dtype: torch.dtype, job_of: JobOf, tmp_path: Path
 ) -> None:
