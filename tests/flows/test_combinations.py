@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.conftest import Outcome
 
@@ -17,8 +19,11 @@ Here = Callable[..., Outcome]
 
 
 @pytest.fixture
-def quantized(here: Here, tmp_path: Path, tiny: Path, words: Path) -> Callable[..., dict[str, Any]]:
+def quantized(
+    here: Here, home: Path, services: object, tmp_path: Path, tiny: Path, words: Path
+) -> Callable[..., dict[str, Any]]:
     """Quantize the tiny model with short texts; what the command prints as JSON."""
+    del home, services
 
     def run(recipe: str, output: str, *overrides: str, steps: int = 1) -> dict[str, Any]:
         text = f"{{name: text, path: {words}, n_samples: 4, seq_len: 64}}"
@@ -108,3 +113,70 @@ def test_a_rotation_after_another_step_is_refused(here: Here, tiny: Path, words:
     )
     assert outcome.status == 2
     assert "steps.1.quant.method" in outcome.err and "first step" in outcome.err
+
+
+def test_codes_that_are_not_packed_are_for_transformers(
+    quantized: Callable[..., dict[str, Any]], tiny: Path
+) -> None:
+    packed = quantized("gptq_w4a16", "packed")
+    result = quantized("gptq_w4a16", "unpacked", "quant.weight.need_pack=false")
+    assert result["launch"] is None and "need_pack" in result["unserved"]
+    # the same codes, so the same figures
+    assert result["metrics"] == packed["metrics"]
+    folder = Path(result["checkpoint"])
+    described = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert described["format"] == "int-quantized"
+    assert described["config_groups"]["group_0"]["input_activations"] is None
+    tensors: dict[str, Any] = {}
+    for shard in folder.glob("*.safetensors"):
+        tensors |= load_file(shard)
+    codes = tensors["model.layers.0.mlp.up_proj.weight"]
+    assert codes.dtype == torch.int8 and int(codes.min()) >= -8 and int(codes.max()) <= 7
+    assert "sglang" not in (folder / "README.md").read_text()
+
+
+def test_zero_points_that_are_not_packed_are_read_back(
+    quantized: Callable[..., dict[str, Any]],
+) -> None:
+    # verify compares with compressed-tensors' own reader and transformers' whole model
+    asymmetric = ["quant.weight.need_pack=false", "quant.weight.symmetric=false"]
+    result = quantized("gptq_w4a16", "unpacked", *asymmetric)
+    assert 0 < result["metrics"]["kl"] < 0.01
+
+
+def test_a_run_that_only_measures_publishes_nothing(
+    quantized: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    result = quantized("gptq_w4a16", "out", "save.save_sgl=false")
+    assert result["checkpoint"] is None and result["launch"] is None
+    assert not (tmp_path / "out").exists() and result["metrics"]["kl"] > 0
+    client = MlflowClient(result["mlflow"]["uri"])
+    run = client.get_run(result["mlflow"]["run"])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["checkpoint"] == "not published"
+    assert run.data.metrics["eval.kl"] == result["metrics"]["kl"]
+    assert "blockquant.json" in {a.path for a in client.list_artifacts(run.info.run_id)}
+    # what was made is found by a run that publishes
+    again = quantized("gptq_w4a16", "out")
+    assert made(again) == [] and again["metrics"] == result["metrics"]
+
+
+def test_the_model_before_rounding_beside_the_export(
+    quantized: Callable[..., dict[str, Any]], tiny: Path
+) -> None:
+    both = ["save.save_trans=true", "save.save_sgl=true"]
+    special = "steps.0.quant.special.weight_clip=true"
+    result = quantized("w4a16_combin", "out", *both, special, steps=2)
+    folder = Path(result["checkpoint"])
+    report = json.loads((folder / "blockquant.json").read_text())
+    assert report["transformed_model"]["metrics"]["kl"] < report["metrics"]["kl"]
+    assert (
+        AutoModelForCausalLM.from_pretrained(folder / "transformed_model").dtype == torch.bfloat16
+    )
+    source, kept = load_file(tiny / "model.safetensors"), dict[str, torch.Tensor]()
+    for shard in (folder / "transformed_model").glob("*.safetensors"):
+        kept |= load_file(shard)
+    assert kept.keys() == source.keys()
+    # learned ranges are narrower than the weights' own
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert kept[name].abs().max() < source[name].abs().max()

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from quantizers import clipping
-from quantizers.clipping import clip_factors, range_factors, search_clip, search_clip_curve
+from quantizers.clipping import (
+    clamp_to_range,
+    clip_factors,
+    range_factors,
+    search_clip,
+    search_clip_curve,
+)
 from quantizers.number_formats import E4M3, int_format
 from quantizers.rounding import dequantize, round_to_nearest
 from quantizers.schemes import Granularity, WeightScheme
@@ -208,3 +214,17 @@ def test_the_curve_is_the_error_of_the_whole_weight(device, granularity, monkeyp
     assert curve.dtype == torch.float64
     wanted = literal_errors(x, weight, "int4", granularity, True).flatten(0, -2).sum(0)
     assert torch.allclose(curve.cpu(), wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "granularity", "symmetric"), CASES)
+def test_a_clamped_weight_has_the_range_of_its_clip(name, granularity, symmetric):
+    scheme = weight_scheme(name, granularity, symmetric=symmetric)
+    (weight,) = weights((48,), 64)
+    draw = torch.Generator().manual_seed(1)
+    ends = tuple(0.5 + 0.5 * torch.rand(scheme.scale_shape(48, 64), generator=draw) for _ in "lh")
+    clamped = clamp_to_range(weight, scheme, ends)
+    wanted = round_to_nearest(weight, scheme, ends)
+    found = round_to_nearest(clamped, scheme)
+    torch.testing.assert_close(found.scale, wanted.scale, rtol=1e-6, atol=0)
+    inside = (clamped == weight).float().mean()
+    assert 0.5 < inside < 1

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from configs.loading import load_recipe
 from configs.schema import Recipe
-from tasks.check import SCORE_BYTES, Request, check, check_device, describe, output_folder
+from tasks.check import Request, check, check_device, describe, output_folder
 from tasks.engine.errors import InputError
 from tasks.engine.precision import compute_dtype
+from tasks.engine.prediction import SCORE_BYTES
 from tasks.engine.source import INDEX, open_source
 from tests.models import make_checkpoint
 
@@ -102,6 +103,43 @@ def test_prediction_grows_with_the_calibration_set(
     assert large.seconds > small.seconds
 
 
+def test_prediction_counts_what_is_published(
+    request_for: Callable[..., Request], tmp_path: Path, words: Path
+) -> None:
+    text = f"{{name: text, path: {words}, n_samples: 4, seq_len: 64}}"
+    model = str(make_checkpoint(tmp_path / "tied", tied=True))
+
+    def bytes_of(*more: str, rotated: bool = False) -> tuple[int, int]:
+        place = "steps.1.calib" if rotated else "calib"
+        name = "w8a8_combin" if rotated else "rtn_w8a8"
+        asked = recipe(f"{place}={text}", f"eval={{name: text, path: {words}}}", *more, name=name)
+        found = check(request_for(asked, model=model))[1]
+        return found.export_bytes, found.store_bytes
+
+    plain, source = bytes_of()[0], (tmp_path / "tied" / "model.safetensors").stat().st_size
+    # a rotated head is no longer the embedding
+    assert bytes_of(rotated=True)[0] == plain + 8192 * 128 * 2
+    both = bytes_of("save.save_trans=true", "save.save_sgl=true")[0]
+    assert both - plain == pytest.approx(source, rel=0.01)
+    assert bytes_of("save.save_trans=true")[0] == both - plain
+    assert bytes_of("save.save_sgl=false") == (0, bytes_of()[1])
+
+
+def test_learning_takes_longer_and_holds_more(
+    request_for: Callable[..., Request], words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.engine.prediction._throughput", lambda device: 1e9)
+    text = f"calib={{name: text, path: {words}, n_samples: 64, seq_len: 64}}"
+    weight = "weight: {bit: 4, granularity: per_channel, need_pack: true}"
+    costs = [
+        check(request_for(recipe(text, f"quant={{method: {method}, {weight}}}")))[1]
+        for method in ("Identity", "GPTQ", "OmniQuant")
+    ]
+    seconds, held = [c.seconds for c in costs], [c.peak_memory_bytes for c in costs]
+    assert seconds[0] < seconds[1] < seconds[2]
+    assert held[0] == held[1] < held[2]
+
+
 @pytest.mark.parametrize(("length", "tokens"), [(64, 2048), (4096, 4096)])
 def test_prediction_holds_the_scores_that_attention_writes_out(
     request_for: Callable[..., Request], tmp_path: Path, words: Path, length: int, tokens: int
@@ -119,7 +157,7 @@ def test_text_that_the_model_writes_costs_time(
     request_for: Callable[..., Request], words: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the measured speed of the machine would make the difference of two runs swing
-    monkeypatch.setattr("tasks.check._throughput", lambda device: 1e12)
+    monkeypatch.setattr("tasks.engine.prediction._throughput", lambda device: 1e12)
     text = ("eval.name=text", f"eval.path={words}", "eval.windows=16", "eval.seq_len=512")
     _, read = check(request_for(recipe(*text)))
     _, sampled = check(request_for(recipe("eval.windows=16", "eval.seq_len=512")))

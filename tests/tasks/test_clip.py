@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantizers.clipping import clip_factors
-from tasks.clip import CLIP, FACTORS, block_clip, clip, has_clip
+from quantizers.rounding import dequantize, round_to_nearest
+from tasks.clip import CLIP, FACTORS, block_clip, clip, has_clip, rounding_ranges
 from tasks.engine.job import Job
 from tasks.engine.store import Entry
 from tasks.engine.streams import start_stream
 from tasks.engine.version import transformed_block
-from tasks.quantize import Origin, block_codes
+from tasks.quantize import Origin, block_codes, quantize
 from tasks.transform import transform
 from tests.models import make_checkpoint
 from tests.quantizers.literal import rounded_weight
@@ -143,3 +144,36 @@ def test_the_clip_is_of_the_transformed_weights(model: Path, job_of: JobOf, tmp_
     with_it, without = clipped(job)[0], clipped(job, transformed=False)[0]
     assert with_it.key != without.key
     assert with_it.value["chosen"]["mlp.up_proj"] != without.value["chosen"]["mlp.up_proj"]
+
+
+@pytest.mark.parametrize("recipe", ["rtn_w4a16", "rtn_w8a8", "fp8/rtn_fp8"])
+def test_ranges_with_the_least_squared_error(recipe: str, model: Path, job_of: JobOf) -> None:
+    more = [GROUPS] if recipe == "rtn_w4a16" else []
+    jobs = [job_of(model, recipe, *more, f"quant.weight.calib_algo={a}") for a in ("minmax", "mse")]
+    plain, found = (block_codes(job, Origin(job.steps[-1], None, None), 0) for job in jobs)
+    gained = []
+    for linear in ALL:
+        weight = jobs[0].read_block(0)[f"{linear}.weight"].float()
+        scheme = jobs[0].scheme.weight
+        lost = [(dequantize(q[linear], scheme) - weight).square().sum() for q in (plain, found)]
+        assert lost[1] <= lost[0]
+        gained.append(float(lost[1] / lost[0]))
+        # no other factor of the grid would have lost less
+        for factor in (1.0, 0.9, 0.7):
+            ends = torch.full(scheme.scale_shape(*weight.shape), factor)
+            if not scheme.number_format.is_float:
+                other = dequantize(round_to_nearest(weight, scheme, ends), scheme)
+                assert lost[1] <= (other - weight).square().sum() * (1 + 1e-6)
+    assert min(gained) < 0.97
+    keys = [quantize.key(j, Origin(j.steps[-1], None, None), block=0) for j in jobs]
+    assert keys[0] != keys[1]
+
+
+def test_a_searched_clip_goes_before_squared_error(model: Path, job_of: JobOf) -> None:
+    job = job_of(model, "awq_w4a16", GROUPS, "quant.weight.calib_algo=mse")
+    _, origin = clipped(job)
+    tensors = transformed_block(job, 0, origin.decision)
+    searched = block_clip(job, origin.clipped)
+    ranges = rounding_ranges(job, job.steps[-1].quant, 0, tensors, origin.clipped)
+    assert set(ranges) == ALL and set(searched) == ALL - ATTENTION_INPUT | {"self_attn.v_proj"}
+    assert all(torch.equal(ranges[n][0], searched[n][0]) for n in searched)
