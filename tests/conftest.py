@@ -21,6 +21,8 @@ from tests.models import DEMO_MODEL, make_checkpoint, make_text
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
+# what it asserts is told as tests' own assertions are
+pytest.register_assert_rewrite("tests.integration.resuming")
 # no test reaches for a hub, whatever the machine's network
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

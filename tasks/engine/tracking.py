@@ -97,10 +97,15 @@ class Run:
     def log_input(self, name: str, digest: str, source: Mapping[str, Any], context: str) -> None:
         """Record a data set as an input of the run."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
 
         data = Dataset(name, digest[:36], "local", json.dumps(source))
-        tag = InputTag("mlflow.data.context", context)
-        self.client().log_inputs(self.id, datasets=[DatasetInput(data, [tag])])
+        given = [DatasetInput(data, [InputTag("mlflow.data.context", context)])]
+        try:
+            self.client().log_inputs(self.id, datasets=given)
+        except MlflowException:
+            # another process was first with the same data set: MLflow finds it now
+            self.client().log_inputs(self.id, datasets=given)
 
     def finish(self) -> None:
         """Close the run as finished."""

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +61,15 @@ class Ran:
     result: dict[str, Any]
 
     @property
-    def cached(self) -> dict[str, bool]:
-        """Per step, whether it was found."""
-        return {step["step"]: step["cached"] for step in self.result["steps"]}
+    def made(self) -> list[str]:
+        """The steps that were computed, in their order; recipes of several steps repeat names."""
+        return [step["step"] for step in self.result["steps"] if not step["cached"]]
 
     @property
-    def made(self) -> list[str]:
-        """The steps that were computed."""
-        return [step for step, cached in self.cached.items() if not cached]
+    def committed(self) -> list[str]:
+        """The steps whose entries were there before the run ended or was killed."""
+        ending = ": committed"
+        return [event.removesuffix(ending) for event in self.events if event.endswith(ending)]
 
 
 def run(work: Work) -> Ran:
@@ -131,11 +133,13 @@ class Recorder:
         self._kill_at = kill_at
         self._number = -1
         self._where = ["flow"]
+        self._repeats: Counter[str] = Counter()
         self._watched = watched
 
     @contextlib.contextmanager
     def inside(self, label: str) -> Iterator[None]:
         self._where.append(label)
+        self._repeats.clear()
         try:
             yield
         finally:
@@ -150,6 +154,11 @@ class Recorder:
             if tear is not None:
                 tear()
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def repeated(self, event: str) -> None:
+        """Note an event that comes several times in a step, with its number there."""
+        self._repeats[event] += 1
+        self.at(f"{event} {self._repeats[event]}")
 
     def count(self, what: str) -> None:
         self._write(COUNT + what)
@@ -178,6 +187,7 @@ def install(recorder: Recorder) -> None:
     _wrap_store(recorder)
     _wrap_publish(recorder)
     _wrap_tracking(recorder)
+    _wrap_methods(recorder)
     _count_computations(recorder)
 
 
@@ -279,9 +289,35 @@ def _wrap_tracking(recorder: Recorder) -> None:
         setattr(Run, name, _followed(recorder, getattr(Run, name)))
 
 
+def _wrap_methods(recorder: Recorder) -> None:
+    """See what goes on inside a block: every loss of its learning, every linear of GPTQ."""
+    import tasks.engine.feedback as feedback
+    import tasks.learn as learning
+
+    descend, gptq = learning.descend, feedback.gptq
+
+    def descended(learnable: Any, loss_of: Callable[[int], Any], *args: Any, **kwargs: Any) -> Any:
+        def evaluated(batch: int) -> Any:
+            recorder.count("loss")
+            loss = loss_of(batch)
+            recorder.repeated("loss")
+            return loss
+
+        return descend(learnable, evaluated, *args, **kwargs)
+
+    def rounded(*args: Any, **kwargs: Any) -> Any:
+        recorder.count("round")
+        codes = gptq(*args, **kwargs)
+        recorder.repeated("rounded")
+        return codes
+
+    learning.descend, feedback.gptq = descended, rounded
+
+
 def _count_computations(recorder: Recorder) -> None:
     from quantizers import rounding
     from tasks.clip import clip
+    from tasks.learn import learn
     from tasks.transform import transform
 
     def counted(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -292,10 +328,11 @@ def _count_computations(recorder: Recorder) -> None:
 
         return call
 
-    # what every way of rounding a linear ends in, and what decides a block
+    # what every way of rounding a linear but GPTQ ends in, and what decides a block
     rounding.quantize_weight = counted("round", rounding.quantize_weight)
     object.__setattr__(transform, "compute", counted("decide", transform.compute))
     object.__setattr__(clip, "compute", counted("clip", clip.compute))
+    object.__setattr__(learn, "compute", counted("learn", learn.compute))
 
 
 def _bracketed(recorder: Recorder, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ import pytest
 
 from tasks.engine.publication import begun
 from tasks.engine.store import Store
-from tests.integration.test_resume import assert_tracked, contents
+from tests.integration.resuming import assert_tracked, contents
 from tests.models import make_checkpoint, make_text
 
 KILLS = 10

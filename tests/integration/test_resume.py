@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +12,22 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tasks.clip import CLIP
-from tasks.engine.publication import REPORT
 from tasks.transform import DECISION
+from tests.integration import resuming
 from tests.integration.crashing import Ran, Work, finish, run, start
-from tests.models import make_checkpoint, make_text
+from tests.integration.resuming import (
+    BLOCKS,
+    KILLED,
+    LINEARS,
+    Case,
+    assert_published,
+    assert_tracked,
+    entries,
+    kill_each,
+    new_home,
+)
 
-BLOCKS = 2
-LINEARS = 7
-KILLED = -9
+CALIB = "calib: {name: text, path: TEXT, n_samples: 4, seq_len: 64}"
 QUANT = {
     "w8a8": """
   method: Identity
@@ -70,23 +75,6 @@ CLIPPED = [
 ]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A recipe with its model, and what an undisturbed run of it did and gave."""
-
-    folder: Path
-    prepared: Path
-    recipe: Path
-    model: Path
-    undisturbed: Ran
-    files: dict[str, bytes]
-    steps: tuple[str, ...] = tuple(STEPS)
-
-    def parameters(self, output: Path, **more: Any) -> dict[str, Any]:
-        given = {"recipe": str(self.recipe), "model": str(self.model), "output": str(output)}
-        return given | more
-
-
 @pytest.fixture(scope="module")
 def w8a8(
     services: dict[str, str], prepared_home: Path, tmp_path_factory: pytest.TempPathFactory
@@ -112,31 +100,14 @@ def searched(
 
 
 def make_case(folder: Path, scheme: str, prepared: Path) -> Case:
-    model = make_checkpoint(folder / "tiny", blocks=BLOCKS)
-    text = make_text(folder / "words.txt", words=3000)
-    recipe = folder / f"{scheme}.yml"
-    recipe.write_text(
-        f"calib: {{name: text, path: {text}, n_samples: 4, seq_len: 64}}\n"
-        f"eval: {{name: text, path: {text}, windows: 2, seq_len: 64}}\n"
-        f"quant:{QUANT[scheme]}"
+    clips = {"clip": 1} if "method: Awq" in QUANT[scheme] else {}
+    return resuming.make_case(
+        folder,
+        f"{CALIB}\nquant:{QUANT[scheme]}",
+        prepared,
+        CLIPPED if clips else STEPS,
+        {"decide": 1, "round": 1} | clips,
     )
-    clips = "method: Awq" in QUANT[scheme]
-    steps = CLIPPED if clips else STEPS
-    empty = Case(folder, prepared, recipe, model, Ran(0, [], {}, {}), {})
-    output = folder / "undisturbed" / "out"
-    ran = run(Work(new_home(empty, "undisturbed"), empty.parameters(output), folder / "trace"))
-    assert ran.exitcode == 0, ran.result
-    assert ran.made == steps
-    clipped = {"clip": BLOCKS} if clips else {}
-    assert ran.counts == {"decide": BLOCKS, "round": BLOCKS * LINEARS} | clipped
-    return Case(folder, prepared, recipe, model, ran, contents(output), tuple(steps))
-
-
-def new_home(case: Case, name: str) -> Path:
-    home = case.folder / name / "home"
-    home.mkdir(parents=True)
-    shutil.copy(case.prepared / "mlflow.db", home / "mlflow.db")
-    return home
 
 
 def used_home(case: Case, name: str) -> Path:
@@ -145,93 +116,6 @@ def used_home(case: Case, name: str) -> Path:
     # real copies: the damage must not reach the original through a hard link
     shutil.copytree(case.folder / "undisturbed" / "home", home)
     return home
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def assert_published(case: Case, output: Path) -> None:
-    found = contents(output)
-    assert sorted(found) == sorted(case.files)
-    assert [name for name in found if found[name] != case.files[name]] == []
-    assert os.listdir(output.parent) == [output.name], "something is left beside the output"
-
-
-def assert_tracked(home: Path, runs: int = 1) -> None:
-    """Every run finished, with one point per metric and step."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("blockquant")
-    found = client.search_runs([experiment.experiment_id])
-    assert [r.info.status for r in found] == ["FINISHED"] * runs
-    for tracked in found:
-        assert "failure" not in tracked.data.tags
-        assert {f"eval.{n}" for n in ("nll", "kl", "top1_agreement")} <= set(tracked.data.metrics)
-        for name in tracked.data.metrics:
-            points = [p.step for p in client.get_metric_history(tracked.info.run_id, name)]
-            several = name.startswith(("weight_error.", "output_error."))
-            assert sorted(points) == list(range(BLOCKS if several else 1)), name
-
-
-def assert_store_clean(home: Path) -> None:
-    assert list((home / "store" / "staging").iterdir()) == []
-
-
-def kill_and_resume(
-    case: Case, at: int | str, place: str, old: bool = False, **more: Any
-) -> list[str]:
-    """Kill at one event, run the same again, check all; return the events up to the kill."""
-    home = new_home(case, place)
-    output = case.folder / place / "published" / "out"
-    if old:
-        output.mkdir(parents=True)
-        (output / "old.txt").write_text("what was published before")
-        (output / REPORT).write_text("{}")
-    parameters = case.parameters(output, **more)
-    killed = run(Work(home, parameters, home.parent / "killed", kill_at=at))
-    assert killed.exitcode == KILLED, killed.result
-    if output.exists() and not (output / "old.txt").exists():
-        assert contents(output) == case.files, "published, but not whole"
-    resumed = run(Work(home, parameters, home.parent / "resumed"))
-    assert resumed.exitcode == 0, resumed.result
-    assert_published(case, output)
-    done = {event.removesuffix(": committed") for event in killed.events}
-    assert resumed.made == [step for step in case.steps if step not in done]
-    for what, once in (("decide", 1), ("clip", 1), ("round", LINEARS)):
-        computed = killed.counts.get(what, 0) + resumed.counts.get(what, 0)
-        assert computed <= (BLOCKS + 1) * once, f"more than one block again: {computed} {what}"
-    assert_tracked(home)
-    assert_store_clean(home)
-    return killed.events
-
-
-def kill_each(case: Case, points: Iterable[int | str], name: str, **more: Any) -> None:
-    """Kill at each of these events, two at a time; report every one that fails."""
-
-    def attempt(point: int | str) -> str | None:
-        place = f"{name}-{str(point).replace(': ', '-').replace(' ', '-').replace('/', '-')}"
-        try:
-            events = kill_and_resume(case, point, place, **more)
-            if isinstance(point, int):
-                assert events == case.undisturbed.events[: point + 1]
-            else:
-                assert events[-1] == point
-        except Exception as error:
-            named = case.undisturbed.events[point] if isinstance(point, int) else point
-            return f"{named}: {type(error).__name__}: {error}"
-        # a failed one is kept to be looked at
-        shutil.rmtree(case.folder / place)
-        return None
-
-    with ThreadPoolExecutor(2) as pool:
-        failures = [failure for failure in pool.map(attempt, points) if failure]
-    assert not failures, "\n\n".join(failures)
 
 
 def test_one_kill_of_each_kind(w8a8: Case) -> None:
@@ -327,16 +211,6 @@ def again(case: Case, home: Path, name: str = "again", **more: Any) -> Ran:
     if "overrides" not in more:
         assert_published(case, output)
     return ran
-
-
-def entries(home: Path, task: str) -> list[Path]:
-    """Folders of a task's entries, oldest first."""
-    found = []
-    for manifest in (home / "store" / "entries").glob("*/*/manifest.json"):
-        record = json.loads(manifest.read_text())["record"]
-        if record["task"] == task:
-            found.append((record["created"], manifest.parent))
-    return [folder for _, folder in sorted(found)]
 
 
 def delete(path: Path) -> None:

@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import sqlite3
+import uuid
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.store.tracking import sqlalchemy_store
 
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import (
@@ -169,6 +172,25 @@ def test_files_tables_and_inputs_lie_in_the_home(
     assert (given.dataset.name, given.dataset.digest) == ("text", ("ab" * 32)[:36])
     assert json.loads(given.dataset.source) == {"windows": 4}
     assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "evaluation")]
+
+
+def test_two_runs_may_tell_of_one_text_at_once(
+    opened: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = one, other = opened("one"), opened("other")
+    told = ("text", "ab" * 32, {"windows": 4}, "evaluation")
+    with monkeypatch.context() as patch:
+
+        def between_look_and_insert() -> uuid.UUID:
+            patch.undo()
+            other.log_input(*told)
+            return uuid.uuid4()
+
+        patch.setattr(sqlalchemy_store, "uuid", SimpleNamespace(uuid4=between_look_and_insert))
+        one.log_input(*told)
+    inputs = [run.client().get_run(run.id).inputs.dataset_inputs for run in both]
+    assert [len(given) for given in inputs] == [1, 1]
+    assert inputs[0][0].dataset.digest == inputs[1][0].dataset.digest
 
 
 def test_a_reason_may_be_long(place: Settings, opened: Callable[..., Run]) -> None:
