@@ -89,8 +89,9 @@ class GptqSpecial(Section):
     """GPTQ (arXiv 2210.17323): rounding with error feedback.
 
     Not in LLMC: weight_clip, which searches the ranges that scales come from first, with its
-    clip_query_key, clip_steps and clip_shrink, and refit_scales, how often scales are refitted to
-    the codes and these found anew.
+    clip_query_key, clip_steps and clip_shrink; refit_scales, how often scales are refitted to
+    the codes and these found anew; make_up, the share of the errors of what was rounded before
+    that weights are moved to make up for (GPTAQ, arXiv 2504.02692).
     """
 
     actorder: bool = True
@@ -103,6 +104,7 @@ class GptqSpecial(Section):
     clip_steps: ClipSteps = 10
     clip_shrink: ClipShrink = 0.5
     refit_scales: Annotated[Count, Field(ge=0, le=16)] = 0
+    make_up: Annotated[Fraction, Field(ge=0, le=1)] = 0.0
     chunk_num: Annotated[Count | None, NoEffect("statistics are summed in fixed chunks")] = None
     owq: Owq = False
     online_rotate: OnlineRotate = False

@@ -17,18 +17,17 @@ from tasks.engine.feedback import warn_of_rank
 from tasks.engine.job import Job
 from tasks.engine.step import Result
 from tasks.engine.store import Entry
-from tasks.engine.streams import drop_boundaries, start_stream
+from tasks.engine.streams import Streams, drop_boundaries, start_stream
 from tasks.engine.tracking import Run
 from tasks.engine.version import SOURCE, Version
 from tasks.learn import (
-    Streams,
     has_learned_clip,
     has_learned_transform,
     has_learning,
     learn,
 )
 from tasks.pack import pack
-from tasks.quantize import Origin, quantize
+from tasks.quantize import Origin, makes_up, quantize
 from tasks.register import block_points, loss_points
 from tasks.rotate import rotate
 from tasks.transform import has_transform, transform
@@ -109,7 +108,7 @@ def _blocks(
     """
     version, quant = state.version, step.quant
     stream = None if tokens is None else start_stream(job, tokens, version)
-    floats = stream if has_learning(quant) else None
+    floats = stream if has_learning(quant) or makes_up(quant) else None
     rounds = last or (stream is not None and quant.quant_out)
     quantized: list[Result] = []
     packed: list[Result] = []
@@ -135,7 +134,9 @@ def _blocks(
         clips.append(clipped)
         through = None
         if rounds:
-            origin = Origin(step, stream, decision, clipped, version)
+            origin = Origin(
+                step, stream, decision, clipped, version, floats if makes_up(quant) else None
+            )
             quantized.append(course.run(quantize, job, origin, block=block))
             packed.append(course.run(pack, job, origin, block=block))
             through = packed[-1].key if quant.quant_out else None

@@ -17,7 +17,7 @@ from quantizers.number_formats import NumberFormat
 from quantizers.rounding import QuantizedWeight, weight_scales
 from quantizers.schemes import Granularity, WeightScheme
 
-__all__ = ["GramFactor", "RoundColumns", "factorize", "gptq", "round_columns"]
+__all__ = ["GramFactor", "RoundColumns", "factorize", "gptq", "made_up_target", "round_columns"]
 
 # what damping is multiplied with, one after the other, until H is positive definite
 _RAISES = (1.0, 10.0, 100.0)
@@ -136,6 +136,34 @@ def gptq(
         return QuantizedWeight(final, *given)
     stored_zero = None if zero is None else zero.t().to(torch.int8).contiguous()
     return QuantizedWeight(final, scale.t().to(scheme.scale_dtype).contiguous(), stored_zero)
+
+
+def made_up_target(
+    weight: Tensor, gram: Tensor, gap: Tensor, *, percdamp: float = 0.01, share: float = 1.0
+) -> Tensor:
+    """The weight whose outputs, from inputs that carry errors already, are nearest those wanted.
+
+    W + a W C^T (H + d I)^-1 with C = X^T (X_float - X) / T: for a = 1 and d = 0 the least squares
+    solution of X W'^T = X_float W^T, the target of GPTAQ (arXiv 2504.02692, eq. 5).
+
+    Args:
+        weight: (N, K), floating point.
+        gram: (K, K), H = X^T X / T of the inputs X.
+        gap: (K, K), C of the same tokens.
+        percdamp: d as a share of H's mean diagonal; what calibration does not tell stays.
+        share: a, how much of it is made up for.
+
+    Returns:
+        (N, K) float32; the weight itself where H is not positive definite.
+    """
+    damped = gram.to(torch.float64)
+    damped.diagonal().add_(percdamp * damped.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed):
+        return weight.to(torch.float32)
+    # from the right: solve for the transpose, as H is symmetric
+    moved = torch.cholesky_solve(gap.to(torch.float64) @ weight.to(torch.float64).T, lower)
+    return (weight + share * moved.T).to(torch.float32)
 
 
 def round_columns(

@@ -39,21 +39,13 @@ from tasks.engine.job import Job, activation_lineage, scheme_lineage
 from tasks.engine.precision import search_products
 from tasks.engine.step import step
 from tasks.engine.store import Draft
-from tasks.engine.streams import Stream, block_arguments, hidden_states, pass_block
+from tasks.engine.streams import Stream, Streams, block_arguments, hidden_states, pass_block
 from tasks.engine.version import DECISION, version_block
 from tasks.transform import GroupInputs, group_problem
 
 log = logging.getLogger("blockquant")
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Streams:
-    """What a learned block is fed, and what the block before rounding is fed beside it."""
-
-    quantized: Stream
-    float: Stream
 
 
 def has_learning(quant: Quant) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from configs.fields import effective
-from configs.schema import ResolvedStep
+from configs.schema import Quant, ResolvedStep
 from configs.special_keys import GptqSpecial
 from configs.vocabulary import WeightAlgorithm
 from quantizers.channel_transform import transformed_gram
@@ -25,7 +25,7 @@ from tasks.engine.precision import search_products
 from tasks.engine.source import tensor_digest
 from tasks.engine.step import step
 from tasks.engine.store import Draft, load_tensors
-from tasks.engine.streams import Stream
+from tasks.engine.streams import Stream, Streams
 from tasks.engine.version import (
     SOURCE,
     Version,
@@ -48,6 +48,7 @@ class Origin:
         decision: key of the transforms' decision, where there is one.
         clipped: key of the clip's decision, where there is one.
         version: of the model before this step.
+        floats: what would enter the block were nothing rounded, where the method asks.
     """
 
     recipe_step: ResolvedStep
@@ -55,6 +56,7 @@ class Origin:
     decision: str | None
     clipped: str | None = None
     version: Version = SOURCE
+    floats: Stream | None = None
 
 
 def _depends_on(job: Job, origin: Origin, block: int) -> dict[str, Any]:
@@ -73,6 +75,7 @@ def _depends_on(job: Job, origin: Origin, block: int) -> dict[str, Any]:
         "decision": origin.decision,
         "clip": origin.clipped,
         "stream": origin.stream.key if origin.stream else None,
+        "floats": origin.floats.key if origin.floats else None,
     }
 
 
@@ -83,6 +86,11 @@ def _rounding_keys(origin: Origin) -> dict[str, Any] | None:
         return None
     searched = ("weight_clip", "clip_query_key", "clip_steps", "clip_shrink")
     return {key: value for key, value in effective(special).items() if key not in searched}
+
+
+def makes_up(quant: Quant) -> bool:
+    """Whether rounding looks at what would enter the block were nothing rounded."""
+    return isinstance(quant.special, GptqSpecial) and quant.special.make_up > 0
 
 
 @step(
@@ -137,7 +145,8 @@ def rounded_block(job: Job, origin: Origin, block: int) -> RoundedBlock:
         special = origin.recipe_step.quant.special
         if isinstance(special, GptqSpecial):
             assert origin.stream is not None
-            return feed_back(job, special, origin.stream, block, tensors, clips)
+            streams = Streams(origin.stream, origin.floats or origin.stream)
+            return feed_back(job, special, streams, block, tensors, clips)
         codes: dict[str, QuantizedWeight] = {}
         for group in quantized_groups(job, block):
             weights = [tensors[f"{linear}.weight"] for linear in group.linears]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 
 import torch
@@ -15,7 +15,7 @@ from tasks.engine.decoder import InputHook, micro_batches, run_block
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job
 from tasks.engine.precision import search_products
-from tasks.engine.streams import Stream, block_arguments, hidden_states
+from tasks.engine.streams import Stream, Streams, block_arguments, hidden_states
 from tasks.engine.version import version_block
 
 # rows of inputs that are kept to see how they are rounded, drawn with this seed
@@ -44,6 +44,7 @@ def observe(
     tensors: Mapping[str, Tensor],
     groups: Sequence[LinearGroup],
     on_input: InputHook | None = None,
+    on_observed: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, InputStatistics]:
     """Statistics of the inputs of groups, in a pass that ends where the last of them is known.
 
@@ -54,6 +55,7 @@ def observe(
         tensors: of the block, as it is to be run.
         groups: those that are observed.
         on_input: what becomes of the inputs of the linears of all other groups.
+        on_observed: is told of each group's inputs, micro-batch after micro-batch.
     """
     hidden = hidden_states(job, stream)
     weights = {name: t.to(job.compute_dtype) for name, t in tensors.items()}
@@ -82,6 +84,8 @@ def observe(
         except NonFiniteError as error:
             place = f"{job.plan.blocks[block].prefix}{linear}"
             raise RunError(f"block {block}: the inputs of {place} hold NaN or Inf") from error
+        if on_observed is not None:
+            on_observed(name, x)
         if not missing:
             raise _AllSeen
         return x
@@ -93,6 +97,62 @@ def observe(
         with suppress(_AllSeen):
             run_block(module, weights, batch.to(job.device), arguments, (*first, *others), see)
     return collected
+
+
+def observe_beside(
+    job: Job,
+    streams: Streams,
+    block: int,
+    tensors: Mapping[str, Tensor],
+    group: LinearGroup,
+    before: Mapping[str, Tensor],
+    on_input: InputHook | None = None,
+) -> tuple[InputStatistics, Tensor]:
+    """Observe for one group, and the gap to its inputs had nothing been rounded.
+
+    Args:
+        job: the run.
+        streams: the hidden states that enter the block, and those that would.
+        block: its number.
+        tensors: of the block, as it is to be run.
+        group: the one that is observed.
+        before: tensors of the block before rounding.
+        on_input: as observe takes it.
+
+    Returns:
+        statistics of its inputs X, and X^T (X_float - X) / T, (K, K) float32.
+    """
+    weights = {name: t.to(job.compute_dtype) for name, t in before.items()}
+    floats = iter(micro_batches(hidden_states(job, streams.float), job.device))
+    columns = before[f"{group.linears[0]}.weight"].shape[1]
+    gap = torch.zeros(columns, columns, device=job.device)
+
+    def beside(_: str, x: Tensor) -> None:
+        wanted = _input_of(job, block, weights, next(floats), group.linears[0])
+        rows = x.reshape(-1, columns).float()
+        with search_products(job.device):
+            gap.addmm_(rows.T, wanted.reshape(-1, columns).float() - rows)
+
+    found = observe(job, streams.quantized, block, tensors, (group,), on_input, beside)
+    statistics = found[group.name]
+    return statistics, gap.div_(statistics.tokens)
+
+
+def _input_of(
+    job: Job, block: int, weights: Mapping[str, Tensor], batch: Tensor, linear: str
+) -> Tensor:
+    """What a linear of the block is given for one micro-batch."""
+    kept: list[Tensor] = []
+
+    def keep(_: str, x: Tensor) -> Tensor:
+        kept.append(x)
+        raise _AllSeen
+
+    arguments = block_arguments(job, batch.shape[0], batch.shape[1])[block]
+    module = job.decoder.blocks[block]
+    with suppress(_AllSeen):
+        run_block(module, weights, batch.to(job.device), arguments, (linear,), keep)
+    return kept[0]
 
 
 class _AllSeen(Exception):

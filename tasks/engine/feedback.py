@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from configs.special_keys import GptqSpecial
-from quantizers.gptq import GramFactor, factorize, gptq
+from quantizers.gptq import GramFactor, factorize, gptq, made_up_target
 from quantizers.losses import relative_output_error, row_errors
 from quantizers.rounding import ClipRange, QuantizedWeight, dequantize, round_group, weight_scales
 from quantizers.scale_refit import refit_scales
 from quantizers.schemes import Granularity, WeightScheme
 from quantizers.statistics import InputStatistics
 from tasks.engine.architectures import LinearGroup
-from tasks.engine.collect import block_statistics, observe
+from tasks.engine.collect import block_statistics, observe, observe_beside
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job
 from tasks.engine.precision import search_products
-from tasks.engine.streams import Stream, activation_hook
+from tasks.engine.streams import Streams, activation_hook
 
 log = logging.getLogger("blockquant")
 
@@ -40,7 +40,7 @@ class RoundedBlock:
 def feed_back(
     job: Job,
     special: GptqSpecial,
-    stream: Stream,
+    streams: Streams,
     block: int,
     tensors: Mapping[str, Tensor],
     clips: Mapping[str, ClipRange],
@@ -52,7 +52,8 @@ def feed_back(
     Args:
         job: the run.
         special: GPTQ's keys.
-        stream: the hidden states that enter the block.
+        streams: the hidden states that enter the block, and those that would were nothing
+            rounded.
         block: its number.
         tensors: of the block, before rounding.
         clips: factors on the ranges that scales come from, by linear.
@@ -63,20 +64,28 @@ def feed_back(
     activation = job.scheme.activation
     hook = activation_hook(activation) if activation is not None and activation.dynamic else None
     for group in quantized_groups(job, block):
-        if special.true_sequential:
+        weights = [tensors[f"{linear}.weight"].float() for linear in group.linears]
+        if special.make_up:
+            seen = current if special.true_sequential else tensors
+            given = hook if special.true_sequential else None
+            statistics, gap = observe_beside(job, streams, block, seen, group, tensors, given)
+            targets = _targets(job, special, weights, statistics, gap)
+        elif special.true_sequential:
+            stream = streams.quantized
             statistics = observe(job, stream, block, current, (group,), hook)[group.name]
+            targets = weights
         else:
-            statistics = block_statistics(job, stream, block)[group.name]
+            statistics = block_statistics(job, streams.quantized, block)[group.name]
+            targets = weights
         factor = factorize(
             statistics.gram_mean(), percdamp=special.percdamp, actorder=special.actorder
         )
-        weights = [tensors[f"{linear}.weight"].float() for linear in group.linears]
         clipped = [clips.get(linear) for linear in group.linears]
         _warn(job, block, group, factor, special)
         if factor is None:
-            rounded = round_group(weights, job.scheme.weight, clipped)
+            rounded = round_group(targets, job.scheme.weight, clipped)
         else:
-            rounded = _round_group(weights, clipped, factor, statistics, job.scheme.weight, special)
+            rounded = _round_group(targets, clipped, factor, statistics, job.scheme.weight, special)
         for linear, weight, quantized in zip(group.linears, weights, rounded, strict=True):
             restored = dequantize(quantized, job.scheme.weight)
             current[f"{linear}.weight"] = restored
@@ -89,6 +98,27 @@ def feed_back(
                 "damping": None if factor is None else factor.damping,
             }
     return RoundedBlock(codes, notes)
+
+
+def _targets(
+    job: Job,
+    special: GptqSpecial,
+    weights: Sequence[Tensor],
+    statistics: InputStatistics,
+    gap: Tensor,
+) -> list[Tensor]:
+    """Weights moved to make up for what their inputs lack already."""
+    with search_products(job.device):
+        return [
+            made_up_target(
+                weight,
+                statistics.gram_mean(),
+                gap,
+                percdamp=special.percdamp,
+                share=special.make_up,
+            )
+            for weight in weights
+        ]
 
 
 def warn_of_rank(job: Job, tokens: int) -> None:

@@ -91,6 +91,14 @@ class Stream:
         return replace(self, links=self.links[:-1])
 
 
+@dataclass(frozen=True)
+class Streams:
+    """What a block is fed, and what it would be fed beside it were nothing rounded."""
+
+    quantized: Stream
+    float: Stream
+
+
 def start_stream(job: Job, tokens: str, version: Version = SOURCE) -> Stream:
     """Return the stream of a set of token windows before the first block."""
     embedding = job.source.digest([job.plan.architecture.embedding])

@@ -16,9 +16,9 @@ from tasks import learn as module
 from tasks.clip import LEARNED, block_clip
 from tasks.engine.job import Job
 from tasks.engine.store import Entry
-from tasks.engine.streams import start_stream
+from tasks.engine.streams import Streams, start_stream
 from tasks.engine.version import DECISION, block_transforms, transformed_block
-from tasks.learn import Streams, learn
+from tasks.learn import learn
 from tasks.quantize import Origin, block_codes
 from tests.models import make_checkpoint
 from tests.tasks.conftest import JobOf, make_entry, put_tokens, random_tokens
