@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 
 import torch
@@ -44,7 +44,6 @@ def observe(
     tensors: Mapping[str, Tensor],
     groups: Sequence[LinearGroup],
     on_input: InputHook | None = None,
-    on_observed: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, InputStatistics]:
     """Statistics of the inputs of groups, in a pass that ends where the last of them is known.
 
@@ -55,12 +54,9 @@ def observe(
         tensors: of the block, as it is to be run.
         groups: those that are observed.
         on_input: what becomes of the inputs of the linears of all other groups.
-        on_observed: is told of each group's inputs, micro-batch after micro-batch.
     """
     hidden = hidden_states(job, stream)
     weights = {name: t.to(job.compute_dtype) for name, t in tensors.items()}
-    # how inputs are rounded matters where they are
-    draw = job.scheme.activation is not None
     sample = sampled_rows(hidden.shape[0] * hidden.shape[1])
     # linears of a group share one input: the first of them sees it
     first = {group.linears[0]: group.name for group in groups}
@@ -74,18 +70,7 @@ def observe(
             return x if on_input is None else on_input(linear, x)
         name = first[linear]
         missing.discard(name)
-        before = collected.get(name) or empty_statistics(x.shape[-1], x.device)
-        inside = (sample >= before.tokens) & (sample < before.tokens + x.shape[:-1].numel())
-        keep = (sample[inside] - before.tokens).to(x.device)
-        try:
-            # its products take the inputs as they are: bf16 factors, float32 sums
-            with search_products(job.device) if x.dtype == torch.bfloat16 else nullcontext():
-                collected[name] = add_batch(before, x, keep=keep, draw=draw)
-        except NonFiniteError as error:
-            place = f"{job.plan.blocks[block].prefix}{linear}"
-            raise RunError(f"block {block}: the inputs of {place} hold NaN or Inf") from error
-        if on_observed is not None:
-            on_observed(name, x)
+        collected[name] = _added(job, block, linear, collected.get(name), x, sample)
         if not missing:
             raise _AllSeen
         return x
@@ -122,36 +107,77 @@ def observe_beside(
     Returns:
         statistics of its inputs X, and X^T (X_float - X) / T, (K, K) float32.
     """
-    weights = {name: t.to(job.compute_dtype) for name, t in before.items()}
-    floats = iter(micro_batches(hidden_states(job, streams.float), job.device))
-    columns = before[f"{group.linears[0]}.weight"].shape[1]
+    linear = group.linears[0]
+    others = tuple(n for n in job.plan.blocks[block].quantized if n not in group.linears)
+    rounded, floats = (
+        {name: tensor.to(job.compute_dtype) for name, tensor in given.items()}
+        for given in (tensors, before)
+    )
+    hidden = hidden_states(job, streams.quantized)
+    sample = sampled_rows(hidden.shape[0] * hidden.shape[1])
+    columns = before[f"{linear}.weight"].shape[1]
     gap = torch.zeros(columns, columns, device=job.device)
-
-    def beside(_: str, x: Tensor) -> None:
-        wanted = _input_of(job, block, weights, next(floats), group.linears[0])
+    found: InputStatistics | None = None
+    for batch, unrounded in zip(
+        micro_batches(hidden, job.device),
+        micro_batches(hidden_states(job, streams.float), job.device),
+        strict=True,
+    ):
+        x = _input_of(job, block, rounded, batch, linear, others, on_input)
+        wanted = _input_of(job, block, floats, unrounded, linear)
+        found = _added(job, block, linear, found, x, sample)
         rows = x.reshape(-1, columns).float()
         with search_products(job.device):
             gap.addmm_(rows.T, wanted.reshape(-1, columns).float() - rows)
+    assert found is not None
+    return found, gap.div_(found.tokens)
 
-    found = observe(job, streams.quantized, block, tensors, (group,), on_input, beside)
-    statistics = found[group.name]
-    return statistics, gap.div_(statistics.tokens)
+
+def _added(
+    job: Job,
+    block: int,
+    linear: str,
+    before: InputStatistics | None,
+    x: Tensor,
+    sample: Tensor,
+) -> InputStatistics:
+    """Statistics with a micro-batch added; ``sample`` are the numbers of all rows to be kept."""
+    before = before or empty_statistics(x.shape[-1], x.device)
+    inside = (sample >= before.tokens) & (sample < before.tokens + x.shape[:-1].numel())
+    keep = (sample[inside] - before.tokens).to(x.device)
+    # how inputs are rounded matters where they are
+    draw = job.scheme.activation is not None
+    try:
+        # its products take the inputs as they are: bf16 factors, float32 sums
+        with search_products(job.device) if x.dtype == torch.bfloat16 else nullcontext():
+            return add_batch(before, x, keep=keep, draw=draw)
+    except NonFiniteError as error:
+        place = f"{job.plan.blocks[block].prefix}{linear}"
+        raise RunError(f"block {block}: the inputs of {place} hold NaN or Inf") from error
 
 
 def _input_of(
-    job: Job, block: int, weights: Mapping[str, Tensor], batch: Tensor, linear: str
+    job: Job,
+    block: int,
+    weights: Mapping[str, Tensor],
+    batch: Tensor,
+    linear: str,
+    others: Sequence[str] = (),
+    on_input: InputHook | None = None,
 ) -> Tensor:
-    """What a linear of the block is given for one micro-batch."""
+    """What a linear of the block is given for one micro-batch, and ``on_input`` the others."""
     kept: list[Tensor] = []
 
-    def keep(_: str, x: Tensor) -> Tensor:
+    def keep(name: str, x: Tensor) -> Tensor:
+        if name != linear:
+            return x if on_input is None else on_input(name, x)
         kept.append(x)
         raise _AllSeen
 
     arguments = block_arguments(job, batch.shape[0], batch.shape[1])[block]
     module = job.decoder.blocks[block]
     with suppress(_AllSeen):
-        run_block(module, weights, batch.to(job.device), arguments, (linear,), keep)
+        run_block(module, weights, batch.to(job.device), arguments, (linear, *others), keep)
     return kept[0]
 
 

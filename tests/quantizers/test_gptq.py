@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantizers.gptq import factorize, gptq
+from quantizers.gptq import factorize, gptq, made_up_target
 from quantizers.rounding import dequantize, quantize_weight, round_to_nearest, weight_scales
 from tests.quantizers.literal import to_e4m3
 from tests.quantizers.search_cases import inputs, weight_scheme, weights
@@ -219,3 +219,27 @@ def test_error_feedback_helps():
     scales = weight_scales(weight, scheme)
     fed_back = gptq(weight, factorize(gram_of(x), actorder=True), scheme, scales)
     assert loss(x, weight, fed_back, scheme) < 0.6 * nearest
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_the_target_that_makes_up_for_errors_of_the_inputs(share):
+    draw = torch.Generator().manual_seed(5)
+    wanted = torch.randn(300, 24, generator=draw, dtype=torch.float64)
+    given = wanted + 0.2 * torch.randn(300, 24, generator=draw, dtype=torch.float64)
+    weight = torch.randn(10, 24, generator=draw)
+    gram, gap = given.T @ given / 300, given.T @ (wanted - given) / 300
+    found = made_up_target(weight, gram.float(), gap.float(), percdamp=1e-9, share=share)
+    # literal least squares: inputs that carry errors, outputs of those that do not
+    best = torch.linalg.lstsq(given, wanted @ weight.double().T).solution.T
+    torch.testing.assert_close(found.double(), weight + share * (best - weight), rtol=0, atol=1e-4)
+
+    def lost(target):
+        return float((given @ target.double().T - wanted @ weight.double().T).square().sum())
+
+    assert share == 0 or lost(found) < lost(weight)
+
+
+def test_a_target_is_left_where_calibration_tells_nothing():
+    weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    gram, gap = torch.zeros(8, 8), torch.ones(8, 8)
+    assert torch.equal(made_up_target(weight, gram, gap), weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from quantizers.gptq import factorize, gptq
 from quantizers.rounding import dequantize, weight_scales
+from tasks.advance import advance
 from tasks.engine import feedback
 from tasks.engine.collect import block_statistics
 from tasks.engine.decoder import run_block
 from tasks.engine.feedback import RoundedBlock
 from tasks.engine.job import Job
-from tasks.engine.streams import block_arguments, hidden_states, start_stream
+from tasks.engine.streams import block_arguments, hidden_states, pass_block, start_stream
+from tasks.pack import pack
 from tasks.quantize import Origin, quantize, rounded_block
 from tests.models import make_checkpoint
 from tests.tasks.conftest import JobOf, make_entry, put_tokens, random_tokens
@@ -176,3 +179,38 @@ def test_schemes_that_round_activations(recipe: str, model: Path, job_of: JobOf)
     lost = restored(job, rounded, "mlp.up_proj") - weight
     share = (lost @ gram * lost).sum() / (weight @ gram * weight).sum()
     assert share < 0.002
+
+
+@pytest.mark.parametrize("sequential", ["true", "false"])
+def test_errors_of_what_was_rounded_before_are_made_up_for(
+    sequential: str, model: Path, job_of: JobOf
+) -> None:
+    keys = [f"quant.special.true_sequential={sequential}", "quant.special.percdamp=0.001"]
+    jobs = [
+        job_of(model, "gptq_w4a16", GROUPS, *keys, f"quant.special.make_up={share}")
+        for share in (0, 1)
+    ]
+    losses, keys_found = [], []
+    for job in jobs:
+        # the second block is fed what the first one gives, rounded and not
+        first = origin_of(job)
+        floats = first.stream
+        assert first.stream is not None and floats is not None
+        makes = job.steps[-1].quant.special.make_up > 0  # type: ignore[union-attr]
+        first = replace(first, floats=floats if makes else None)
+        make_entry(quantize, job, first, block=0)
+        packed = make_entry(pack, job, first, block=0)
+        rounded = first.stream.after(
+            make_entry(advance, job, first.stream, packed.key, block=0).key, packed.key
+        )
+        floats = floats.after(make_entry(advance, job, floats, None, block=0).key, None)
+        origin = replace(first, stream=rounded, floats=floats if makes else None)
+        keys_found.append(quantize.key(job, origin, block=1))
+        entry = make_entry(quantize, job, origin, block=1)
+        packed = make_entry(pack, job, origin, block=1)
+        given = pass_block(job, rounded, hidden_states(job, rounded), packed.key)
+        wanted = pass_block(job, floats, hidden_states(job, floats), None)
+        losses.append(float((given.float() - wanted.float()).square().sum()))
+        assert entry.value["linears"]["mlp.up_proj"]["damping"] == pytest.approx(0.001)
+    assert losses[1] < 0.97 * losses[0]
+    assert keys_found[0] != keys_found[1]
