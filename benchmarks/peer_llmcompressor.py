@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # what comes before the rounding; every option is llm-compressor's default
-TRANSFORMS: dict[str, Any] = {"rtn": None, "awq": AWQModifier, "smoothquant": SmoothQuantModifier}
+TRANSFORMS: dict[str, Any] = {"awq": AWQModifier, "smoothquant": SmoothQuantModifier}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Task:
     """One quantization."""
 
     model: str
-    # rtn, awq or smoothquant
+    # rtn, gptq, awq or smoothquant
     method: str
     # a preset of compressed-tensors: W4A16 (groups of 128, symmetric), W8A8 or FP8_DYNAMIC
     scheme: str
@@ -53,8 +54,9 @@ def main(task: Task) -> None:
     IntermediatesCache.pin_memory = lambda self, batch_index, input_names=None: None
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype=task.dtype)
     tokenizer = AutoTokenizer.from_pretrained(task.model)
-    rounding = QuantizationModifier(targets="Linear", scheme=task.scheme, ignore=["lm_head"])
-    transform = TRANSFORMS[task.method]
+    modifier = GPTQModifier if task.method == "gptq" else QuantizationModifier
+    rounding = modifier(targets="Linear", scheme=task.scheme, ignore=["lm_head"])
+    transform = TRANSFORMS.get(task.method)
     recipe = [rounding] if transform is None else [transform(), rounding]
     start, start_cpu = time.perf_counter(), time.process_time()
     oneshot(model=model, processor=tokenizer, recipe=recipe, **_calibration(task.tokens))

@@ -1,4 +1,4 @@
-"""This project and llm-compressor side by side: what quantization costs, and how long it takes.
+"""Every recipe, beside llm-compressor where that has its like: what it costs, how long it takes.
 
     make bench-env
     .venv/bin/python benchmarks/quality.py
@@ -6,14 +6,16 @@
 Both quantize the same model, calibrated on the same token windows (those of this project's
 calibration set), and both checkpoints are reopened and measured by this project's evaluator on the
 same held-out windows, in float32, activations quantized as SGLang does it where the scheme asks for
-it. The figure is the increase of the mean token NLL over the model before quantization.
+it. The figures: the increase of the mean token NLL over the model before quantization, the mean KL
+divergence from it in nats, the share of positions where both find the same token likeliest, and the
+size of the safetensors files.
 
 Seconds are wall time of quantization alone:
 
-- ours: the flow's steps that work on blocks (transform, clip, quantize, pack, advance), with all
-  that belongs to them: reading the source's blocks, writing results to the store, Prefect. Not
-  counted: start-up, reading the model's headers, cutting the text, export, verification,
-  evaluation, publishing.
+- ours: the flow's steps that work on blocks (rotate, transform, learn, clip, quantize, pack,
+  advance), with all that belongs to them: reading the source's blocks, writing results to the
+  store, Prefect. Not counted: start-up, reading the model's headers, cutting the text, export,
+  verification, evaluation, publishing.
 - llm-compressor: ``oneshot`` on a model, tokenizer and token ids in memory. Not counted: imports,
   loading, saving, and packing to the stored format, which it does as it saves.
 
@@ -45,8 +47,9 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from configs.loading import load_recipe, shipped_names
 from tasks.calibration_set import calibration_set
-from tasks.engine.checkpoint import open_checkpoint
+from tasks.engine.checkpoint import Checkpoint, open_checkpoint
 from tasks.engine.store import Store
 from tasks.engine.text import TextSource
 from tasks.engine.windows import TOKENS, evaluation_windows
@@ -62,42 +65,35 @@ UNCOUNTED = {"load_model", "evaluation_set", "calibration_set", "export", "verif
 SIDES = ("blockquant", "llm-compressor")
 
 # wide enough for the table, also in a pipe
-console = Console(width=120)
+console = Console(width=160)
 progress = Console(stderr=True)
 
 
 @dataclass(frozen=True)
 class Peer:
-    """What llm-compressor runs: a transform and a preset scheme."""
+    """What llm-compressor runs: a method and a preset scheme."""
 
     method: str
     scheme: str
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a recipe of ours and what it is compared with."""
-
-    scheme: str
-    method: str
-    recipe: str
-    peer: Peer
-    calibrated: bool = True
-
-
-ROWS = {
-    "rtn_w4a16": Row("W4A16", "RTN", "rtn_w4a16", Peer("rtn", "W4A16"), calibrated=False),
-    "awq_w4a16": Row("W4A16", "AWQ", "awq_w4a16", Peer("awq", "W4A16")),
-    "awq_w4a16_tuned": Row("W4A16", "AWQ, tuned", "tuned/awq_w4a16", Peer("awq", "W4A16")),
-    "rtn_w8a8": Row("W8A8", "RTN", "rtn_w8a8", Peer("rtn", "W8A8"), calibrated=False),
-    "awq_w8a8": Row("W8A8", "AWQ", "awq_w8a8", Peer("awq", "W8A8")),
-    "awq_w8a8_tuned": Row("W8A8", "AWQ, tuned", "tuned/awq_w8a8", Peer("awq", "W8A8")),
-    "smoothquant_w8a8": Row("W8A8", "SmoothQuant", "smoothquant_w8a8", Peer("smoothquant", "W8A8")),
-    "rtn_fp8": Row(
-        "FP8 dynamic", "RTN", "fp8/rtn_fp8", Peer("rtn", "FP8_DYNAMIC"), calibrated=False
-    ),
-    "awq_fp8": Row("FP8 dynamic", "AWQ", "fp8/awq_fp8", Peer("awq", "FP8_DYNAMIC")),
+# what llm-compressor has that is like a recipe
+PEERS = {
+    "rtn_w4a16": Peer("rtn", "W4A16"),
+    "awq_w4a16": Peer("awq", "W4A16"),
+    "gptq_w4a16": Peer("gptq", "W4A16"),
+    "tuned/awq_w4a16": Peer("awq", "W4A16"),
+    "tuned/best_w4a16": Peer("gptq", "W4A16"),
+    "rtn_w8a8": Peer("rtn", "W8A8"),
+    "awq_w8a8": Peer("awq", "W8A8"),
+    "tuned/awq_w8a8": Peer("awq", "W8A8"),
+    "smoothquant_w8a8": Peer("smoothquant", "W8A8"),
+    "fp8/rtn_fp8": Peer("rtn", "FP8_DYNAMIC"),
+    "fp8/awq_fp8": Peer("awq", "FP8_DYNAMIC"),
 }
+PEER_METHODS = sorted({peer.method for peer in PEERS.values()})
+# the demo's are the first two again
+RECIPES = [name for name in shipped_names() if not name.startswith("demo/")]
 
 
 @dataclass(frozen=True)
@@ -110,13 +106,16 @@ class Bench:
     seq_len: int
     heldout: Path
     windows: Tensor
-    source_nll: float
+    source: Checkpoint
     peer_dtype: str
     work: Path
 
-    def increase(self, checkpoint: Path) -> float:
-        """Measure a checkpoint: NLL over that of the model before quantization."""
-        return float(measure(open_checkpoint(checkpoint), self.windows)["nll"]) - self.source_nll
+    def measured(self, checkpoint: Path) -> dict[str, float]:
+        """Measure a checkpoint beside the model before quantization."""
+        found = measure(open_checkpoint(checkpoint), self.windows, self.source)
+        size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+        kept = ("nll_increase", "kl", "top1_agreement", "reference_nll")
+        return {name: float(found[name]) for name in kept} | {"bytes": size}
 
 
 def main(
@@ -132,10 +131,12 @@ def main(
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 64,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 512,
     windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 2048 tokens.")] = 32,
-    rows: Annotated[
-        str, typer.Option(help=f"Rows, with commas between: {', '.join(ROWS)}.")
-    ] = ",".join(ROWS),
-    peer: Annotated[bool, typer.Option(help="Run llm-compressor too.")] = True,
+    recipes: Annotated[
+        str, typer.Option(help=f"Recipes, with commas between: {', '.join(RECIPES)}.")
+    ] = ",".join(RECIPES),
+    peers: Annotated[
+        str, typer.Option(help="Methods of llm-compressor to run too, with commas between.")
+    ] = ",".join(PEER_METHODS),
     peer_dtype: Annotated[str, typer.Option(help="What llm-compressor loads in.")] = "auto",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="A file to write all figures to.")
@@ -145,8 +146,9 @@ def main(
     ] = None,
 ) -> None:
     """Quantize with both, measure both, print one table."""
-    chosen = _chosen(rows)
-    if peer and not PEER_PYTHON.is_file():
+    chosen = _chosen("--recipes", recipes, RECIPES)
+    methods = _chosen("--peers", peers, PEER_METHODS)
+    if methods and not PEER_PYTHON.is_file():
         raise typer.BadParameter("llm-compressor is not there: run `make bench-env`")
     with ExitStack() as stack:
         if work is None:
@@ -156,8 +158,6 @@ def main(
         source = open_checkpoint(model)
         text = TextSource("--heldout", "text", str(heldout), evaluation=True)
         held_out = evaluation_windows(source.source, text, 2048, windows)
-        nll = float(measure(source, held_out)["nll"])
-        progress.print(f"{model.name}: NLL {nll:.5f} before quantization")
         bench = Bench(
             model.resolve(),
             calibration.resolve(),
@@ -165,12 +165,12 @@ def main(
             seq_len,
             heldout.resolve(),
             held_out,
-            nll,
+            source,
             peer_dtype,
             work.resolve(),
         )
-        report: dict[str, Any] = {"model": model.name, "nll": nll, "rows": []}
-        for result in _run(bench, chosen, peer):
+        report: dict[str, Any] = {"model": model.name, "rows": []}
+        for result in _run(bench, chosen, methods):
             report["rows"].append(result)
             if json_file is not None:
                 # after every row: a long run that is cut off keeps what it has
@@ -178,48 +178,39 @@ def main(
     console.print(_table(report))
 
 
-def _chosen(rows: str) -> list[str]:
-    names = [name.strip() for name in rows.split(",") if name.strip()]
-    unknown = [name for name in names if name not in ROWS]
-    if unknown or not names:
-        raise typer.BadParameter(f"--rows {rows}: choose from {', '.join(ROWS)}")
+def _chosen(option: str, given: str, known: list[str]) -> list[str]:
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"{option} {unknown[0]}: choose from {', '.join(known)}")
     return names
 
 
-def _run(bench: Bench, names: list[str], with_peer: bool) -> Iterator[dict[str, Any]]:
-    """Run the rows; what llm-compressor did for one row also serves another like it."""
-    peers: dict[Peer, dict[str, Any]] = {}
+def _run(bench: Bench, names: list[str], methods: list[str]) -> Iterator[dict[str, Any]]:
+    """Run the recipes; what llm-compressor did for one also serves another like it."""
+    done: dict[Peer, dict[str, Any]] = {}
     for name in names:
-        row = ROWS[name]
         progress.print(f"{name}: blockquant")
-        ours, tokens = _run_ours(bench, name, row)
+        ours, tokens = _run_ours(bench, name)
         progress.print(f"  {_figures(ours)}")
-        if with_peer and row.peer not in peers:
+        peer = PEERS.get(name)
+        if peer is not None and peer.method in methods and peer not in done:
             progress.print(f"{name}: llm-compressor")
-            peers[row.peer] = _run_peer(bench, row.peer, tokens)
-            progress.print(f"  {_figures(peers[row.peer])}")
-        yield {
-            "row": name,
-            "scheme": row.scheme,
-            "method": row.method,
-            **dict(zip(SIDES, (ours, peers.get(row.peer)), strict=True)),
-        }
+            done[peer] = _run_peer(bench, peer, tokens)
+            progress.print(f"  {_figures(done[peer])}")
+        theirs = None if peer is None else done.get(peer)
+        yield {"recipe": name, **dict(zip(SIDES, (ours, theirs), strict=True))}
 
 
-def _run_ours(bench: Bench, name: str, row: Row) -> tuple[dict[str, Any], Path | None]:
+def _run_ours(bench: Bench, name: str) -> tuple[dict[str, Any], Path | None]:
     """Run a recipe as a user does; returns its figures and the calibration tokens."""
-    store, output = bench.work / name / "store", bench.work / name / "checkpoint"
+    folder = name.replace("/", "-")
+    store, output = bench.work / folder / "store", bench.work / folder / "checkpoint"
     # measured below, together with the peer's checkpoint: the flow's own evaluation is kept short
-    overrides = ["eval.name=text", f"eval.path={bench.heldout}"]
-    overrides += ["eval.windows=1", "eval.seq_len=256"]
-    if row.calibrated:
-        overrides += [
-            "calib.name=text",
-            f"calib.path={bench.calibration}",
-            f"calib.n_samples={bench.samples}",
-            f"calib.seq_len={bench.seq_len}",
-        ]
-    recipe = ROOT / "configs" / f"{row.recipe}.yml"
+    overrides = [f"eval={{name: text, path: {bench.heldout}, windows: 1, seq_len: 256}}"]
+    places = _calibrations(name)
+    text = f"name: text, path: {bench.calibration}, n_samples: {bench.samples}"
+    overrides += [f"{place}={{{text}, seq_len: {bench.seq_len}}}" for place in places]
+    recipe = ROOT / "configs" / f"{name}.yml"
     command = [sys.executable, "-m", "flows.cli", "quantize", str(recipe), "--json"]
     command += ["--model", str(bench.model), "--output", str(output), "--store", str(store)]
     for override in overrides:
@@ -234,17 +225,24 @@ def _run_ours(bench: Bench, name: str, row: Row) -> tuple[dict[str, Any], Path |
     )
     whole = before.since()
     _require_success(f"{name}: blockquant", done.returncode)
-    steps = {
-        step: seconds
-        for step, seconds in json.loads(done.stdout)["seconds"].items()
-        if step not in UNCOUNTED
-    }
+    found = json.loads(done.stdout)
+    steps = {step: s for step, s in found["seconds"].items() if step not in UNCOUNTED}
     figures = {
-        "nll_increase": bench.increase(output),
+        "scheme": found["scheme"],
+        **bench.measured(output),
         "seconds": sum(steps.values()),
         "steps": steps,
     } | whole
-    return figures, _calibration_tokens(store) if row.calibrated else None
+    return figures, _calibration_tokens(store) if places else None
+
+
+def _calibrations(name: str) -> list[str]:
+    """Where a recipe says what it calibrates on; nowhere if it does not."""
+    recipe = load_recipe(name)
+    steps = recipe.resolved_steps()
+    if recipe.quant is not None:
+        return ["calib"] if steps[0].calib is not None else []
+    return [f"steps.{n}.calib" for n, step in enumerate(steps) if step.calib is not None]
 
 
 class _Whole:
@@ -303,8 +301,7 @@ def _run_peer(bench: Bench, peer: Peer, tokens: Path | None) -> dict[str, Any]:
     _require_success(f"{peer.method} {peer.scheme}: llm-compressor", done.returncode)
     figures: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     _store_scales_in_float32(folder / "checkpoint")
-    figures["nll_increase"] = bench.increase(folder / "checkpoint")
-    return figures | whole
+    return figures | bench.measured(folder / "checkpoint") | whole
 
 
 def _store_scales_in_float32(checkpoint: Path) -> None:
@@ -328,26 +325,32 @@ def _require_success(what: str, status: int) -> None:
 
 
 def _figures(result: dict[str, Any]) -> str:
-    return f"NLL {result['nll_increase']:+.5f}, {result['seconds']:.2f} s, load {result['load']}"
+    line = f"NLL {result['nll_increase']:+.5f}, KL {result['kl']:.5f}"
+    return f"{line}, {result['seconds']:.2f} s, load {result['load']}"
 
 
 def _table(report: dict[str, Any]) -> Table:
-    table = Table(
-        title=f"{report['model']}: increase of NLL {report['nll']:.5f}, and seconds",
-        box=box.MARKDOWN,
-    )
-    for heading in ("scheme", "method"):
+    nll = report["rows"][0]["blockquant"]["reference_nll"]
+    table = Table(title=f"{report['model']}: NLL {nll:.5f} before", box=box.MARKDOWN)
+    for heading in ("recipe", "scheme"):
         table.add_column(heading)
-    for heading in ("NLL", "seconds"):
-        for side in SIDES:
-            table.add_column(f"{heading}, {side}", justify="right")
+    ours = ("NLL increase", "KL", "top-1", "size", "seconds")
+    theirs = ("NLL, llm-compressor", "KL, llm-compressor", "seconds, llm-compressor")
+    for heading in (*ours, *theirs):
+        table.add_column(heading, justify="right")
     for row in report["rows"]:
-        sides = [row[side] for side in SIDES]
+        found, peer = (row[side] for side in SIDES)
         table.add_row(
-            row["scheme"],
-            row["method"],
-            *("" if side is None else f"{side['nll_increase']:.4f}" for side in sides),
-            *("" if side is None else f"{side['seconds']:.2f}" for side in sides),
+            f"`{row['recipe']}`",
+            found["scheme"],
+            f"{found['nll_increase']:.4f}",
+            f"{found['kl']:.4f}",
+            f"{found['top1_agreement']:.1%}",
+            f"{found['bytes'] / 1e6:.1f} MB",
+            f"{found['seconds']:.1f}",
+            "" if peer is None else f"{peer['nll_increase']:.4f}",
+            "" if peer is None else f"{peer['kl']:.4f}",
+            "" if peer is None else f"{peer['seconds']:.1f}",
         )
     return table
 

@@ -138,7 +138,13 @@ def _kept(job: Job, stream: Stream) -> Tensor | None:
         kept: Tensor = job.memo.get(stream.kind, stream.key, _never)
         return kept
     entry = job.store.get(boundary_key(stream))
-    return None if entry is None else load_tensors(entry.file(HIDDEN))["hidden"]
+    if entry is None:
+        return None
+    try:
+        return load_tensors(entry.file(HIDDEN))["hidden"]
+    except FileNotFoundError:
+        # another run of the store, further on, has dropped it
+        return None
 
 
 def _never() -> Tensor:
