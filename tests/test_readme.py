@@ -19,6 +19,7 @@ import typer
 import yaml
 from typer.main import get_command
 
+from configs.schemes import export_problems
 from configs.loading import load_recipe, shipped_names
 from flows.cli import app
 from flows.quantize_model import quantize_model
@@ -201,10 +202,11 @@ def test_the_readme_lists_the_recipes_that_ship() -> None:
 
 
 def test_overrides_and_the_smallest_recipe_are_valid(tmp_path: Path) -> None:
-    (smallest,) = fenced(ROOT / "docs" / "recipes.md", "yaml")
+    smallest, steps = fenced(ROOT / "docs" / "recipes.md", "yaml")
     recipe = tmp_path / "recipe.yml"
-    recipe.write_text(smallest, encoding="utf-8")
-    load_recipe(recipe)
+    for written in (smallest, steps):
+        recipe.write_text(written, encoding="utf-8")
+        assert export_problems(load_recipe(recipe)) == []
 
     for document in DOCUMENTS:
         for arguments in command_lines(document):

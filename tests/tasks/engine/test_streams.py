@@ -240,3 +240,19 @@ def test_the_mean_square_leaves_the_stream_as_it_is(dtype: torch.dtype) -> None:
     before = hidden.clone()
     assert require_finite(hidden, 0) == pytest.approx(float(before.float().square().mean()))
     assert torch.equal(hidden, before)
+
+
+def test_a_boundary_that_another_run_drops_is_made_again(course: Course) -> None:
+    stream, wanted = course.streams[-1], course.states[-1]
+    job = course.anew()
+    find = job.store.get
+
+    def found_and_dropped(key: str) -> Entry | None:
+        entry = find(key)
+        if key == boundary_key(stream):
+            # between being found and being read
+            job.store.remove(key)
+        return entry
+
+    object.__setattr__(job.store, "get", found_and_dropped)
+    assert torch.equal(hidden_states(job, stream), wanted)
