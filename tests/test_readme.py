@@ -19,8 +19,8 @@ import typer
 import yaml
 from typer.main import get_command
 
-from configs.schemes import export_problems
 from configs.loading import load_recipe, shipped_names
+from configs.schemes import export_problems
 from flows.cli import app
 from flows.quantize_model import quantize_model
 

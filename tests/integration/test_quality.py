@@ -20,7 +20,7 @@ SOURCE_NLL = 3.5105
 # increase of NLL on the first 32 windows of 2048 tokens of heldout.txt, at most
 BOUNDS = {"rtn_w4a16": 0.0316, "rtn_w8a16": 0.001, "rtn_w8a8": 0.0018, "fp8/rtn_fp8": 0.0045}
 # calibrated on 64 x 512 tokens of calibration.txt: what llm-compressor's AWQ loses, plus .0003;
-# GPTQ's is llm-compressor's, the best recipe's what a prototype of AWQ, clip and GPTQ lost, less .0004
+# GPTQ's is llm-compressor's own, the best recipe's below a prototype of AWQ, clip and GPTQ
 SEARCHED = {
     "gptq_w4a16": 0.0196,
     "tuned/best_w4a16": 0.0115,
