@@ -169,8 +169,10 @@ def test_check_predicts_the_size_of_a_tied_float32_model(
 def test_first_run_for_a_machine(made: Made, tiny: Path) -> None:
     result = made.result
     assert set(result) == {
-        *("checkpoint", "metrics", "bytes", "scheme", "seconds", "steps", "mlflow", "launch")
+        *("checkpoint", "metrics", "bytes", "scheme", "seconds", "steps", "mlflow", "launch"),
+        "unserved",
     }
+    assert result["unserved"] is None
     assert result["checkpoint"] == str(made.folder)
     assert result["scheme"] == "W4A16"
     assert result["launch"].startswith("python -m sglang.launch_server --model-path ")

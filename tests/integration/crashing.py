@@ -268,6 +268,7 @@ def _wrap_store(recorder: Recorder) -> None:
 
 def _wrap_publish(recorder: Recorder) -> None:
     import flows.quantize_model as flow
+    import flows.steps as steps
     import tasks.publish as publishing
 
     rmtree = publishing.shutil.rmtree
@@ -278,8 +279,9 @@ def _wrap_publish(recorder: Recorder) -> None:
 
     publishing.shutil = Stand(publishing.shutil, rmtree=removed)  # type: ignore[assignment]
     publishing.os = _moves(recorder, publishing.os)  # type: ignore[assignment]
-    for name in ("check", "open_run", "drop_boundaries", "publish", "register"):
+    for name in ("check", "open_run", "publish", "register"):
         setattr(flow, name, _bracketed(recorder, getattr(flow, name)))
+    steps.drop_boundaries = _bracketed(recorder, steps.drop_boundaries)
 
 
 def _wrap_tracking(recorder: Recorder) -> None:
