@@ -70,6 +70,7 @@ def test_round_to_nearest_costs_no_more_than_its_bound(
 
 
 @pytest.mark.ops
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("recipe", SEARCHED)
 def test_searches_cost_no_more_than_their_bound(
     recipe: str,
