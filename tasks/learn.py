@@ -45,8 +45,6 @@ from tasks.transform import GroupInputs, group_problem
 
 log = logging.getLogger("blockquant")
 
-Pairs = dict[str, tuple[Tensor, Tensor]]
-
 
 def has_learning(quant: Quant) -> bool:
     """Whether the method learns."""

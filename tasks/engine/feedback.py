@@ -16,7 +16,6 @@ from quantizers.losses import relative_output_error, row_errors
 from quantizers.rounding import ClipRange, QuantizedWeight, dequantize, round_group, weight_scales
 from quantizers.scale_refit import refit_scales
 from quantizers.schemes import Granularity, WeightScheme
-from quantizers.statistics import InputStatistics
 from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics, observe, observe_beside
 from tasks.engine.folding import quantized_groups
@@ -69,7 +68,7 @@ def feed_back(
             seen = current if special.true_sequential else tensors
             given = hook if special.true_sequential else None
             statistics, gap = observe_beside(job, streams, block, seen, group, tensors, given)
-            targets = _targets(job, special, weights, statistics, gap)
+            targets = _targets(job, special, weights, statistics.gram_mean(), gap)
         elif special.true_sequential:
             stream = streams.quantized
             statistics = observe(job, stream, block, current, (group,), hook)[group.name]
@@ -77,21 +76,20 @@ def feed_back(
         else:
             statistics = block_statistics(job, streams.quantized, block)[group.name]
             targets = weights
-        factor = factorize(
-            statistics.gram_mean(), percdamp=special.percdamp, actorder=special.actorder
-        )
+        gram = statistics.gram_mean()
+        factor = factorize(gram, percdamp=special.percdamp, actorder=special.actorder)
         clipped = [clips.get(linear) for linear in group.linears]
         _warn(job, block, group, factor, special)
         if factor is None:
             rounded = round_group(targets, job.scheme.weight, clipped)
         else:
-            rounded = _round_group(targets, clipped, factor, statistics, job.scheme.weight, special)
+            rounded = _round_group(targets, clipped, factor, gram, job.scheme.weight, special)
         for linear, weight, quantized in zip(group.linears, weights, rounded, strict=True):
             restored = dequantize(quantized, job.scheme.weight)
             current[f"{linear}.weight"] = restored
             codes[linear] = quantized
             with search_products(job.device):
-                error = relative_output_error(weight, restored, statistics.gram_mean())
+                error = relative_output_error(weight, restored, gram)
             notes[linear] = {
                 "output_error": error,
                 "tokens": statistics.tokens,
@@ -104,19 +102,13 @@ def _targets(
     job: Job,
     special: GptqSpecial,
     weights: Sequence[Tensor],
-    statistics: InputStatistics,
+    gram: Tensor,
     gap: Tensor,
 ) -> list[Tensor]:
     """Weights moved to make up for what their inputs lack already."""
     with search_products(job.device):
         return [
-            made_up_target(
-                weight,
-                statistics.gram_mean(),
-                gap,
-                percdamp=special.percdamp,
-                share=special.make_up,
-            )
+            made_up_target(weight, gram, gap, percdamp=special.percdamp, share=special.make_up)
             for weight in weights
         ]
 
@@ -158,7 +150,7 @@ def _round_group(
     weights: Sequence[Tensor],
     clips: Sequence[ClipRange | None],
     factor: GramFactor,
-    statistics: InputStatistics,
+    gram: Tensor,
     scheme: WeightScheme,
     special: GptqSpecial,
 ) -> list[QuantizedWeight]:
@@ -178,7 +170,7 @@ def _round_group(
             for weight, (low, high) in zip(weights, pairs, strict=True)
         ]
     return [
-        _refitted(weight, factor, statistics, scheme, given, special)
+        _refitted(weight, factor, gram, scheme, given, special)
         for weight, given in zip(weights, scales, strict=True)
     ]
 
@@ -186,14 +178,13 @@ def _round_group(
 def _refitted(
     weight: Tensor,
     factor: GramFactor,
-    statistics: InputStatistics,
+    gram: Tensor,
     scheme: WeightScheme,
     parameters: Parameters | None,
     special: GptqSpecial,
 ) -> QuantizedWeight:
     """Codes of one linear; scales and codes improved in turns as often as asked."""
     best = gptq(weight, factor, scheme, parameters, block_size=special.blocksize)
-    gram = statistics.gram_mean()
     for _ in range(special.refit_scales):
         scale = refit_scales(weight, best, gram, scheme)
         found = gptq(weight, factor, scheme, (scale, best.zero_point), block_size=special.blocksize)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -43,6 +44,21 @@ def source_nll(shared: Path, windows: Tensor) -> float:
     return float(measure(open_checkpoint(shared / "models" / "llama-26m"), windows)["nll"])
 
 
+def measured(
+    recipe: str, overrides: list[str], shared: Path, output: Path, windows: Tensor
+) -> dict[str, Any]:
+    """Quantize the real model and measure what was published."""
+    text = shared / "text" / "heldout.txt"
+    short = ["eval.name=text", f"eval.path={text}", "eval.windows=1", "eval.seq_len=256"]
+    quantize_model(
+        f"configs/{recipe}.yml",
+        model=str(shared / "models" / "llama-26m"),
+        output=str(output),
+        overrides=[*overrides, *short],
+    )
+    return measure(open_checkpoint(output), windows)
+
+
 def test_the_source_has_its_published_likelihood(source_nll: float) -> None:
     assert source_nll == pytest.approx(SOURCE_NLL, abs=0.0005)
 
@@ -57,14 +73,7 @@ def test_round_to_nearest_costs_no_more_than_its_bound(
     windows: Tensor,
     source_nll: float,
 ) -> None:
-    text = shared / "text" / "heldout.txt"
-    quantize_model(
-        f"configs/{recipe}.yml",
-        model=str(shared / "models" / "llama-26m"),
-        output=str(tmp_path / "out"),
-        overrides=["eval.name=text", f"eval.path={text}", "eval.windows=1", "eval.seq_len=256"],
-    )
-    quantized = measure(open_checkpoint(tmp_path / "out"), windows)
+    quantized = measured(recipe, [], shared, tmp_path / "out", windows)
     assert quantized["tokens"] == 32 * 2047
     assert quantized["nll"] - source_nll <= BOUNDS[recipe]
 
@@ -81,19 +90,10 @@ def test_searches_cost_no_more_than_their_bound(
     windows: Tensor,
     source_nll: float,
 ) -> None:
-    folder = shared / "text"
-    calib = f"{{name: text, path: {folder / 'calibration.txt'}, n_samples: 64, seq_len: 512}}"
+    text = shared / "text" / "calibration.txt"
+    calib = f"{{name: text, path: {text}, n_samples: 64, seq_len: 512}}"
     steps = load_recipe(recipe).steps
     places = ["calib"] if steps is None else [f"steps.{n}.calib" for n in range(len(steps))]
-    quantize_model(
-        f"configs/{recipe}.yml",
-        model=str(shared / "models" / "llama-26m"),
-        output=str(tmp_path / "out"),
-        overrides=[
-            *(f"{place}={calib}" for place in places),
-            *("eval.name=text", f"eval.path={folder / 'heldout.txt'}"),
-            *("eval.windows=1", "eval.seq_len=256"),
-        ],
-    )
-    quantized = measure(open_checkpoint(tmp_path / "out"), windows)
+    calibrated = [f"{place}={calib}" for place in places]
+    quantized = measured(recipe, calibrated, shared, tmp_path / "out", windows)
     assert quantized["nll"] - source_nll <= SEARCHED[recipe]
