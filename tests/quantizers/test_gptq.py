@@ -113,9 +113,14 @@ def test_the_literal_codes(device, case, actorder, block_size):
 
 
 @pytest.mark.parametrize("block_size", [8, 24, 128])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_scales_found_on_the_way(device, symmetric, block_size):
-    scheme = weight_scheme("int4", "group", symmetric=symmetric, dtype=BF16)
+# last bits decide where a scale lies between two bf16 numbers, and where symmetric int4 puts the
+# largest entry, half a step off: whole groups go with them
+@pytest.mark.parametrize(
+    ("symmetric", "dtype", "alike", "within"),
+    [(False, torch.float32, 0.999, 1e-4), (False, BF16, 0.99, 1e-2), (True, BF16, 0.99, 1e-2)],
+)
+def test_scales_found_on_the_way(device, dtype, alike, within, symmetric, block_size):
+    scheme = weight_scheme("int4", "group", symmetric=symmetric, dtype=dtype)
     x, weight = correlated(400, 96), weights((48,), 96)[0]
     gram = gram_of(x)
     factor = factorize(gram.to(device))
@@ -123,16 +128,15 @@ def test_scales_found_on_the_way(device, symmetric, block_size):
     codes, scale, zero = literal(
         weight, gram, scheme, percdamp=0.01, actorder=False, on_the_way=True
     )
-    # a scale on the edge of two bf16 numbers takes its whole group along
-    same_scale = (found.scale.cpu() == scale).float().mean()
-    assert same_scale >= 0.99
-    assert same_codes(found.codes.cpu(), codes) >= 0.99
+    near = torch.isclose(found.scale.cpu().float(), scale.float(), rtol=1e-5, atol=0)
+    assert near.float().mean() >= alike
+    assert same_codes(found.codes.cpu(), codes) >= alike
     wanted = type(found)(codes.to(torch.int8), scale, zero)
     found = type(found)(
         found.codes.cpu(), found.scale.cpu(), None if zero is None else found.zero_point.cpu()
     )
     assert loss(x, weight, found, scheme) == pytest.approx(
-        loss(x, weight, wanted, scheme), rel=1e-2
+        loss(x, weight, wanted, scheme), rel=within
     )
 
 
