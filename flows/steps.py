@@ -17,7 +17,7 @@ from tasks.engine.feedback import warn_of_rank
 from tasks.engine.job import Job
 from tasks.engine.step import Result
 from tasks.engine.store import Entry
-from tasks.engine.streams import Streams, drop_boundaries, start_stream
+from tasks.engine.streams import Stream, Streams, drop_boundaries, start_stream
 from tasks.engine.tracking import Run
 from tasks.engine.version import SOURCE, Version
 from tasks.learn import (
@@ -52,6 +52,21 @@ class State:
     quantized: tuple[Result, ...] = ()
     packed: tuple[Result, ...] = ()
     decided: tuple[Result, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is decided about one block.
+
+    Attributes:
+        decision: key of its transforms.
+        clipped: key of its ranges.
+        made: the steps that decided.
+    """
+
+    decision: str | None
+    clipped: str | None
+    made: tuple[Result, ...] = ()
 
 
 def passes(job: Job) -> list[bool]:
@@ -112,31 +127,17 @@ def _blocks(
     rounds = last or (stream is not None and quant.quant_out)
     quantized: list[Result] = []
     packed: list[Result] = []
-    decided: list[Result] = []
-    decisions: list[str | None] = []
-    clips: list[str | None] = []
+    choices: list[Choice] = []
     for block in job.blocks:
-        decision = None
         clipped = state.clipped[block] if state.clipped else None
-        if stream is not None and has_transform(quant):
-            decided.append(course.run(transform, job, step, stream, block=block))
-            decision, clipped = decided[-1].key, None
-        if stream is not None and floats is not None and has_learning(quant):
-            found = course.run(learn, job, step, Streams(stream, floats), block=block)
-            run.log_points(loss_points(block, found.entry))
-            decided.append(found)
-            decision = found.key if has_learned_transform(quant) else None
-            clipped = found.key if has_learned_clip(quant) else clipped
-        if stream is not None and has_clip(quant):
-            decided.append(course.run(clip, job, step, stream, decision, block=block))
-            clipped = decided[-1].key
-        decisions.append(decision)
-        clips.append(clipped)
+        choice = Choice(None, clipped)
+        if stream is not None:
+            choice = _decide(job, run, course, step, stream, floats, clipped, block)
+        choices.append(choice)
         through = None
         if rounds:
-            origin = Origin(
-                step, stream, decision, clipped, version, floats if makes_up(quant) else None
-            )
+            beside = floats if makes_up(quant) else None
+            origin = Origin(step, stream, choice.decision, choice.clipped, version, beside)
             quantized.append(course.run(quantize, job, origin, block=block))
             packed.append(course.run(pack, job, origin, block=block))
             through = packed[-1].key if quant.quant_out else None
@@ -154,9 +155,37 @@ def _blocks(
             drop_boundaries(job, passed_on)
     job.memo.clear()
     return State(
-        version.after(decisions),
-        tuple(clips),
+        version.after([choice.decision for choice in choices]),
+        tuple(choice.clipped for choice in choices),
         tuple(quantized),
         tuple(packed),
-        (*state.decided, *decided),
+        (*state.decided, *(made for choice in choices for made in choice.made)),
     )
+
+
+def _decide(
+    job: Job,
+    run: Run,
+    course: Course,
+    step: ResolvedStep,
+    stream: Stream,
+    floats: Stream | None,
+    clipped: str | None,
+    block: int,
+) -> Choice:
+    """What a step decides about a block before it rounds: scales, learned factors, ranges."""
+    quant, decision = step.quant, None
+    made: list[Result] = []
+    if has_transform(quant):
+        made.append(course.run(transform, job, step, stream, block=block))
+        decision, clipped = made[-1].key, None
+    if floats is not None and has_learning(quant):
+        found = course.run(learn, job, step, Streams(stream, floats), block=block)
+        run.log_points(loss_points(block, found.entry))
+        made.append(found)
+        decision = found.key if has_learned_transform(quant) else None
+        clipped = found.key if has_learned_clip(quant) else clipped
+    if has_clip(quant):
+        made.append(course.run(clip, job, step, stream, decision, block=block))
+        clipped = made[-1].key
+    return Choice(decision, clipped, tuple(made))
