@@ -7,6 +7,7 @@ codes of the paper's algorithm 1, whose factor of the inverse of H is the invers
 inverse is never formed, and the error of a block of columns is passed on by one product.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,15 @@ from quantizers.number_formats import NumberFormat
 from quantizers.rounding import QuantizedWeight, weight_scales
 from quantizers.schemes import Granularity, WeightScheme
 
-__all__ = ["GramFactor", "RoundColumns", "factorize", "gptq", "made_up_target", "round_columns"]
+__all__ = [
+    "GramFactor",
+    "RoundColumns",
+    "factorize",
+    "gptq",
+    "made_up_target",
+    "round_columns",
+    "round_columns_plainly",
+]
 
 # what damping is multiplied with, one after the other, until H is positive definite
 _RAISES = (1.0, 10.0, 100.0)
@@ -167,6 +176,22 @@ def made_up_target(
 
 
 def round_columns(
+    weight: Tensor,
+    carried: Tensor,
+    unit: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    number: NumberFormat,
+) -> tuple[Tensor, Tensor]:
+    """round_columns_plainly, on a GPU with a compiler as one kernel, whose last bits differ."""
+    if weight.is_cuda and importlib.util.find_spec("triton") is not None:
+        from quantizers.gptq_kernel import round_columns_at_once
+
+        return round_columns_at_once(weight, carried, unit, scale, zero_point, number)
+    return round_columns_plainly(weight, carried, unit, scale, zero_point, number)
+
+
+def round_columns_plainly(
     weight: Tensor,
     carried: Tensor,
     unit: Tensor,

@@ -1,0 +1,109 @@
+"""GPTQ's column loop as one launch of a Triton kernel, for devices that have a compiler.
+
+Triton comes with torch where torch is built for CUDA; elsewhere this module cannot be imported, and
+:func:`quantizers.gptq.round_columns_plainly` does the same.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantizers.number_formats import NumberFormat
+
+__all__ = ["round_columns_at_once"]
+
+# rows of the weight that one program rounds
+_ROWS = 32
+_WARPS = 4
+
+
+def round_columns_at_once(
+    weight: Tensor,
+    carried: Tensor,
+    unit: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    number: NumberFormat,
+) -> tuple[Tensor, Tensor]:
+    """quantizers.gptq.round_columns without a step of Python per column.
+
+    Errors of columns are added in their order here, by one product there: last bits differ.
+    """
+    columns, rows = weight.shape
+    codes, error = torch.empty_like(weight), torch.empty_like(weight)
+    _round_columns[(triton.cdiv(rows, _ROWS),)](
+        weight.contiguous(),
+        carried.contiguous(),
+        unit.contiguous(),
+        scale.contiguous(),
+        scale if zero_point is None else zero_point.contiguous(),
+        codes,
+        error,
+        columns,
+        rows,
+        float(number.qmin),
+        float(number.qmax),
+        FORMAT=str(number.code_dtype) if number.is_float else "int",
+        SYMMETRIC=zero_point is None,
+        BLOCK=triton.next_power_of_2(columns),
+        ROWS=_ROWS,
+        num_warps=_WARPS,
+    )
+    return codes, error
+
+
+@triton.jit
+def _round_columns(
+    weight,
+    carried,
+    unit,
+    scale,
+    zero_point,
+    codes,
+    error,
+    columns,
+    rows,
+    qmin,
+    qmax,
+    FORMAT: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    on = lane < rows
+    place = column[:, None] * rows + lane[None, :]
+    inside = (column[:, None] < columns) & on[None, :]
+    target = tl.load(weight + place, inside, 0.0) + tl.load(carried + place, inside, 0.0)
+    for j in range(columns):
+        # adding zeros changes nothing: this is row j itself
+        wanted = tl.sum(tl.where(column[:, None] == j, target, 0.0), 0)
+        own = tl.load(weight + j * rows + lane, on, 0.0)
+        step = tl.load(scale + j * rows + lane, on, 1.0)
+        level = tl.div_rn(wanted, step)
+        if FORMAT == "int":
+            # far outside every format; within it, adding 1.5 * 2^23 rounds to nearest even
+            level = tl.minimum(tl.maximum(level, -65536.0), 65536.0)
+            level = (level + 12582912.0) - 12582912.0
+            if SYMMETRIC:
+                code = tl.minimum(tl.maximum(level, qmin), qmax)
+                level = code
+            else:
+                zero = tl.load(zero_point + j * rows + lane, on, 0.0)
+                code = tl.minimum(tl.maximum(level + zero, qmin), qmax)
+                level = code - zero
+        else:
+            level = tl.minimum(tl.maximum(level, qmin), qmax)
+            if FORMAT == "torch.float8_e4m3fn":
+                code = level.to(tl.float8e4nv, fp_downcast_rounding="rtne").to(tl.float32)
+            else:
+                code = level.to(tl.float8e5, fp_downcast_rounding="rtne").to(tl.float32)
+            level = code
+        lost = own - level * step
+        tl.store(codes + j * rows + lane, code, on)
+        tl.store(error + j * rows + lane, lost, on)
+        later = (column > j) & (column < columns)
+        share = tl.load(unit + j * columns + column, later, 0.0)
+        target += share[:, None] * lost[None, :]
