@@ -106,11 +106,15 @@ def _targets(
     gap: Tensor,
 ) -> list[Tensor]:
     """Weights moved to make up for what their inputs lack already."""
+    rows = [len(weight) for weight in weights]
     with search_products(job.device):
-        return [
-            made_up_target(weight, gram, gap, percdamp=special.percdamp, share=special.make_up)
-            for weight in weights
-        ]
+        moved = made_up_target(
+            torch.cat(list(weights)),
+            *(gram, gap),
+            percdamp=special.percdamp,
+            share=special.make_up,
+        )
+    return list(moved.split(rows))
 
 
 def warn_of_rank(job: Job, tokens: int) -> None:
