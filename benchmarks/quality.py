@@ -41,13 +41,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from recipes import RECIPES, calibrations, chosen
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs.loading import load_recipe, shipped_names
 from tasks.calibration_set import calibration_set
 from tasks.engine.checkpoint import Checkpoint, open_checkpoint
 from tasks.engine.store import Store
@@ -92,8 +92,6 @@ PEERS = {
     "fp8/awq_fp8": Peer("awq", "FP8_DYNAMIC"),
 }
 PEER_METHODS = sorted({peer.method for peer in PEERS.values()})
-# the demo's are the first two again
-RECIPES = [name for name in shipped_names() if not name.startswith("demo/")]
 
 
 @dataclass(frozen=True)
@@ -146,8 +144,8 @@ def main(
     ] = None,
 ) -> None:
     """Quantize with both, measure both, print one table."""
-    chosen = _chosen("--recipes", recipes, RECIPES)
-    methods = _chosen("--peers", peers, PEER_METHODS)
+    names = chosen("--recipes", recipes)
+    methods = chosen("--peers", peers, PEER_METHODS)
     if methods and not PEER_PYTHON.is_file():
         raise typer.BadParameter("llm-compressor is not there: run `make bench-env`")
     with ExitStack() as stack:
@@ -170,19 +168,12 @@ def main(
             work.resolve(),
         )
         report: dict[str, Any] = {"model": model.name, "rows": []}
-        for result in _run(bench, chosen, methods):
+        for result in _run(bench, names, methods):
             report["rows"].append(result)
             if json_file is not None:
                 # after every row: a long run that is cut off keeps what it has
                 json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console.print(_table(report))
-
-
-def _chosen(option: str, given: str, known: list[str]) -> list[str]:
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in known]:
-        raise typer.BadParameter(f"{option} {unknown[0]}: choose from {', '.join(known)}")
-    return names
 
 
 def _run(bench: Bench, names: list[str], methods: list[str]) -> Iterator[dict[str, Any]]:
@@ -207,7 +198,7 @@ def _run_ours(bench: Bench, name: str) -> tuple[dict[str, Any], Path | None]:
     store, output = bench.work / folder / "store", bench.work / folder / "checkpoint"
     # measured below, together with the peer's checkpoint: the flow's own evaluation is kept short
     overrides = [f"eval={{name: text, path: {bench.heldout}, windows: 1, seq_len: 256}}"]
-    places = _calibrations(name)
+    places = calibrations(name)
     text = f"name: text, path: {bench.calibration}, n_samples: {bench.samples}"
     overrides += [f"{place}={{{text}, seq_len: {bench.seq_len}}}" for place in places]
     recipe = ROOT / "configs" / f"{name}.yml"
@@ -234,15 +225,6 @@ def _run_ours(bench: Bench, name: str) -> tuple[dict[str, Any], Path | None]:
         "steps": steps,
     } | whole
     return figures, _calibration_tokens(store) if places else None
-
-
-def _calibrations(name: str) -> list[str]:
-    """Where a recipe says what it calibrates on; nowhere if it does not."""
-    recipe = load_recipe(name)
-    steps = recipe.resolved_steps()
-    if recipe.quant is not None:
-        return ["calib"] if steps[0].calib is not None else []
-    return [f"steps.{n}.calib" for n, step in enumerate(steps) if step.calib is not None]
 
 
 class _Whole:

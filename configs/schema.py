@@ -21,6 +21,7 @@ from configs.fields import (
     choice,
     effective,
 )
+from configs.serving_schema import Serving
 from configs.special_keys import SPECIAL_KEYS, GptqSpecial, NoSpecial, Special
 from configs.vocabulary import (
     METHODS_WITHOUT_CALIBRATION,
@@ -44,6 +45,7 @@ __all__ = [
     "Recipe",
     "ResolvedStep",
     "Save",
+    "Serving",
     "Step",
     "Weight",
     "needs_calibration",
@@ -266,6 +268,7 @@ class Recipe(Section):
     quant: Quant | None = None
     steps: tuple[Step, ...] | None = None
     save: Save = Field(default_factory=Save)
+    serving: Serving = Field(default_factory=Serving)
     ignored_layers: Layers = ()
 
     def resolved_steps(self) -> tuple[ResolvedStep, ...]:
@@ -285,8 +288,8 @@ class Recipe(Section):
     def canonical(self) -> dict[str, Any]:
         """Return, as JSON types, what the result depends on besides the source model.
 
-        Defaults are filled in. Keys without effect, places (model.path, save) and labels are
-        left out, and one ``quant`` reads the same as one of ``steps``.
+        Defaults are filled in. Keys without effect, places (model.path, save), serving and labels
+        are left out, and one ``quant`` reads the same as one of ``steps``.
         """
         return {
             "base": effective(self.base),

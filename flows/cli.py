@@ -14,14 +14,31 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from configs.loading import RecipeError, load_recipe, shipped_recipes
 from configs.vocabulary import EvaluationDtype
+from flows.options import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    CheckpointArgument,
+    DeviceOption,
+    JsonOption,
+    KeepOption,
+    MemoryOption,
+    ModelOption,
+    OutputOption,
+    OverwriteOption,
+    ParallelOption,
+    RecipeArgument,
+    SetOption,
+    StoreOption,
+    err,
+    out,
+)
+from flows.serving_cli import serve, serve_check, show_served
 from tasks.engine.errors import InputError
-
-DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 app = typer.Typer(
     name="blockquant",
@@ -31,28 +48,8 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="Show and trim the store of results.")
 app.add_typer(store_app, name="store")
-
-out = Console()
-err = Console(stderr=True)
-
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
-CheckpointArgument = Annotated[Path, typer.Argument(help="A checkpoint folder.")]
-ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or hub id.")]
-OutputOption = Annotated[Path | None, typer.Option("--output", help="Folder to publish.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="key.path=value over the recipe; repeatable.")
-]
-StoreOption = Annotated[Path | None, typer.Option("--store", help="Folder of results.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
-MemoryOption = Annotated[
-    str | None, typer.Option("--memory", help="Budget on the device, such as 40GiB.")
-]
-KeepOption = Annotated[
-    bool,
-    typer.Option("--keep-incompatible", help="Leave linears unquantized whose sizes do not fit."),
-]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+app.command()(serve)
+app.command()(serve_check)
 
 
 def main() -> None:
@@ -210,11 +207,16 @@ def _check(parameters: dict[str, Any]) -> tuple[Any, Any]:
 
 
 @app.command()
-def verify(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
-    """Reopen a checkpoint and check every tensor of it."""
-    from tasks.verify import digests_of, verify_folder
+def verify(
+    checkpoint: CheckpointArgument,
+    tensor_parallel: ParallelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Reopen a checkpoint and check every tensor of it, and that SGLang's kernels take them."""
+    from tasks.verify import digests_of, require_served, verify_folder
 
     report = verify_folder(checkpoint, digests_of(checkpoint))
+    report["tensor_parallel"] = require_served(checkpoint, tensor_parallel)
     if as_json:
         print(json.dumps(report))
         return
@@ -380,8 +382,7 @@ def _show_result(result: dict[str, Any]) -> None:
     )
     if result["launch"]:
         out.print(f"serve it: {result['launch']}", highlight=False, soft_wrap=True)
-    elif result["unserved"]:
-        out.print(f"not served: {result['unserved']}", highlight=False, soft_wrap=True)
+    show_served(result["served"])
     out.print(
         f"look at it: {mlflow_line(result['mlflow']['uri'])}", highlight=False, soft_wrap=True
     )

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.schemas.objects import State as PrefectState
 from prefect.runtime import flow_run
 
 from configs.loading import ineffective_keys, load_recipe
@@ -22,17 +24,20 @@ from flows.steps import State, apply, calibration, passes
 from tasks.check import Request, check, output_folder
 from tasks.engine.job import Job
 from tasks.engine.publication import alone, begun, end, work_identity
+from tasks.engine.served_windows import served_windows
 from tasks.engine.settings import Settings, settings
 from tasks.engine.step import Result, action
 from tasks.engine.store import Entry
 from tasks.engine.tracking import Run, flatten, open_run
-from tasks.evaluate import evaluate, summary
+from tasks.engine.windows import read_tokens
+from tasks.evaluate import evaluate, read_token_nll, summary
 from tasks.evaluation_set import evaluation_set
 from tasks.export import export, export_transformed
 from tasks.load_model import load_model
 from tasks.publish import QUANTIZED, TRANSFORMED, launch_line, model_card, publish
 from tasks.register import error_rows, register
 from tasks.report import Product, make_report
+from tasks.smoke_test import smoke_test
 from tasks.transformed import transformed
 from tasks.verify import verify
 
@@ -114,11 +119,13 @@ def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> di
         products[TRANSFORMED] = _measured(job, course, exported, None, sets)
     blocks = [q.entry for q in state.quantized] if job.quantizes else []
     report = make_report(job, blocks, products, sets)
-    location = _publish(job, request, products, report)
-    served = None if location is None else launch_line(Path(location), report)
+    location = _publish(job, request, products, report, sets["evaluation"])
     _show(job, report, blocks)
+    served = _serve(job, run, location)
     found = [d.entry for d in state.decided]
-    action(register)(run, report, blocks, found, sets, location, dict(course.seconds), log_file)
+    action(register)(
+        run, report, blocks, found, sets, location, dict(course.seconds), served, log_file
+    )
     if request.output is not None:
         end(job.store.root, request.output)
     done = "measured" if location is None else f"published {location}"
@@ -131,8 +138,9 @@ def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> di
         "seconds": {name: round(s, 3) for name, s in course.seconds.items()},
         "steps": course.steps,
         "mlflow": {"uri": run.uri, "run": run.id},
-        "launch": served,
+        "launch": None if location is None else launch_line(Path(location), report),
         "unserved": report["unserved"],
+        "served": served,
     }
 
 
@@ -158,8 +166,40 @@ def _transformed_blocks(job: Job, course: Course, state: State) -> tuple[str, ..
     )
 
 
+def _serve(job: Job, run: Run, location: str | None) -> dict[str, Any]:
+    """Try the published checkpoint on a real server; what came of it, or why there was none."""
+    serving = job.recipe.serving
+    if not serving.smoke_test:
+        return {"served": False, "reason": "serving.smoke_test is false"}
+    if location is None or not job.recipe.save.save_sgl:
+        return {"served": False, "reason": "no quantized checkpoint is published"}
+    # a server takes the memory that it finds free
+    job.memo.clear()
+    with TemporaryDirectory(prefix="blockquant-serve-") as folder:
+        log_file = Path(folder) / "server.log"
+        try:
+            outcome = action(smoke_test)(
+                Path(location), serving, job.device, log_file, job.source.path
+            )
+        except Exception:
+            run.set_tags({"served": "failed"})
+            raise
+        finally:
+            for kept in sorted(Path(folder).iterdir()):
+                run.log_file(kept)
+    # skipped is a state of its own, whose data is what the task found
+    served: dict[str, Any] = outcome.result() if isinstance(outcome, PrefectState) else outcome
+    if not served["served"]:
+        log.warning("not served: %s", served["reason"])
+    return served
+
+
 def _publish(
-    job: Job, request: Request, products: Mapping[str, Product], report: Mapping[str, Any]
+    job: Job,
+    request: Request,
+    products: Mapping[str, Product],
+    report: Mapping[str, Any],
+    evaluated_on: Entry,
 ) -> str | None:
     """Publish what is asked for; where, or None for a run that only measures."""
     save, output = job.recipe.save, request.output
@@ -168,7 +208,17 @@ def _publish(
     if not entries or output is None:
         return None
     identity = work_identity(job, output)
-    location: str = action(publish)(job.store, identity, entries, report, output, request.overwrite)
+    windows = None
+    if save.save_sgl:
+        windows = served_windows(
+            read_tokens(evaluated_on),
+            read_token_nll(products[QUANTIZED].evaluated),
+            job.recipe.serving.windows,
+            job.source.config.get("max_position_embeddings"),
+        )
+    location: str = action(publish)(
+        job.store, identity, entries, report, output, request.overwrite, windows
+    )
     return location
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import psutil
 import torch
 
 from configs.schema import Recipe
-from configs.schemes import export_problems, not_implemented, unserved
+from configs.schemes import export_problems, not_implemented
 from configs.vocabulary import Method
 from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.errors import InputError
 from tasks.engine.hub import fetched, is_hub_id, look_up
 from tasks.engine.job import Job
+from tasks.engine.kernel_limits import require_parallel
 from tasks.engine.memo import Memo
 from tasks.engine.plan import require_fit, require_sizes
 from tasks.engine.prediction import Prediction, predict, sampled
@@ -83,6 +85,7 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
         InputError: one line: what is wrong, where, and how to mend it.
     """
     _check_recipe(request.recipe)
+    _check_serving(request.recipe)
     _check_places(request)
     check_uri(settings().tracking_uri)
     device = check_device(request.device)
@@ -94,6 +97,9 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
         )
     _check_rotation(request.recipe, architecture_of(source.config))
     require_sizes(source)
+    if request.recipe.save.save_sgl:
+        gpus = request.recipe.serving.tensor_parallel
+        require_parallel(source.config, gpus, "serving.tensor_parallel")
     job = Job(
         request.recipe,
         source,
@@ -116,14 +122,23 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
         if step.calib is not None:
             check_section(source, step.calib)
     check_section(source, job.evaluation)
-    if job.quantizes and (reason := unserved(request.recipe)):
-        log.warning(reason)
+    if job.quantizes and job.unserved:
+        log.warning(job.unserved)
     prediction = predict(job)
     _check_room(job, request, prediction)
     named = _named_model(request)
     if download and is_hub_id(named):
         job = replace(job, source=fetched(source, named))
     return job, prediction
+
+
+def _check_serving(recipe: Recipe) -> None:
+    python = recipe.serving.python
+    if python is not None and shutil.which(python) is None:
+        raise InputError(
+            f"serving.python: {python} is no program; give the interpreter of an environment that "
+            "has SGLang"
+        )
 
 
 def _named_model(request: Request) -> str:

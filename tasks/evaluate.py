@@ -27,11 +27,12 @@ from tasks.engine.decoder import (
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job, require
 from tasks.engine.step import step
-from tasks.engine.store import Draft
+from tasks.engine.store import Draft, Entry, load_tensors
 from tasks.engine.windows import read_tokens
 
 # rows whose logits are held at once
 HEAD_ROWS = 1024
+TOKEN_NLL = "token_nll.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -65,20 +66,25 @@ def _depends_on(job: Job, exported: str, tokens: str, section: Evaluation) -> di
     }
 
 
-@step(depends_on=_depends_on, code=("quantizers.activations",), tags=("evaluate",))
+@step(depends_on=_depends_on, version=2, code=("quantizers.activations",), tags=("evaluate",))
 def evaluate(
     job: Job, draft: Draft, exported: str, tokens: str, section: Evaluation
 ) -> dict[str, Any]:
-    """Evaluate the export beside its source on token windows."""
-    del draft
-    windows = read_tokens(require(job, tokens))
-    return measure(
+    """Evaluate the export beside its source on token windows; keeps the NLL of each token."""
+    report, token_nll = measure_tokens(
         open_checkpoint(require(job, exported).folder),
-        windows,
+        read_tokens(require(job, tokens)),
         checkpoint_of(job.source),
         device=job.device,
         dtype=str(section.dtype),
     )
+    draft.save_tensors(TOKEN_NLL, {"nll": token_nll})
+    return report
+
+
+def read_token_nll(entry: Entry) -> Tensor:
+    """Read what the evaluation found for each predicted token: float32 (W, T - 1), nats."""
+    return load_tensors(entry.file(TOKEN_NLL))["nll"]
 
 
 def measure(
@@ -99,21 +105,56 @@ def measure(
     Raises:
         RunError: the checkpoint gives NaN or Inf.
     """
+    return measure_tokens(checkpoint, windows, reference, device=device, dtype=dtype)[0]
+
+
+def measure_tokens(
+    checkpoint: Checkpoint,
+    windows: Tensor,
+    reference: Checkpoint | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+) -> tuple[dict[str, Any], Tensor]:
+    """``measure``, and the NLL of each predicted token: float32 (W, T - 1), on the host."""
     computing = _dtype(dtype, device)
     models = [checkpoint] if reference is None else [checkpoint, reference]
     decoders = [build_decoder(model.source.config, device) for model in models]
     width = int(checkpoint.source.config["hidden_size"])
     per_window = windows.shape[1] * width * computing.itemsize * len(models)
-    scores = Scores()
+    scores, token_nll = Scores(), []
     for part in windows.split(max(1, STREAM_BYTES // per_window)):
         finals = [
             _final_hidden(model, decoder, part, device, computing)
             for model, decoder in zip(models, decoders, strict=True)
         ]
         heads = [model.head(computing, device) for model in models]
-        for row in _score(decoders, finals, heads, part, device):
+        for row, nll in _score(decoders, finals, heads, part, device):
             scores = scores.plus(row)
-    return _means(scores, reference is not None)
+            token_nll.append(nll.float().cpu())
+    shape = (len(windows), windows.shape[1] - 1)
+    return _means(scores, reference is not None), torch.cat(token_nll).reshape(shape)
+
+
+def likeliest(
+    checkpoint: Checkpoint, windows: Tensor, *, device: str = "cpu", dtype: str = "auto"
+) -> Tensor:
+    """The token that a checkpoint finds likeliest after each of (W, T) tokens: int64 (W, T)."""
+    computing = _dtype(dtype, device)
+    decoder = build_decoder(checkpoint.source.config, device)
+    final = _final_hidden(checkpoint, decoder, windows, device, computing)
+    head = checkpoint.head(computing, device)
+    return torch.stack(
+        [
+            torch.cat(
+                [
+                    decoder.logits(rows.to(device), head).argmax(-1).cpu()
+                    for rows in window.split(HEAD_ROWS)
+                ]
+            )
+            for window in final
+        ]
+    )
 
 
 def _dtype(asked: str, device: str) -> torch.dtype:
@@ -158,7 +199,8 @@ def _score(
     heads: list[Tensor],
     windows: Tensor,
     device: str,
-) -> Iterator[Scores]:
+) -> Iterator[tuple[Scores, Tensor]]:
+    """Sums and the NLL of each token, in the windows' order."""
     for number, window in enumerate(windows):
         targets = window[1:].to(device)
         for start in range(0, len(targets), HEAD_ROWS):
@@ -170,19 +212,21 @@ def _score(
             yield _score_rows(logs, targets[rows])
 
 
-def _score_rows(logs: list[Tensor], targets: Tensor) -> Scores:
-    nll = -logs[0].gather(1, targets[:, None]).double().sum()
+def _score_rows(logs: list[Tensor], targets: Tensor) -> tuple[Scores, Tensor]:
+    each = -logs[0].gather(1, targets[:, None])[:, 0]
+    nll = each.double().sum()
     if len(logs) == 1:
-        return Scores(len(targets), float(nll))
+        return Scores(len(targets), float(nll)), each
     ours, reference = logs
     kl = functional.kl_div(ours, reference, log_target=True, reduction="none").sum(-1)
-    return Scores(
+    scores = Scores(
         len(targets),
         float(nll),
         float(-reference.gather(1, targets[:, None]).double().sum()),
         float(kl.double().sum()),
         int((ours.argmax(-1) == reference.argmax(-1)).sum()),
     )
+    return scores, each
 
 
 def _means(scores: Scores, compared: bool) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 
 from tasks.engine.errors import InputError
 from tasks.engine.publication import REPORT, begin, publication_key
+from tasks.engine.served_windows import WINDOWS, ServedWindows, windows_text
+from tasks.engine.serving.server import launch_command
 from tasks.engine.store import Entry, Store, checksum, link_or_copy
 from tasks.report import report_text
 
@@ -20,6 +22,8 @@ CARD = "README.md"
 # where in an output the quantized checkpoint lies, and the model before rounding
 QUANTIZED = "."
 TRANSFORMED = "transformed_model"
+# SGLang's own default
+SGLANG_PORT = 30000
 
 
 def publish(
@@ -29,12 +33,14 @@ def publish(
     report: Mapping[str, Any],
     output: Path,
     overwrite: bool,
+    windows: ServedWindows | None = None,
 ) -> str:
     """Put exports, by their folders in it, at ``output``: it is there as a whole, or not at all.
 
     Files are hard links to the store where both lie on one disk, else copies whose checksums are
-    compared. A folder that holds these very bytes already stays: a run that was killed after
-    publishing, or another one of the same work, put it there.
+    compared. ``windows`` are to be scored by a server. A folder that holds these very bytes
+    already stays: a run that was killed after publishing, or another one of the same work, put it
+    there.
 
     Raises:
         InputError: ``output`` appeared meanwhile, and it may not be overwritten.
@@ -43,7 +49,7 @@ def publish(
     output = output.absolute()
     with store.lock(publication_key(output)):
         try:
-            return _publish(store, identity, entries, report, output, overwrite)
+            return _publish(store, identity, entries, report, output, overwrite, windows)
         except BaseException:
             shutil.rmtree(staging_folder(output), ignore_errors=True)
             raise
@@ -61,6 +67,7 @@ def _publish(
     report: Mapping[str, Any],
     output: Path,
     overwrite: bool,
+    windows: ServedWindows | None = None,
 ) -> str:
     staging = staging_folder(output)
     replaced = output.with_name(f".{output.name}.blockquant-old")
@@ -74,6 +81,8 @@ def _publish(
                 raise OSError(f"{copied}: the copy differs from the export; is the disk full?")
     (staging / REPORT).write_text(report_text(report), encoding="utf-8")
     (staging / CARD).write_text(model_card(report), encoding="utf-8")
+    if windows is not None:
+        (staging / WINDOWS).write_text(windows_text(windows), encoding="utf-8")
     if _same_files(staging, output):
         shutil.rmtree(staging)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -140,7 +149,8 @@ measured on this checkpoint after reopening it from disk, with activations quant
 
 {serving}
 
-`{REPORT}` holds the recipe, the versions, the metrics and the error of every linear.
+`{REPORT}` holds the recipe, the versions, the metrics and the error of every linear;
+`{WINDOWS}` the tokens that `blockquant serve-check` asks a server to score.
 """
 
 
@@ -149,5 +159,5 @@ def launch_line(checkpoint: Path, report: Mapping[str, Any]) -> str | None:
     if report["unserved"]:
         return None
     folder = checkpoint / (QUANTIZED if report["format"] else TRANSFORMED)
-    path = shlex.quote(str(folder))
-    return f"python -m sglang.launch_server --model-path {path} --host 127.0.0.1 --port 30000"
+    parallel = int(report["tensor_parallel"])
+    return shlex.join(launch_command("python", folder, SGLANG_PORT, parallel))

@@ -58,6 +58,7 @@ def register(
     sets: Mapping[str, Entry],
     location: str | None,
     seconds: Mapping[str, float],
+    served: Mapping[str, Any],
     log: Path | None = None,
 ) -> None:
     """Send final metrics, tables, the recipe, the report, tokens and log, and finish the run.
@@ -70,16 +71,18 @@ def register(
         sets: calibration and evaluation sets by their role.
         location: the published folder, None for a run that only measures.
         seconds: time of each kind of step in this process.
+        served: what came of serving it: ``served``, and its figures or the ``reason``.
         log: the run's log file.
     """
     evaluated_ms = max(int(entry.created * 1000) for entry in [*blocks, *sets.values()])
-    numbers = {n: v for n, v in report["metrics"].items() if isinstance(v, int | float)}
-    points = [Point(f"eval.{n}", float(v), 0, evaluated_ms) for n, v in sorted(numbers.items())]
+    numbers = sorted(_numbers(report["metrics"]).items())
+    points = [Point(f"eval.{n}", float(v), 0, evaluated_ms) for n, v in numbers]
     points.append(Point("export.bytes", float(report["bytes"]), 0, evaluated_ms))
     # times differ when they are sent again after a kill: the first stay
     known = run.known_metrics()
     timed = {f"seconds.{name}": s for name, s in sorted(seconds.items())}
     points += [Point(n, s, 0, evaluated_ms) for n, s in timed.items() if n not in known]
+    points += [point for point in served_points(served, evaluated_ms) if point.name not in known]
     run.log_points(points)
     run.log_table(error_rows(blocks), "errors.json")
     _log_decisions(run, [*decided, *blocks])
@@ -94,10 +97,33 @@ def register(
             "checkpoint": location or "not published",
             "source.digest": str(report["source"]["digest"]),
             "scheme": str(report["scheme"]),
-            "served": "no",
+            **served_tags(served),
         }
     )
     run.finish()
+
+
+def served_points(served: Mapping[str, Any], time_ms: int) -> list[Point]:
+    """Metric points of what came of serving a checkpoint."""
+    return [Point(f"served.{n}", float(v), 0, time_ms) for n, v in sorted(_numbers(served).items())]
+
+
+def served_tags(served: Mapping[str, Any]) -> dict[str, str]:
+    """Tags that say whether a checkpoint was served, and by what, or why not."""
+    if not served["served"]:
+        return {"served": "no", "served.reason": str(served["reason"])}
+    return {"served": "yes", "served.by": f"SGLang {served['sglang']}"}
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers among values and among those of mappings in them, whose names get a point between."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[prefix + name] = value
+    return found
 
 
 def _log_decisions(run: Run, entries: Sequence[Entry]) -> None:

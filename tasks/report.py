@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from configs.schemes import scheme_name, unserved
+from configs.schemes import scheme_name
 from tasks.engine.job import Job
 from tasks.engine.store import Entry
 
@@ -67,7 +67,8 @@ def make_report(
         "evaluation_tokens": sets["evaluation"].key,
         "metrics": main.evaluated.value,
         "verification": main.verified.value,
-        "unserved": unserved(job.recipe) if job.quantizes else None,
+        "tensor_parallel": job.recipe.serving.tensor_parallel,
+        "unserved": job.unserved if job.quantizes else None,
         "linears": linears,
         **{
             folder: {

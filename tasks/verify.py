@@ -26,6 +26,7 @@ from tasks.engine.export_format import (
     restore,
 )
 from tasks.engine.job import Job, require
+from tasks.engine.kernel_limits import misfits, require_parallel
 from tasks.engine.plan import outside_shapes
 from tasks.engine.publication import REPORT
 from tasks.engine.source import TensorInfo
@@ -117,12 +118,49 @@ def verify_folder(
     return report
 
 
+def require_served(folder: Path, gpus: int | None = None) -> int:
+    """Check that SGLang's kernels take the sizes of every quantized linear.
+
+    Args:
+        folder: a checkpoint; one whose report says that it is not for SGLang passes on one GPU.
+        gpus: over how many it is to be spread; by default as many as its report says.
+
+    Returns:
+        The number of GPUs that was checked for.
+
+    Raises:
+        InputError: the model's heads cannot be shared by so many.
+        VerificationError: names the first linear that does not fit, and what would.
+    """
+    checkpoint, report = open_checkpoint(folder), _report_of(folder)
+    spread = gpus or int(report.get("tensor_parallel") or 1)
+    config = checkpoint.source.config
+    require_parallel(config, spread, "--tensor-parallel")
+    if checkpoint.scheme is None or (gpus is None and report.get("unserved")):
+        return spread
+    decoder = build_decoder(config)
+    for block, module in enumerate(decoder.blocks):
+        shapes = {name: _weight_shape(module, name) for name in checkpoint.quantized(block)}
+        for line in misfits(shapes, config, checkpoint.scheme, spread).values():
+            raise VerificationError(f"{checkpoint.architecture.block_prefix(block)}{line}")
+    return spread
+
+
+def _report_of(folder: Path) -> dict[str, Any]:
+    """The published report, empty where there is none that can be read."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
 def digests_of(folder: Path) -> dict[str, str] | None:
     """Read the codes' digests from a checkpoint's report, or None where there is none."""
     try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        return {name: str(linear["digest"]) for name, linear in report["linears"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        linears = _report_of(folder)["linears"]
+        return {name: str(linear["digest"]) for name, linear in linears.items()}
+    except (KeyError, TypeError, AttributeError):
         return None
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from configs.schema import Evaluation, Recipe, ResolvedStep
+from configs.schemes import unserved
 from tasks.engine.architectures import architecture_of
 from tasks.engine.decoder import Decoder, build_decoder, device_fingerprint
 from tasks.engine.errors import InputError
 from tasks.engine.export_format import Scheme, scheme_of
+from tasks.engine.kernel_limits import Shapes, misfits
 from tasks.engine.memo import Memo
-from tasks.engine.plan import Plan, plan_model
+from tasks.engine.plan import Plan, matrix_shape, plan_model
 from tasks.engine.precision import compute_dtype
 from tasks.engine.source import Source
 from tasks.engine.store import Entry, Store
@@ -67,9 +69,30 @@ class Job:
     @cached_property
     def plan(self) -> Plan:
         """Which linears are quantized."""
+        serving = self.recipe.serving
+        checked = serving.check_kernels and self.recipe.save.save_sgl and not unserved(self.recipe)
         return plan_model(
-            self.source, self.scheme.weight, self.recipe.ignored_layers, self.keep_incompatible
+            self.source,
+            self.scheme.weight,
+            self.recipe.ignored_layers,
+            self.keep_incompatible,
+            partial(self._misfits, gpus=serving.tensor_parallel) if checked else None,
         )
+
+    @cached_property
+    def unserved(self) -> str | None:
+        """Why SGLang would not serve the export, None if it would."""
+        if (reason := unserved(self.recipe)) is not None:
+            return reason
+        for block in self.plan.blocks:
+            names = {name: block.prefix + name for name in block.quantized}
+            shapes = {name: matrix_shape(self.source, full) for name, full in names.items()}
+            for line in self._misfits(shapes, self.recipe.serving.tensor_parallel).values():
+                return block.prefix + line
+        return None
+
+    def _misfits(self, shapes: Shapes, gpus: int) -> dict[str, str]:
+        return misfits(shapes, self.source.config, self.scheme, gpus)
 
     @cached_property
     def decoder(self) -> Decoder:

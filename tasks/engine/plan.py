@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,11 @@ from quantizers.schemes import Granularity, WeightScheme
 from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.decoder import Decoder
 from tasks.engine.errors import InputError
+from tasks.engine.kernel_limits import FUSED, Shapes
 from tasks.engine.source import Source
 
 # group sizes that the serving kernels know
 SERVED_GROUP_SIZES = (32, 64, 128)
-# linears that SGLang fuses on loading: all of them are quantized, or none
-FUSED = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("mlp.gate_proj", "mlp.up_proj"),
-)
 
 SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")
 # transformers has a default for those that are missing or null
@@ -72,6 +68,7 @@ def plan_model(
     scheme: WeightScheme,
     ignored_layers: Sequence[str] = (),
     keep_incompatible: bool = False,
+    misfits: Callable[[Shapes], Mapping[str, str]] | None = None,
 ) -> Plan:
     """Decide which linears are quantized.
 
@@ -81,6 +78,7 @@ def plan_model(
         ignored_layers: linears to leave out: a full name, an ending of one (``mlp.down_proj``),
             or ``re:`` and a regular expression that matches the full name.
         keep_incompatible: leave out linears whose sizes the scheme cannot take.
+        misfits: of the sizes of a block's linears, why its kernels would not take them.
 
     Raises:
         InputError: a tensor is missing; a name that matches nothing; sizes that do not divide;
@@ -93,6 +91,10 @@ def plan_model(
     everything = [p + name for p, names in zip(prefixes, linears, strict=True) for name in names]
     left_out = _match(ignored_layers, everything)
     incompatible = {n: why for n in everything if (why := _problem(source, n, scheme))}
+    if misfits is not None:
+        for prefix, names in zip(prefixes, linears, strict=True):
+            kept = [name for name in names if prefix + name not in left_out]
+            incompatible = _misfits(source, prefix, kept, misfits) | incompatible
     refused = [name for name in everything if name in incompatible and name not in left_out]
     if refused and not keep_incompatible:
         others = len(refused) - 1
@@ -262,6 +264,26 @@ def _problem(source: Source, linear: str, scheme: WeightScheme) -> str | None:
         f"features of {linear}; {sizes}; or give --keep-incompatible to leave such linears "
         "unquantized"
     )
+
+
+def _misfits(
+    source: Source,
+    prefix: str,
+    linears: Sequence[str],
+    misfits: Callable[[Shapes], Mapping[str, str]],
+) -> dict[str, str]:
+    found = misfits({name: matrix_shape(source, prefix + name) for name in linears})
+    return {
+        prefix + name: f"{prefix}{line}; or give --keep-incompatible to leave such linears "
+        "unquantized, or serving.check_kernels=false for an export that SGLang is not to serve"
+        for name, line in found.items()
+    }
+
+
+def matrix_shape(source: Source, linear: str) -> tuple[int, int]:
+    """(N, K) of a linear's weight."""
+    rows, columns = source.tensors[f"{linear}.weight"].shape
+    return rows, columns
 
 
 def _require_whole_fusions(

@@ -181,6 +181,24 @@ def open_run(
     return run
 
 
+def existing_run(settings: Settings, run_id: str) -> Run:
+    """Find a run by its id.
+
+    Raises:
+        InputError: the tracking server knows none of it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    check_uri(settings.tracking_uri)
+    try:
+        found = prepared_client(settings).get_run(run_id)
+    except MlflowException as error:
+        raise InputError(
+            f"--run {run_id}: no run of {settings.tracking_uri}; give the id that quantize printed"
+        ) from error
+    return Run(settings.tracking_uri, run_id, str(found.info.experiment_id))
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested mappings and lists of them: ``{"a": [{"b": 1}]}`` -> ``{"a.0.b": 1}``."""
     flat: dict[str, Any] = {}

@@ -1,0 +1,36 @@
+"""What commands share: their options, the two consoles, exit statuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+
+out = Console()
+err = Console(stderr=True)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+CheckpointArgument = Annotated[Path, typer.Argument(help="A checkpoint folder.")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or hub id.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", help="Folder to publish.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="key.path=value over the recipe; repeatable.")
+]
+StoreOption = Annotated[Path | None, typer.Option("--store", help="Folder of results.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+MemoryOption = Annotated[
+    str | None, typer.Option("--memory", help="Budget on the device, such as 40GiB.")
+]
+KeepOption = Annotated[
+    bool,
+    typer.Option("--keep-incompatible", help="Leave linears unquantized whose sizes do not fit."),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ParallelOption = Annotated[
+    int | None, typer.Option("--tensor-parallel", min=1, help="GPUs to spread the model over.")
+]

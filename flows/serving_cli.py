@@ -1,0 +1,177 @@
+"""``blockquant serve`` and ``blockquant serve-check``: SGLang on a published checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from flows.options import DONE, CheckpointArgument, DeviceOption, JsonOption, ParallelOption, out
+
+PythonOption = Annotated[
+    str | None,
+    typer.Option("--python", help="Interpreter of an environment with SGLang; else this one."),
+]
+ServerArguments = Annotated[
+    list[str] | None, typer.Argument(help="After --: arguments of SGLang's own.")
+]
+
+
+def serve(
+    checkpoint: CheckpointArgument,
+    arguments: ServerArguments = None,
+    python: PythonOption = None,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 30000,
+    tensor_parallel: ParallelOption = None,
+    only_print: Annotated[
+        bool, typer.Option("--print", help="Print the command and do not run it.")
+    ] = False,
+) -> None:
+    """Print the command that serves a checkpoint with SGLang on this machine, and run it."""
+    from tasks.engine.checkpoint import open_checkpoint
+    from tasks.engine.errors import RunError
+    from tasks.engine.serving.server import environment_of, launch_command
+    from tasks.smoke_test import can_serve
+
+    serving = _serving(python=python, tensor_parallel=tensor_parallel or 1, arguments=arguments)
+    open_checkpoint(checkpoint)
+    interpreter = serving.python or sys.executable
+    command = launch_command(
+        interpreter, checkpoint, port, serving.tensor_parallel, serving.server_args
+    )
+    out.print(shlex.join(command), highlight=False, soft_wrap=True)
+    if only_print:
+        return
+    can_serve(interpreter)
+    sys.stdout.flush()
+    try:
+        os.execvpe(interpreter, command, environment_of(interpreter))
+    except OSError as error:
+        raise RunError(f"{interpreter}: does not run ({error.strerror})") from error
+
+
+def serve_check(
+    checkpoint: CheckpointArgument,
+    arguments: ServerArguments = None,
+    python: PythonOption = None,
+    server_url: Annotated[
+        str | None, typer.Option("--server-url", help="Ask a running server instead.")
+    ] = None,
+    tensor_parallel: ParallelOption = None,
+    max_nll_gap: Annotated[
+        float | None,
+        typer.Option("--max-nll-gap", help="Nats; .005, with 8 bit inputs .01."),
+    ] = None,
+    start_timeout: Annotated[
+        int, typer.Option("--start-timeout", min=1, help="Seconds until the server answers.")
+    ] = 900,
+    speed: Annotated[bool, typer.Option("--speed", help="Time it too.")] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option("--source", help="The source model, timed beside it."),
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="MLflow run that keeps figures and log.")
+    ] = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> int:
+    """Start SGLang on a checkpoint and compare what it computes with what was measured."""
+    from tasks.check import check_device
+    from tasks.engine.settings import settings
+    from tasks.smoke_test import serve_and_compare
+
+    serving = _serving(
+        python=python,
+        server_url=server_url,
+        tensor_parallel=tensor_parallel or 1,
+        max_nll_gap=max_nll_gap,
+        start_timeout=start_timeout,
+        speed=speed,
+        arguments=arguments,
+    )
+    place = check_device(device)
+    known = _known_run(run)
+    name = f"serve-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    log_file = settings().store / "logs" / name
+    served = serve_and_compare(checkpoint.absolute(), serving, place, log_file, source)
+    if known is not None:
+        _tell(known, served, log_file)
+    if as_json:
+        print(json.dumps(served))
+        return DONE
+    show_served(served)
+    return DONE
+
+
+def _serving(arguments: list[str] | None, **keys: Any) -> Any:
+    """The options as a recipe's section, which says what is wrong with them."""
+    from pydantic import ValidationError
+
+    from configs.serving_schema import Serving
+    from tasks.engine.errors import InputError
+
+    try:
+        return Serving(server_args=tuple(arguments or ()), **keys)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
+        ) from error
+
+
+def _known_run(run_id: str | None) -> Any:
+    from tasks.engine.settings import settings
+    from tasks.engine.tracking import existing_run
+
+    return None if run_id is None else existing_run(settings(), run_id)
+
+
+def _tell(run: Any, served: dict[str, Any], log_file: Path) -> None:
+    from tasks.register import served_points, served_tags
+
+    run.log_points(served_points(served, int(time.time() * 1000)))
+    run.set_tags(served_tags(served))
+    for kept in sorted(log_file.parent.glob(f"{log_file.stem}*")):
+        run.log_file(kept)
+
+
+def show_served(served: dict[str, Any]) -> None:
+    """Say in a line what came of serving a checkpoint, and how fast it was."""
+    if not served["served"]:
+        out.print(f"not served: {served['reason']}", highlight=False, soft_wrap=True)
+        return
+    out.print(
+        f"served by SGLang {served['sglang']}: NLL {served['nll']:.4f}, {served['nll_gap']:+.4f} "
+        f"from what was measured (at most {served['max_nll_gap']:g}); "
+        f"{served['greedy_agreement']:.1%} of its greedy tokens are transformers' too",
+        highlight=False,
+        soft_wrap=True,
+    )
+    speeds = {
+        n: served[k] for n, k in (("source", "source_speed"), ("quantized", "speed")) if k in served
+    }
+    if not speeds:
+        return
+    table = Table("", "first token, ms", "tokens/s", "first token, loaded, ms", "tokens/s, loaded")
+    for name, speed in speeds.items():
+        table.add_row(
+            name,
+            *(
+                f"{speed[key]:.1f}"
+                for key in (
+                    "first_token_ms",
+                    "tokens_per_s",
+                    "loaded_first_token_ms",
+                    "loaded_tokens_per_s",
+                )
+            ),
+        )
+    out.print(table)

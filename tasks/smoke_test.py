@@ -1,0 +1,278 @@
+"""Start a real SGLang server on a published checkpoint and compare what it says with the report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+from torch import Tensor
+
+from configs.serving_schema import Serving
+from tasks.engine.checkpoint import Checkpoint, open_checkpoint
+from tasks.engine.errors import InputError, RunError
+from tasks.engine.publication import REPORT
+from tasks.engine.served_windows import ServedWindows, read_windows
+from tasks.engine.serving.client import Client
+from tasks.engine.serving.server import (
+    LOOPBACK,
+    environment_of,
+    free_port,
+    launch_command,
+    running_server,
+)
+from tasks.engine.serving.speed import measure_speed, prompts_of
+from tasks.evaluate import likeliest
+
+log = logging.getLogger("blockquant")
+
+# largest difference between the server's NLL and the measured one, nats
+WEIGHT_ONLY_GAP = 0.005
+ACTIVATIONS_GAP = 0.01
+
+PROMPTS = 8
+PROMPT_TOKENS = 64
+CONTINUED_TOKENS = 32
+PROBE_TIMEOUT_S = 120
+_PROBE = """
+import importlib.metadata, importlib.util, json
+found = {"sglang": None, "gpu": None}
+if importlib.util.find_spec("sglang") is not None:
+    found["sglang"] = importlib.metadata.version("sglang")
+    import torch
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name(0)
+print(json.dumps(found))
+"""
+
+
+class NotServedError(RunError):
+    """There is nothing to serve with on this machine, or nothing to serve."""
+
+
+class GapError(RunError):
+    """The server computes something else than what was measured."""
+
+
+def smoke_test(
+    checkpoint: Path, serving: Serving, device: str, log_file: Path, source: Path | None = None
+) -> dict[str, Any] | State[dict[str, Any]]:
+    """Serve a checkpoint and compare; the task is skipped, with the reason, where that cannot be.
+
+    Returns:
+        ``served`` and, if so, what ``serve_and_compare`` gives, else ``reason``.
+
+    Raises:
+        RunError: the server does not start, dies, or computes something else.
+    """
+    try:
+        return serve_and_compare(checkpoint, serving, device, log_file, source)
+    except NotServedError as error:
+        reason = str(error)
+        return Completed(name="Skipped", message=reason, data={"served": False, "reason": reason})
+
+
+def serve_and_compare(
+    checkpoint: Path, serving: Serving, device: str, log_file: Path, source: Path | None = None
+) -> dict[str, Any]:
+    """Serve a checkpoint, score its own evaluation windows, continue some prompts.
+
+    Args:
+        checkpoint: a published folder: its report and windows say what was measured.
+        serving: how to start the server, or where it runs.
+        device: where the continuations are computed again by transformers' modules.
+        log_file: where the server's output goes.
+        source: the checkpoint before quantization, whose speed is measured too if
+            ``serving.speed`` asks for that.
+
+    Returns:
+        ``nll``, ``measured_nll``, ``nll_gap``, ``max_nll_gap`` (nats); ``greedy_agreement``, the
+        share of the server's tokens that transformers finds likeliest at their place;
+        ``same_continuations`` of ``prompts``; ``windows``, ``tokens``, ``start_s``, ``sglang``,
+        ``gpu``; with ``serving.speed`` ``speed`` and ``source_speed``.
+
+    Raises:
+        NotServedError: no SGLang, no GPU, or an export that is not for SGLang.
+        ServerError: the server does not start, or dies.
+        AnswerError: it answers something else.
+        GapError: its NLL is not the one measured.
+    """
+    opened, windows = _opened(checkpoint), read_windows(checkpoint)
+    with served(checkpoint, serving, log_file) as (client, found):
+        asked = ask(client, windows)
+        if serving.speed:
+            found["speed"] = speed_of(client, windows)
+    if serving.speed and source is not None and serving.server_url is None:
+        with served(source, serving, log_file.with_suffix(".source.log")) as (client, _):
+            found["source_speed"] = speed_of(client, windows)
+    found |= {"served": True, **compared(opened, windows, asked, device)}
+    found["max_nll_gap"] = serving.max_nll_gap or _largest_gap(opened)
+    _require_small_gap(checkpoint, found)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a server said.
+
+    Attributes:
+        nll: of each window, of each of its predicted tokens, nats.
+        prompts: (P, T) tokens.
+        continued: (P, N) tokens that it finds likeliest after them.
+    """
+
+    nll: list[list[float]]
+    prompts: Tensor
+    continued: Tensor
+
+
+def ask(client: Client, windows: ServedWindows) -> Asked:
+    """Let a server score windows, and go on with the beginnings of some."""
+    nll = [client.token_nll(row.tolist()) for row in windows.tokens]
+    length = windows.tokens.shape[1]
+    prompts = windows.tokens[:PROMPTS, : min(PROMPT_TOKENS, length // 2)]
+    count = min(CONTINUED_TOKENS, length - prompts.shape[1])
+    continued = torch.tensor([client.greedy(row.tolist(), count) for row in prompts])
+    return Asked(nll, prompts, continued)
+
+
+def compared(
+    checkpoint: Checkpoint, windows: ServedWindows, asked: Asked, device: str
+) -> dict[str, Any]:
+    """Compare what a server said with what was measured and with transformers' modules.
+
+    A server's token agrees where those, given the same tokens so far, find it likeliest too; where
+    all of a prompt's do, both continue it alike.
+    """
+    scores = [value for row in asked.nll for value in row]
+    mean = sum(scores) / len(scores)
+    whole = torch.cat([asked.prompts, asked.continued], dim=1)
+    found = likeliest(checkpoint, whole[:, :-1], device=device)[:, asked.prompts.shape[1] - 1 :]
+    same = found == asked.continued
+    return {
+        "nll": mean,
+        "measured_nll": windows.mean,
+        "nll_gap": mean - windows.mean,
+        "windows": len(asked.nll),
+        "tokens": len(scores),
+        "greedy_agreement": float(same.double().mean()),
+        "same_continuations": int(same.all(1).sum()),
+        "prompts": len(asked.prompts),
+    }
+
+
+def _opened(checkpoint: Path) -> Checkpoint:
+    try:
+        report = json.loads((checkpoint / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{checkpoint}: no {REPORT} that can be read in it; give a folder that blockquant "
+            "published"
+        ) from error
+    if report.get("unserved"):
+        raise NotServedError(str(report["unserved"]))
+    return open_checkpoint(checkpoint)
+
+
+@dataclass(frozen=True)
+class Serves:
+    """What an interpreter has to serve with."""
+
+    sglang: str
+    gpu: str
+
+
+def can_serve(python: str) -> Serves:
+    """Ask an interpreter for SGLang and a GPU.
+
+    Raises:
+        NotServedError: one of them is missing.
+    """
+    try:
+        asked = subprocess.run(
+            [python, "-c", _PROBE],
+            env=environment_of(python),
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT_S,
+            check=True,
+        )
+        found = json.loads(asked.stdout.splitlines()[-1])
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
+        raise NotServedError(
+            f"{python} does not run ({type(error).__name__}); let serving.python name the "
+            "interpreter of an environment with SGLang"
+        ) from error
+    if found["sglang"] is None:
+        raise NotServedError(
+            f"no SGLang in {python}; let serving.python name the interpreter of an environment "
+            "that has it"
+        )
+    if found["gpu"] is None:
+        raise NotServedError(f"no GPU that {python} can use")
+    return Serves(found["sglang"], found["gpu"])
+
+
+@contextmanager
+def served(
+    checkpoint: Path, serving: Serving, log_file: Path
+) -> Iterator[tuple[Client, dict[str, Any]]]:
+    """A client of a server of the checkpoint, and ``sglang``, ``gpu``, ``start_s`` of that.
+
+    Raises:
+        NotServedError: there is nothing to serve with.
+        ServerError: the server does not start, or dies.
+    """
+    if serving.server_url is not None:
+        client = Client(serving.server_url, serving.request_timeout)
+        log.info("%s serves %s", client.url, client.model_path())
+        yield client, {"sglang": client.version(), "gpu": "unknown"}
+        return
+    python = serving.python or sys.executable
+    serves = can_serve(python)
+    _give_back_memory()
+    port = free_port()
+    client = Client(f"http://{LOOPBACK}:{port}", serving.request_timeout)
+    command = launch_command(python, checkpoint, port, serving.tensor_parallel, serving.server_args)
+    began = time.perf_counter()
+    with running_server(command, client, checkpoint, log_file, serving.start_timeout):
+        start = time.perf_counter() - began
+        log.info("SGLang %s serves %s after %.0f s", serves.sglang, checkpoint, start)
+        yield client, {"sglang": serves.sglang, "gpu": serves.gpu, "start_s": start}
+
+
+def _give_back_memory() -> None:
+    """Free what this process keeps of the GPU: a server takes what it finds free."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def speed_of(client: Client, windows: ServedWindows) -> dict[str, float]:
+    """Time a server on prompts cut from windows."""
+    return measure_speed(client.url, prompts_of(windows.tokens), client.timeout_s).figures()
+
+
+def _largest_gap(checkpoint: Checkpoint) -> float:
+    scheme = checkpoint.scheme
+    return WEIGHT_ONLY_GAP if scheme is None or scheme.activation is None else ACTIVATIONS_GAP
+
+
+def _require_small_gap(checkpoint: Path, found: dict[str, Any]) -> None:
+    if abs(found["nll_gap"]) <= found["max_nll_gap"]:
+        return
+    raise GapError(
+        f"{checkpoint}: the server's NLL is {found['nll']:.4f}, {found['nll_gap']:+.4f} from the "
+        f"{found['measured_nll']:.4f} of the published report (at most {found['max_nll_gap']:g} "
+        "is allowed); the checkpoint changed since it was measured, or this server computes "
+        "something else"
+    )
