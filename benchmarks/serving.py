@@ -10,7 +10,7 @@ likeliest at the same place. Tokens per second are those of one request alone an
 (128 tokens of prompt, 128 new ones), and the source model is served and timed in the same way.
 
 Several checkpoints are quantized and several servers run at once; while one is timed, the others
-wait. Arguments after -- go to the server.
+wait. With --work, a run that was cut off goes on. Arguments after -- go to the server.
 """
 
 from __future__ import annotations
@@ -105,20 +105,26 @@ def main(
         )
         with ThreadPoolExecutor(quantized_at_once) as pool:
             made = dict(zip(names, pool.map(lambda n: quantized(bench, n), names), strict=True))
-        rows: list[dict[str, Any]] = []
-        for start in range(0, len(names) + 1, served_at_once):
-            wave = [SOURCE, *names][start : start + served_at_once]
-            for row in serve_wave(bench, wave, made):
-                rows.append(row)
-                if json_file is not None:
-                    # after every row: a long run that is cut off keeps what it has
-                    json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        kept = json_file or work / "rows.json"
+        rows = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
+        known = {row["recipe"] for row in rows if "speed" in row}
+        left = [name for name in (SOURCE, *names) if name not in known]
+        for start in range(0, len(left), served_at_once):
+            rows += serve_wave(bench, left[start : start + served_at_once], made)
+            # a long run that is cut off keeps what it has
+            kept.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     console.print(table(rows, model.name))
 
 
 def quantized(bench: Bench, name: str) -> dict[str, Any]:
     """Run a recipe as a user does; what it printed, or why it failed."""
-    output = checkpoint_of(bench, name)
+    output, kept = (
+        checkpoint_of(bench, name),
+        bench.work / "made" / f"{name.replace('/', '-')}.json",
+    )
+    if kept.is_file():
+        known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return known
     text = f"name: text, path: {bench.calibration}, n_samples: {bench.samples}"
     overrides = [f"{place}={{{text}, seq_len: {bench.seq_len}}}" for place in calibrations(name)]
     overrides += [
@@ -142,6 +148,8 @@ def quantized(bench: Bench, name: str) -> dict[str, Any]:
         return {"failed": done.stderr.strip().splitlines()[-1:]}
     found: dict[str, Any] = json.loads(done.stdout)
     progress.print(f"{name}: quantized, NLL {found['metrics']['nll_increase']:+.5f}")
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(done.stdout, encoding="utf-8")
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from configs.fields import Count, Fraction, Section
 
@@ -24,6 +24,11 @@ _GIVEN = {
 }
 
 
+def _word(value: object) -> object:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else value
+
+
 class Serving(Section):
     """The server: started with ``python`` and ``server_args``, or running at ``server_url``.
 
@@ -32,7 +37,8 @@ class Serving(Section):
 
     smoke_test: bool = True
     python: str | None = None
-    server_args: tuple[str, ...] = ()
+    # numbers among them are words too
+    server_args: tuple[Annotated[str, BeforeValidator(_word)], ...] = ()
     server_url: str | None = None
     tensor_parallel: Annotated[Count, Field(ge=1)] = 1
     # an export whose sizes no kernel of SGLang takes is refused, unless this says false
