@@ -116,7 +116,7 @@ def serve_and_compare(
         with served(source, serving, log_file.with_suffix(".source.log")) as (client, _):
             found["source_speed"] = speed_of(client, windows)
     found |= {"served": True, **compared(opened, windows, asked, device)}
-    found["max_nll_gap"] = serving.max_nll_gap or _largest_gap(opened)
+    found["max_nll_gap"] = serving.max_nll_gap or largest_gap(opened)
     _require_small_gap(checkpoint, found)
     return found
 
@@ -262,7 +262,8 @@ def speed_of(client: Client, windows: ServedWindows) -> dict[str, float]:
     return measure_speed(client.url, prompts_of(windows.tokens), client.timeout_s).figures()
 
 
-def _largest_gap(checkpoint: Checkpoint) -> float:
+def largest_gap(checkpoint: Checkpoint) -> float:
+    """How far a server's NLL may be from the measured one: more where inputs are quantized too."""
     scheme = checkpoint.scheme
     return WEIGHT_ONLY_GAP if scheme is None or scheme.activation is None else ACTIVATIONS_GAP
 

@@ -17,6 +17,10 @@ from typing import Any
 import pytest
 
 from tests.models import DEMO_MODEL, make_checkpoint, make_text
+from tests.replaying import processes_of, recording, replayed
+
+# fixtures
+__all__ = ["processes_of", "recording", "replayed"]
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -141,3 +145,20 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo_model() -> Path:
     """The embedded trained model."""
     return DEMO_MODEL
+
+
+@pytest.fixture(scope="session")
+def recorded_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, prepared_home: Path, services: dict[str, str]
+) -> Path:
+    """The checkpoint that the recorded server served; tests/tasks/engine/serving/record.py."""
+    folder = tmp_path_factory.mktemp("recorded")
+    text = make_text(folder / "words.txt", words=2000)
+    shutil.copytree(prepared_home, folder / "home")
+    evaluated = f"eval={{name: text, path: {text}, windows: 2, seq_len: 48, dtype: float32}}"
+    command = [sys.executable, "-m", "flows.cli", "quantize", "rtn_w4a16", "--set", evaluated]
+    command += ["--model", str(DEMO_MODEL), "--output", str(folder / "checkpoint")]
+    environment = os.environ | services | {"PYTHONPATH": str(ROOT)}
+    environment |= {"BLOCKQUANT_HOME": str(folder / "home")}
+    subprocess.run(command, env=environment, cwd=folder, check=True, capture_output=True)
+    return folder / "checkpoint"

@@ -94,7 +94,7 @@ def plan_model(
     if misfits is not None:
         for prefix, names in zip(prefixes, linears, strict=True):
             kept = [name for name in names if prefix + name not in left_out]
-            incompatible = _misfits(source, prefix, kept, misfits) | incompatible
+            incompatible |= _misfits(source, prefix, kept, misfits)
     refused = [name for name in everything if name in incompatible and name not in left_out]
     if refused and not keep_incompatible:
         others = len(refused) - 1

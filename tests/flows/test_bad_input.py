@@ -630,8 +630,33 @@ def test_group_size_that_does_not_divide(refused: Refused, tmp_path: Path) -> No
 def test_group_size_that_no_served_size_mends(refused: Refused, shared: Path) -> None:
     said = ("64 does not divide the 172 input", "mlp.down_proj", "no served size fits it")
     model = ("--model", shared / "models" / "stories260K")
-    size = ("--set", "quant.weight.group_size=64")
+    size = ("--set", "quant.weight.group_size=64", "--set", "serving.check_kernels=false")
     refused("quantize", "rtn_w4a16", *model, *size, says=said)
+
+
+def test_sizes_that_no_kernel_takes(refused: Refused, shared: Path, tmp_path: Path) -> None:
+    model = shared / "models" / "stories260K"
+    said = (
+        "model.layers.0.self_attn.q_proj + self_attn.k_proj + self_attn.v_proj has 64 input",
+        "Marlin takes multiples of 128",
+        "schemes that fit: W8A8, FP8 static, FP8 dynamic",
+        "--keep-incompatible",
+        "serving.check_kernels=false",
+    )
+    refused("check", "rtn_w4a16", "--model", model, says=said)
+    model = shared / "models" / "llama-4m"
+    said = ("model.layers.0.self_attn.o_proj has 64 input features on each of 4 GPUs", "fit: 1, 2")
+    parallel = ("--set", "serving.tensor_parallel=4")
+    refused("check", "rtn_w4a16", "--model", model, *parallel, says=said)
+    said = ("serving.tensor_parallel: 3 GPUs cannot share 4 attention heads", "fit: 1, 2, 4")
+    parallel = ("--set", "serving.tensor_parallel=3")
+    refused("check", "rtn_w8a8", "--model", model, *parallel, says=said)
+
+
+def test_an_interpreter_that_is_none(refused: Refused, tiny: Path) -> None:
+    said = ("serving.python: no-such-python is no program", "has SGLang")
+    asked = ("--set", "serving.python=no-such-python")
+    refused("check", "rtn_w4a16", "--model", tiny, *asked, says=said)
 
 
 def stories_of(shape: str, request: pytest.FixtureRequest, folder: Path) -> Path:
@@ -667,7 +692,7 @@ def test_linears_left_out(
     recipe = write_recipe(tmp_path, ignored_layers=["mlp.down_proj"] if way == "ignore" else [])
     outcome = here(
         *("quantize", recipe, "--model", model, "--output", output, "--json", *SHORT),
-        *("--set", "quant.weight.group_size=32"),
+        *("--set", "quant.weight.group_size=32", "--set", "serving.check_kernels=false"),
         *(["--keep-incompatible"] if way == "keep" else []),
     )
     assert outcome.status == 0, outcome.err

@@ -10,6 +10,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import termios
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,6 +157,7 @@ def test_check_predicts_the_size_of_a_tied_float32_model(
 ) -> None:
     model = make_checkpoint(tmp_path / "model", dtype=torch.float32, tied=True, blocks=1)
     options = ("--model", model, "--output", tmp_path / "out", *OPTIONS[:4], "--json")
+    options += ("--set", "serving.check_kernels=false")
     predicted = here("check", recipe, *options).json["export_bytes"]
     outcome = here("quantize", recipe, *options)
     assert outcome.status == 0, outcome.err
@@ -170,9 +172,11 @@ def test_first_run_for_a_machine(made: Made, tiny: Path) -> None:
     result = made.result
     assert set(result) == {
         *("checkpoint", "metrics", "bytes", "scheme", "seconds", "steps", "mlflow", "launch"),
-        "unserved",
+        *("unserved", "served"),
     }
     assert result["unserved"] is None
+    assert result["served"]["served"] is False
+    assert result["served"]["reason"].startswith(f"no SGLang in {sys.executable}")
     assert result["checkpoint"] == str(made.folder)
     assert result["scheme"] == "W4A16"
     assert result["launch"].startswith("python -m sglang.launch_server --model-path ")
@@ -209,8 +213,9 @@ def test_nothing_but_log_lines_on_standard_error(made: Made) -> None:
         "quant.weight.use_qtorch has no effect here and is ignored",
     ]
     assert said[2:4] == [f"block {n} of 2 done (0 cache hits)" for n in (1, 2)]
-    assert said[4].startswith(f"published {made.folder}: NLL ")
-    assert len(said) == 5
+    assert said[4].startswith("not served: no SGLang in ")
+    assert said[5].startswith(f"published {made.folder}: NLL ")
+    assert len(said) == 6
     (log,) = (made.home / "store" / "logs").glob("2*.log")
     kept = log.read_text()
     for line in said:

@@ -32,6 +32,7 @@ REPORT: dict[str, Any] = {
     "bytes": 12_345_678,
     "calibration": None,
     "unserved": None,
+    "tensor_parallel": 1,
     "evaluation": "text, 4 windows of 64 tokens",
     "metrics": {
         **{"nll": 2.5, "reference_nll": 2.25, "nll_increase": 0.25, "kl": 0.125},

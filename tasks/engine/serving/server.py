@@ -26,6 +26,7 @@ log = logging.getLogger("blockquant")
 LOOPBACK = "127.0.0.1"
 PORTS = range(20000, 32000)
 POLL_S = 0.5
+DYING_S = 10.0
 TAIL_LINES = 20
 # of this process's environment, not of the server's
 _NOT_HANDED_ON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
@@ -78,7 +79,7 @@ def free_port() -> int:
     """
     for port in random.sample(PORTS, k=len(PORTS)):
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((LOOPBACK, port))
+            probe.bind(("127.0.0.1", port))
             return port
     raise ServerError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free; end a server")
 
@@ -124,8 +125,10 @@ def running_server(
     try:
         _wait_until_ready(server, checkpoint, start_timeout_s)
         yield server
-    except RunError:
-        # what a client meets when the server dies is told as that
+    except NotReadyError:
+        # a server that dies stops answering first: what a client meets then is told as that
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=DYING_S)
         server.require_alive()
         raise
     finally:

@@ -3,8 +3,9 @@
     replay.py -c PROBE                          what of SGLang and a GPU there is
     replay.py -m sglang.launch_server ...       a server on 127.0.0.1
 
-REPLAY_RECORDING names the recording (tests/serving/record.py made it), REPLAY_HOW what goes wrong:
-nothing, or a word of HOW. A request that was not recorded is answered with status 599.
+REPLAY_RECORDING names the recording, which record.py made; REPLAY_HOW says what goes wrong:
+nothing, or slow, silent, refuses, dies, another, malformed, wrong, nan. A request that was not
+recorded is answered with status 599.
 """
 
 from __future__ import annotations

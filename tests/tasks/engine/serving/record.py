@@ -1,8 +1,8 @@
 """Record what a real SGLang server says, for the tests of what speaks to it.
 
-    PYTHONPATH=. python tests/serving/record.py CHECKPOINT RECORDING.json PYTHON [SERVER ARGUMENTS]
+    PYTHONPATH=. python record.py CHECKPOINT RECORDING.json PYTHON [SERVER ARGUMENTS]
 
-CHECKPOINT is what the tests' fixture makes, PYTHON the interpreter of an environment with SGLang.
+CHECKPOINT is what tests/conftest.py makes, PYTHON the interpreter of an environment with SGLang.
 The recording holds every exchange of one smoke test, some requests that a server refuses, an answer
 in parts, and what a server says that cannot load its checkpoint.
 """
@@ -36,12 +36,13 @@ def main(checkpoint: Path, recording: Path, python: str, arguments: list[str]) -
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         plain = httpx.Client.request
-        httpx.Client.request = _recorded(plain, exchanges, str(checkpoint))  # type: ignore[method-assign]
+        httpx.Client.request = _recorded(plain, exchanges)  # type: ignore[method-assign]
         found = serve_and_compare(checkpoint, serving, "cpu", log)
         with served(checkpoint, serving, log) as (client, _):
             client.version()
-            odd = _odd_requests(client, read_windows(checkpoint).tokens[0].tolist())
+            # requests that are refused are kept by their names
             httpx.Client.request = plain  # type: ignore[method-assign]
+            odd = _odd_requests(client, read_windows(checkpoint).tokens[0].tolist())
             stream = _stream(client, read_windows(checkpoint).tokens[0].tolist())
         started = log.read_text(encoding="utf-8", errors="replace")
         refused = _refused(checkpoint, Path(folder), serving)
@@ -57,9 +58,7 @@ def main(checkpoint: Path, recording: Path, python: str, arguments: list[str]) -
     recording.write_text(text + "\n", encoding="utf-8")
 
 
-def _recorded(request: Any, exchanges: list[dict[str, Any]], checkpoint: str) -> Any:
-    del checkpoint
-
+def _recorded(request: Any, exchanges: list[dict[str, Any]]) -> Any:
     def recording(self: httpx.Client, method: str, url: str, **more: Any) -> httpx.Response:
         answer: httpx.Response = request(self, method, url, **more)
         exchanges.append(

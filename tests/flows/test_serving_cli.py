@@ -1,0 +1,208 @@
+"""serve, serve-check, and the smoke test of a whole flow; the server is a replayed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from mlflow import MlflowClient
+
+from tasks.engine.serving.server import free_port
+from tests.conftest import ROOT
+from tests.models import DEMO_MODEL, make_text
+
+
+def served_by(python: str, *more: str) -> list[str]:
+    """Overrides: a server, and a bound for the few tokens that were recorded."""
+    pairs = (f"serving.python={python}", "serving.max_nll_gap=0.05", *more)
+    return [part for pair in pairs for part in ("--set", pair)]
+
+
+@pytest.fixture
+def quantized(here, services, home, tmp_path):
+    """Run the flow that the recorded checkpoint came from, with a server."""
+    text = make_text(tmp_path / "words.txt", words=2000)
+    evaluated = f"eval={{name: text, path: {text}, windows: 2, seq_len: 48, dtype: float32}}"
+
+    def run(*arguments: str):
+        places = ("--model", DEMO_MODEL, "--output", tmp_path / "out")
+        return here(*("quantize", "rtn_w4a16", *places, "--set", evaluated, "--json"), *arguments)
+
+    return run
+
+
+def newest_run(home: Path):
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("blockquant")
+    (run, *_) = client.search_runs([experiment.experiment_id])
+    return client, run
+
+
+def test_a_flow_serves_what_it_published_replayed(quantized, replayed, recording, home):
+    outcome = quantized(*served_by(replayed()))
+    assert outcome.status == 0, outcome.err
+    served = outcome.json["served"]
+    assert served["served"] is True and served["nll"] == recording["found"]["nll"]
+    client, run = newest_run(home)
+    assert run.data.tags["served"] == "yes"
+    assert run.data.tags["served.by"] == f"SGLang {recording['found']['sglang']}"
+    for name in ("nll", "measured_nll", "nll_gap", "greedy_agreement", "start_s"):
+        assert run.data.metrics[f"served.{name}"] == served[name]
+    assert "server.log" in {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+def test_a_flow_whose_replayed_server_computes_something_else_fails(
+    quantized, replayed, home, tmp_path
+):
+    outcome = quantized(*served_by(replayed("wrong")))
+    assert outcome.status == 1
+    last = outcome.err.strip().splitlines()[-1]
+    assert last.startswith(f"blockquant: {tmp_path / 'out'}: the server's NLL is 8.1")
+    client, run = newest_run(home)
+    assert (run.info.status, run.data.tags["served"]) == ("FAILED", "failed")
+    assert "of the published report" in run.data.tags["failure"]
+    assert "server.log" in {file.path for file in client.list_artifacts(run.info.run_id)}
+    # with the server mended it goes on: in the same run, with nothing computed again
+    again = quantized(*served_by(replayed()))
+    assert again.status == 0, again.err
+    assert all(step["cached"] for step in again.json["steps"])
+    assert again.json["mlflow"]["run"] == run.info.run_id
+    _, mended = newest_run(home)
+    assert (mended.info.status, mended.data.tags["served"]) == ("FINISHED", "yes")
+    assert "failure" not in mended.data.tags
+
+
+def test_a_flow_that_is_not_to_be_served(quantized, replayed, home):
+    outcome = quantized(*served_by(replayed(), "serving.smoke_test=false"))
+    assert outcome.json["served"] == {"served": False, "reason": "serving.smoke_test is false"}
+    _, run = newest_run(home)
+    assert run.data.tags["served"] == "no"
+    assert run.data.tags["served.reason"] == "serving.smoke_test is false"
+
+
+def test_serve_check_of_a_replayed_server(here, home, recorded_checkpoint, replayed, recording):
+    bound = ("--max-nll-gap", "0.05")
+    arguments = ("serve-check", recorded_checkpoint, "--python", replayed(), *bound)
+    outcome = here(*arguments, "--json", "--", "--dtype", "bfloat16")
+    assert outcome.status == 0, outcome.err
+    assert outcome.json["nll"] == recording["found"]["nll"]
+    shown = here(*arguments)
+    assert shown.status == 0
+    assert shown.out.startswith(f"served by SGLang {recording['found']['sglang']}: NLL 7.98")
+    assert "from what was measured (at most 0.05)" in shown.out
+    assert "97.9% of its greedy tokens are transformers' too" in shown.out
+
+
+def test_serve_check_that_fails_says_why_in_a_line(here, home, recorded_checkpoint, replayed):
+    outcome = here("serve-check", recorded_checkpoint, "--python", replayed("wrong"))
+    assert outcome.status == 1
+    (line,) = [one for one in outcome.err.splitlines() if one.startswith("blockquant: ")]
+    assert "of the published report (at most 0.005 is allowed)" in line
+    outcome = here("serve-check", recorded_checkpoint)
+    assert outcome.status == 1
+    assert f"no SGLang in {sys.executable}; let serving.python" in outcome.err
+
+
+def test_serve_check_tells_a_run(quantized, here, replayed, recorded_checkpoint, home):
+    run_id = quantized("--set", "serving.smoke_test=false").json["mlflow"]["run"]
+    bound = ("--max-nll-gap", "0.05", "--run", run_id)
+    outcome = here("serve-check", recorded_checkpoint, "--python", replayed(), *bound, "--json")
+    assert outcome.status == 0, outcome.err
+    client, run = newest_run(home)
+    assert run.info.run_id == run_id
+    assert run.data.tags["served"] == "yes"
+    assert run.data.metrics["served.nll"] == outcome.json["nll"]
+    logs = [file.path for file in client.list_artifacts(run_id) if file.path.startswith("serve-")]
+    assert len(logs) == 1
+    said = "--run 0123: no run of sqlite:///"
+    assert said in here("serve-check", recorded_checkpoint, "--run", "0123").err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--server-url", "here"], "server_url: 'here' is no address; write http://HOST:PORT"),
+        (["--", "--port", "1"], "server_args: --port cannot be given: a free port is taken"),
+        (["--", "--host=0.0.0.0"], "servers of a run listen on 127.0.0.1"),
+        (["--", "--trust-remote-code"], "no code of a checkpoint is run"),
+        (["--max-nll-gap", "-1"], "max_nll_gap: Input should be greater than 0"),
+        (["--device", "tpu"], "--device tpu: not a device"),
+    ],
+)
+def test_bad_options_of_serve_check(here, home, recorded_checkpoint, arguments, said):
+    outcome = here("serve-check", recorded_checkpoint, *arguments)
+    assert outcome.status == 2
+    assert said in outcome.err
+
+
+def test_serve_check_of_a_folder_that_is_none(here, home, tmp_path):
+    outcome = here("serve-check", tmp_path / "nothing")
+    assert outcome.status == 2
+    assert "give a folder that blockquant published" in outcome.err
+
+
+def test_serve_prints_its_command(here, home, recorded_checkpoint):
+    more = ("--port", "30001", "--tensor-parallel", "2", "--print", "--", "--dtype", "half")
+    outcome = here("serve", recorded_checkpoint, *more)
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.split() == [
+        *(sys.executable, "-m", "sglang.launch_server"),
+        *("--model-path", str(recorded_checkpoint), "--host", "127.0.0.1", "--port", "30001"),
+        *("--tp-size", "2", "--dtype", "half"),
+    ]
+    refused = here("serve", recorded_checkpoint)
+    assert refused.status == 1 and "no SGLang in" in refused.err
+    assert here("serve", recorded_checkpoint / "nowhere", "--print").status == 2
+
+
+def test_serve_becomes_the_replayed_server(home, recorded_checkpoint, replayed, tmp_path):
+    copied = shutil.copytree(recorded_checkpoint, tmp_path / "checkpoint")
+    port = free_port()
+    asked = ["serve", str(copied), "--python", replayed(), "--port", str(port)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *asked],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for _ in range(200):
+            try:
+                answer = httpx.get(f"http://127.0.0.1:{port}/model_info", trust_env=False)
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        assert json.loads(answer.text)["model_path"] == str(copied)
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+    assert process.stdout is not None
+    assert process.stdout.readline().split()[1:3] == ["-m", "sglang.launch_server"]
+
+
+def test_verify_checks_the_kernels_for_several_gpus(here, home, recorded_checkpoint, tmp_path):
+    found = here("verify", recorded_checkpoint, "--json")
+    assert found.json["tensor_parallel"] == 1
+    assert here("verify", recorded_checkpoint, "--tensor-parallel", "2").status == 0
+    refused = here("verify", recorded_checkpoint, "--tensor-parallel", "4")
+    assert refused.status == 1
+    said = "model.layers.0.self_attn.o_proj has 64 input features on each of 4 GPUs, Marlin takes"
+    assert said in refused.err and "numbers of GPUs that fit: 1, 2" in refused.err
+    refused = here("verify", recorded_checkpoint, "--tensor-parallel", "3")
+    assert refused.status == 2
+    assert "--tensor-parallel: 3 GPUs cannot share 4 attention heads and 2 key heads" in refused.err
+    # an export that says itself that it is not for SGLang is asked for nothing
+    copied = shutil.copytree(recorded_checkpoint, tmp_path / "copied")
+    report = json.loads((copied / "blockquant.json").read_text())
+    (copied / "blockquant.json").write_text(
+        json.dumps(report | {"unserved": "why", "tensor_parallel": 4})
+    )
+    assert here("verify", copied).status == 0
