@@ -11,6 +11,10 @@ TEST_STAMP := $(VENV)/.stamp-test
 # llm-compressor, which benchmarks/quality.py compares with, wants other versions than we do
 BENCH_VENV := .venv-bench
 BENCH_PEER := llmcompressor==0.14.0.1
+# SGLang pins other versions of transformers and compressed-tensors than ours
+SGLANG_VENV := .venv-sglang
+SGLANG := sglang[all]==0.5.15.post1
+SGLANG_STAMP := $(SGLANG_VENV)/.stamp-sglang
 BENCH_STAMP := $(BENCH_VENV)/.stamp-$(BENCH_PEER)
 
 export DO_NOT_TRACK := true
@@ -19,7 +23,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-ops lint bench-env clean
+.PHONY: help venv demo test test-ops lint bench-env sglang-env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +44,8 @@ lint: $(TEST_STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+sglang-env: $(SGLANG_STAMP) ## make .venv-sglang with SGLang, where there is a GPU
 
 bench-env: $(BENCH_STAMP) ## make .venv-bench with llm-compressor
 
@@ -68,4 +74,11 @@ $(TEST_STAMP): $(RUNTIME_STAMP)
 $(BENCH_STAMP):
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python -m pip install $(INSTALL_FLAGS) '$(BENCH_PEER)'
+	@touch $@
+
+$(SGLANG_STAMP):
+	@command -v nvidia-smi >/dev/null || { \
+		echo "make: no NVIDIA GPU here (nvidia-smi not found), which SGLang needs; use a machine that has one" >&2; exit 1; }
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install $(INSTALL_FLAGS) '$(SGLANG)'
 	@touch $@
