@@ -282,6 +282,31 @@ def recipes(as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def sync(store: StoreOption = None, as_json: JsonOption = False) -> int:
+    """Send MLflow what it could not be told while it was away."""
+    from tasks.engine.journal import journals, synchronize
+    from tasks.engine.settings import settings
+    from tasks.engine.tracking import check_uri
+
+    place = settings(store)
+    check_uri(place.tracking_uri)
+    left = {}
+    found = journals(place.store)
+    for journal in found:
+        if (reason := synchronize(journal, place)) is not None:
+            left[journal.path.stem] = {"messages": journal.count(), "reason": reason}
+    sent = len(found) - len(left)
+    if as_json:
+        print(json.dumps({"sent": sent, "left": left}))
+        return FAILED if left else DONE
+    out.print(f"{sent} journals sent" if found else "nothing is left to send")
+    for name, kept in left.items():
+        line = f"{name}: {kept['messages']} messages are kept: {kept['reason']}"
+        out.print(line, highlight=False, soft_wrap=True)
+    return FAILED if left else DONE
+
+
+@app.command()
 def demo(as_json: JsonOption = False) -> None:
     """Quantize the embedded demo model to W4A16 and W8A16, and show what it costs."""
     from flows.demo import run_demo, show_demo
@@ -386,6 +411,13 @@ def _show_result(result: dict[str, Any]) -> None:
     out.print(
         f"look at it: {mlflow_line(result['mlflow']['uri'])}", highlight=False, soft_wrap=True
     )
+    if result["mlflow"]["left"]:
+        out.print(
+            f"MLflow was not told all: {result['mlflow']['left']} messages are kept; when its "
+            "server is back: blockquant sync",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def mlflow_line(uri: str) -> str:

@@ -23,12 +23,13 @@ from flows.progress import reporter
 from flows.steps import State, apply, calibration, passes
 from tasks.check import Request, check, output_folder
 from tasks.engine.job import Job
+from tasks.engine.journal import ToldRun, told, told_run
 from tasks.engine.publication import alone, begun, end, work_identity
 from tasks.engine.served_windows import served_windows
-from tasks.engine.settings import Settings, settings
+from tasks.engine.settings import settings
 from tasks.engine.step import Result, action
 from tasks.engine.store import Entry
-from tasks.engine.tracking import Run, flatten, open_run
+from tasks.engine.tracking import flatten
 from tasks.engine.windows import read_tokens
 from tasks.evaluate import evaluate, read_token_nll, summary
 from tasks.evaluation_set import evaluation_set
@@ -90,14 +91,15 @@ def quantize_model(
     job, _ = action(check)(request, download=True)
     for key in ineffective_keys(loaded):
         log.info("%s has no effect here and is ignored", key)
-    with alone(job.store, request.output or work_identity(job, None)):
-        run = _open_run(job, place, request)
+    identity = work_identity(job, request.output)
+    with alone(job.store, request.output or identity), told_run(place, identity) as run:
+        _open_run(job, run, request)
         kept = Path(log_file) if log_file else None
         with _failure_kept(run, kept):
-            return _quantize(job, run, request, kept)
+            return _quantize(job, run, request, kept) | {"mlflow": told(run)}
 
 
-def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> dict[str, Any]:
+def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -> dict[str, Any]:
     course = Course()
     described = course.run(load_model, job)
     reporter().plan(described.value["blocks"] * sum(passes(job)))
@@ -137,7 +139,6 @@ def _quantize(job: Job, run: Run, request: Request, log_file: Path | None) -> di
         "scheme": report["scheme"],
         "seconds": {name: round(s, 3) for name, s in course.seconds.items()},
         "steps": course.steps,
-        "mlflow": {"uri": run.uri, "run": run.id},
         "launch": None if location is None else launch_line(Path(location), report),
         "unserved": report["unserved"],
         "served": served,
@@ -166,7 +167,7 @@ def _transformed_blocks(job: Job, course: Course, state: State) -> tuple[str, ..
     )
 
 
-def _serve(job: Job, run: Run, location: str | None) -> dict[str, Any]:
+def _serve(job: Job, run: ToldRun, location: str | None) -> dict[str, Any]:
     """Try the published checkpoint on a real server; what came of it, or why there was none."""
     serving = job.recipe.serving
     if not serving.smoke_test:
@@ -230,7 +231,7 @@ def _digests(job: Job, quantized: Sequence[Result]) -> dict[str, str]:
     }
 
 
-def _open_run(job: Job, place: Settings, request: Request) -> Run:
+def _open_run(job: Job, run: ToldRun, request: Request) -> None:
     identity = work_identity(job, request.output)
     parameters = flatten(job.recipe.model_dump(mode="json")) | {
         "source": str(job.source.path),
@@ -246,25 +247,21 @@ def _open_run(job: Job, place: Settings, request: Request) -> Run:
     name = f"{job.source.name} {scheme_name(job.steps[-1].quant)}"
     output = request.output
     published = output is not None and begun(job.store.root, output) == identity
-    run = open_run(place, identity, name, parameters, tags, even_finished=published)
+    run.open(identity, name, parameters, tags, even_finished=published)
     # at once: a run that fails is to say of what recipe
     run.log_text(yaml.safe_dump(job.recipe.canonical(), sort_keys=False), "recipe.yml")
-    return run
 
 
 @contextmanager
-def _failure_kept(run: Run, log_file: Path | None = None) -> Any:
+def _failure_kept(run: ToldRun, log_file: Path | None = None) -> Any:
     """Keep a failed run as failed, with its reason and its log."""
     try:
         yield
     except BaseException as error:
         log.debug("failed", exc_info=error)
-        try:
-            if log_file is not None and log_file.is_file():
-                run.log_file(log_file)
-            run.fail(f"{type(error).__name__}: {error}")
-        except Exception as unsaid:
-            log.warning("MLflow was not told of the failure: %s", type(unsaid).__name__)
+        if log_file is not None and log_file.is_file():
+            run.log_file(log_file)
+        run.fail(f"{type(error).__name__}: {error}")
         raise
 
 

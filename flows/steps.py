@@ -15,10 +15,10 @@ from tasks.calibration_set import calibration_set
 from tasks.clip import clip, has_clip
 from tasks.engine.feedback import warn_of_rank
 from tasks.engine.job import Job
+from tasks.engine.journal import ToldRun
 from tasks.engine.step import Result
 from tasks.engine.store import Entry
 from tasks.engine.streams import Stream, Streams, drop_boundaries, start_stream
-from tasks.engine.tracking import Run
 from tasks.engine.version import SOURCE, Version
 from tasks.learn import (
     has_learned_clip,
@@ -94,7 +94,7 @@ def calibration(job: Job, course: Course, step: ResolvedStep, sets: dict[str, En
 
 
 def apply(
-    job: Job, run: Run, course: Course, step: ResolvedStep, tokens: str | None, state: State
+    job: Job, run: ToldRun, course: Course, step: ResolvedStep, tokens: str | None, state: State
 ) -> State:
     """One step of the recipe: a rotation, or a pass over all blocks."""
     last = step is job.steps[-1] and job.quantizes
@@ -110,7 +110,7 @@ def apply(
 
 def _blocks(
     job: Job,
-    run: Run,
+    run: ToldRun,
     course: Course,
     step: ResolvedStep,
     tokens: str | None,
@@ -165,7 +165,7 @@ def _blocks(
 
 def _decide(
     job: Job,
-    run: Run,
+    run: ToldRun,
     course: Course,
     step: ResolvedStep,
     stream: Stream,

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.engine.journal import ToldRun
 from tasks.engine.publication import REPORT
 from tasks.engine.store import Entry
-from tasks.engine.tracking import Point, Run
+from tasks.engine.tracking import Point
 from tasks.report import report_text
 
 
@@ -51,7 +52,7 @@ def error_rows(blocks: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def register(
-    run: Run,
+    run: ToldRun,
     report: Mapping[str, Any],
     blocks: Sequence[Entry],
     decided: Sequence[Entry],
@@ -78,12 +79,10 @@ def register(
     numbers = sorted(_numbers(report["metrics"]).items())
     points = [Point(f"eval.{n}", float(v), 0, evaluated_ms) for n, v in numbers]
     points.append(Point("export.bytes", float(report["bytes"]), 0, evaluated_ms))
-    # times differ when they are sent again after a kill: the first stay
-    known = run.known_metrics()
-    timed = {f"seconds.{name}": s for name, s in sorted(seconds.items())}
-    points += [Point(n, s, 0, evaluated_ms) for n, s in timed.items() if n not in known]
-    points += [point for point in served_points(served, evaluated_ms) if point.name not in known]
     run.log_points(points)
+    # times differ when a run goes on after a kill: the first stay
+    timed = [Point(f"seconds.{n}", s, 0, evaluated_ms) for n, s in sorted(seconds.items())]
+    run.log_first_points([*timed, *served_points(served, evaluated_ms)])
     run.log_table(error_rows(blocks), "errors.json")
     _log_decisions(run, [*decided, *blocks])
     run.log_text(report_text(report), REPORT)
@@ -126,7 +125,7 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def _log_decisions(run: Run, entries: Sequence[Entry]) -> None:
+def _log_decisions(run: ToldRun, entries: Sequence[Entry]) -> None:
     """Keep each block's scales, clip factors and input scales, and what the searches tried."""
     searches: dict[str, list[Any]] = {}
     for entry in entries:

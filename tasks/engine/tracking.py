@@ -25,9 +25,9 @@ LONGEST_PARAMETER = 6000
 LARGEST_BATCH = 100
 # MLflow's own but `file`: it refuses folders
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-# a tracking server that is away answers within seconds, not minutes
+# what a tracking server does not take is kept and sent again: no use in waiting for it
 _PATIENCE = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
@@ -62,6 +62,11 @@ class Run:
         metrics = [Metric(p.name, p.value, p.time_ms, p.step) for p in points]
         for start in range(0, len(metrics), 1000):
             self.client().log_batch(self.id, metrics=metrics[start : start + 1000])
+
+    def log_first_points(self, points: Iterable[Point]) -> None:
+        """Send metric values of names that have none yet: times differ when a run goes on."""
+        known = self.known_metrics()
+        self.log_points(point for point in points if point.name not in known)
 
     def known_metrics(self) -> set[str]:
         """Names of the metrics that the run has already."""
@@ -107,14 +112,14 @@ class Run:
             # another process was first with the same data set: MLflow finds it now
             self.client().log_inputs(self.id, datasets=given)
 
-    def finish(self) -> None:
-        """Close the run as finished."""
-        self.client().set_terminated(self.id, "FINISHED")
+    def finish(self, time_ms: int | None = None) -> None:
+        """Close the run as finished, by default now."""
+        self.client().set_terminated(self.id, "FINISHED", time_ms)
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, time_ms: int | None = None) -> None:
         """Keep the run as failed, with its reason."""
         self.set_tags({FAILURE_TAG: reason})
-        self.client().set_terminated(self.id, "FAILED")
+        self.client().set_terminated(self.id, "FAILED", time_ms)
 
 
 def check_uri(uri: str) -> None:
@@ -139,6 +144,7 @@ def open_run(
     tags: Mapping[str, str],
     *,
     even_finished: bool = False,
+    time_ms: int | None = None,
 ) -> Run:
     """Open the run of one quantization, or go on in the one that was not finished.
 
@@ -149,6 +155,7 @@ def open_run(
         parameters: the recipe's values, flat.
         tags: versions and digests.
         even_finished: go on in the newest run even if it was: the flow died right after.
+        time_ms: when it began, by default now.
     """
     from mlflow.entities import Param
 
@@ -167,7 +174,9 @@ def open_run(
         if FAILURE_TAG in unfinished[0].data.tags:
             client.delete_tag(run_id, FAILURE_TAG)
     else:
-        created = client.create_run(experiment, tags={IDENTITY_TAG: identity}, run_name=name)
+        created = client.create_run(
+            experiment, time_ms, tags={IDENTITY_TAG: identity}, run_name=name
+        )
         run_id = created.info.run_id
     known = unfinished[0].data.params if unfinished else {}
     short = {name: _short(value) for name, value in sorted(parameters.items())}
@@ -222,6 +231,8 @@ def _client(uri: str) -> MlflowClient:
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
+    # the journal says that a server is away
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     # its migrations are no news to a person
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
