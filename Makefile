@@ -13,8 +13,8 @@ BENCH_VENV := .venv-bench
 BENCH_PEER := llmcompressor==0.14.0.1
 # SGLang pins other versions of transformers and compressed-tensors than ours
 SGLANG_VENV := .venv-sglang
-SGLANG := sglang[all]==0.5.15.post1
-SGLANG_STAMP := $(SGLANG_VENV)/.stamp-sglang
+SGLANG := sglang==0.5.15.post1
+SGLANG_STAMP := $(SGLANG_VENV)/.stamp-$(SGLANG)
 BENCH_STAMP := $(BENCH_VENV)/.stamp-$(BENCH_PEER)
 
 export DO_NOT_TRACK := true

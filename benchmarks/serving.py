@@ -37,6 +37,7 @@ from configs.serving_schema import Serving
 from tasks.engine.checkpoint import open_checkpoint
 from tasks.engine.errors import RunError
 from tasks.engine.served_windows import ServedWindows, read_windows
+from tasks.engine.serving.speed import prompts_of
 from tasks.evaluate import measure_tokens
 from tasks.smoke_test import ask, compared, served, speed_of
 
@@ -107,7 +108,8 @@ def main(
             made = dict(zip(names, pool.map(lambda n: quantized(bench, n), names), strict=True))
         kept = json_file or work / "rows.json"
         rows = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
-        known = {row["recipe"] for row in rows if "speed" in row}
+        rows = [row for row in rows if "speed" in row]
+        known = {row["recipe"] for row in rows}
         left = [name for name in (SOURCE, *names) if name not in known]
         for start in range(0, len(left), served_at_once):
             rows += serve_wave(bench, left[start : start + served_at_once], made)
@@ -197,7 +199,8 @@ def figures(bench: Bench, name: str, client: Any) -> dict[str, Any]:
     folder = checkpoint_of(bench, name)
     opened, windows = open_checkpoint(folder), windows_of(bench, name)
     asked = ask(client, windows)
-    found = compared(opened, windows, asked, bench.device) | {"speed": speed_of(client, windows)}
+    found = compared(opened, windows, asked, bench.device)
+    found["speed"] = speed_of(client, prompts_of(windows.tokens))
     progress.print(f"{name}: served, NLL {found['nll']:.4f} ({found['nll_gap']:+.4f})")
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -21,6 +20,9 @@ _GIVEN = {
     "--tp-size": "write serving.tensor_parallel",
     "--tensor-parallel-size": "write serving.tensor_parallel",
     "--trust-remote-code": "no code of a checkpoint is run",
+    "--api-key": "a server of a run is asked by that run only",
+    "--admin-api-key": "a server of a run is asked by that run only",
+    "--config": "write its arguments here",
 }
 
 
@@ -30,7 +32,7 @@ def _word(value: object) -> object:
 
 
 class Serving(Section):
-    """The server: started with ``python`` and ``server_args``, or running at ``server_url``.
+    """The server that is started, with ``python`` and ``server_args``.
 
     Where SGLang or a GPU is missing, the run says that nothing was served, and goes on.
     """
@@ -39,7 +41,6 @@ class Serving(Section):
     python: str | None = None
     # numbers among them are words too
     server_args: tuple[Annotated[str, BeforeValidator(_word)], ...] = ()
-    server_url: str | None = None
     tensor_parallel: Annotated[Count, Field(ge=1)] = 1
     # an export whose sizes no kernel of SGLang takes is refused, unless this says false
     check_kernels: bool = True
@@ -55,16 +56,8 @@ class Serving(Section):
     def _nothing_that_is_given(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for argument in value:
             name = argument.partition("=")[0]
-            if name in _GIVEN:
-                raise ValueError(f"{name} cannot be given: {_GIVEN[name]}; remove it")
+            # SGLang takes names that are cut short for the whole ones
+            whole = [given for given in _GIVEN if len(name) > 2 and given.startswith(name)]
+            if whole:
+                raise ValueError(f"{name} cannot be given: {_GIVEN[whole[0]]}; remove it")
         return value
-
-    @field_validator("server_url")
-    @classmethod
-    def _an_address(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{value!r} is no address; write http://HOST:PORT")
-        return value.rstrip("/")

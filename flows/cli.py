@@ -79,6 +79,9 @@ def _guarded(run: Callable[[], Any]) -> int:
         _say(str(error))
         return BAD_INPUT
     except Exception as error:
+        # what a server said last, before the line that says what became of it
+        for line in getattr(error, "lines", ()):
+            err.print(f"server: {line}", markup=False, highlight=False, soft_wrap=True)
         _say(_one_line(error))
         logging.getLogger("blockquant").debug("failed", exc_info=error)
         return BAD_INPUT if isinstance(error, InputError) else FAILED

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -25,7 +26,7 @@ from tasks.check import Request, check, output_folder
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun, told, told_run
 from tasks.engine.publication import alone, begun, end, work_identity
-from tasks.engine.served_windows import served_windows
+from tasks.engine.served_windows import WINDOWS, served_windows
 from tasks.engine.settings import settings
 from tasks.engine.step import Result, action
 from tasks.engine.store import Entry
@@ -36,7 +37,7 @@ from tasks.evaluation_set import evaluation_set
 from tasks.export import export, export_transformed
 from tasks.load_model import load_model
 from tasks.publish import QUANTIZED, TRANSFORMED, launch_line, model_card, publish
-from tasks.register import error_rows, register
+from tasks.register import error_rows, register, tell_failure
 from tasks.report import Product, make_report
 from tasks.smoke_test import smoke_test
 from tasks.transformed import transformed
@@ -174,20 +175,21 @@ def _serve(job: Job, run: ToldRun, location: str | None) -> dict[str, Any]:
         return {"served": False, "reason": "serving.smoke_test is false"}
     if location is None or not job.recipe.save.save_sgl:
         return {"served": False, "reason": "no quantized checkpoint is published"}
+    if not (Path(location) / WINDOWS).is_file():
+        return {"served": False, "reason": "no evaluation windows are published to compare with"}
     # a server takes the memory that it finds free
     job.memo.clear()
-    with TemporaryDirectory(prefix="blockquant-serve-") as folder:
-        log_file = Path(folder) / "server.log"
-        try:
-            outcome = action(smoke_test)(
-                Path(location), serving, job.device, log_file, job.source.path
-            )
-        except Exception:
-            run.set_tags({"served": "failed"})
-            raise
-        finally:
-            for kept in sorted(Path(folder).iterdir()):
-                run.log_file(kept)
+    log_file = (
+        job.store.root / "logs" / f"server-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    )
+    try:
+        outcome = action(smoke_test)(Path(location), serving, job.device, log_file, job.source.path)
+    except Exception as error:
+        tell_failure(run, error)
+        raise
+    finally:
+        for kept in sorted(log_file.parent.glob(f"{log_file.stem}*")):
+            run.log_file(kept)
     # skipped is a state of its own, whose data is what the task found
     served: dict[str, Any] = outcome.result() if isinstance(outcome, PrefectState) else outcome
     if not served["served"]:

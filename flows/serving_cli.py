@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from rich.table import Table
@@ -35,18 +36,19 @@ def serve(
     ] = False,
 ) -> None:
     """Print the command that serves a checkpoint with SGLang on this machine, and run it."""
-    from tasks.engine.checkpoint import open_checkpoint
     from tasks.engine.errors import RunError
     from tasks.engine.serving.server import environment_of, launch_command
-    from tasks.smoke_test import can_serve
+    from tasks.smoke_test import can_serve, require_for_sglang
+    from tasks.verify import require_served
 
-    serving = _serving(python=python, tensor_parallel=tensor_parallel or 1, arguments=arguments)
-    open_checkpoint(checkpoint)
+    gpus = require_served(checkpoint, tensor_parallel)
+    serving = _serving(python=python, tensor_parallel=gpus, arguments=arguments)
+    require_for_sglang(checkpoint)
     interpreter = serving.python or sys.executable
     command = launch_command(
         interpreter, checkpoint, port, serving.tensor_parallel, serving.server_args
     )
-    out.print(shlex.join(command), highlight=False, soft_wrap=True)
+    out.print(shlex.join(command), highlight=False, soft_wrap=True, markup=False)
     if only_print:
         return
     can_serve(interpreter)
@@ -85,13 +87,16 @@ def serve_check(
 ) -> int:
     """Start SGLang on a checkpoint and compare what it computes with what was measured."""
     from tasks.check import check_device
+    from tasks.engine.errors import RunError
     from tasks.engine.settings import settings
-    from tasks.smoke_test import serve_and_compare
+    from tasks.register import served_points, served_tags, tell_failure
+    from tasks.smoke_test import NotServedError, serve_and_compare
+    from tasks.verify import require_served
 
+    _require_sense(server_url, source, speed)
     serving = _serving(
         python=python,
-        server_url=server_url,
-        tensor_parallel=tensor_parallel or 1,
+        tensor_parallel=require_served(checkpoint, tensor_parallel),
         max_nll_gap=max_nll_gap,
         start_timeout=start_timeout,
         speed=speed,
@@ -101,9 +106,21 @@ def serve_check(
     known = _known_run(run)
     name = f"serve-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     log_file = settings().store / "logs" / name
-    served = serve_and_compare(checkpoint.absolute(), serving, place, log_file, source)
-    if known is not None:
-        _tell(known, served, log_file)
+    try:
+        served = serve_and_compare(
+            checkpoint.absolute(), serving, place, log_file, source, server_url
+        )
+        if known is not None:
+            known.log_points(served_points(served, int(time.time() * 1000)))
+            known.set_tags(served_tags(served))
+    except RunError as error:
+        if known is not None and not isinstance(error, NotServedError):
+            tell_failure(known, error)
+        raise
+    finally:
+        for kept in sorted(log_file.parent.glob(f"{log_file.stem}*")):
+            if known is not None:
+                known.log_file(kept)
     if as_json:
         print(json.dumps(served))
         return DONE
@@ -127,20 +144,28 @@ def _serving(arguments: list[str] | None, **keys: Any) -> Any:
         ) from error
 
 
+def _require_sense(server_url: str | None, source: Path | None, speed: bool) -> None:
+    from tasks.engine.errors import InputError
+
+    if source is not None and not speed:
+        raise InputError("--source: is for --speed, which times it; give both or none")
+    if server_url is None:
+        return
+    parts = urlsplit(server_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InputError(f"--server-url {server_url}: no address; write http://HOST:PORT")
+    # not said again: it may hold a password
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise InputError("--server-url: has more than an address; write http://HOST:PORT")
+    if source is not None:
+        raise InputError("--source: needs a server of its own; give no --server-url with it")
+
+
 def _known_run(run_id: str | None) -> Any:
     from tasks.engine.settings import settings
     from tasks.engine.tracking import existing_run
 
     return None if run_id is None else existing_run(settings(), run_id)
-
-
-def _tell(run: Any, served: dict[str, Any], log_file: Path) -> None:
-    from tasks.register import served_points, served_tags
-
-    run.log_points(served_points(served, int(time.time() * 1000)))
-    run.set_tags(served_tags(served))
-    for kept in sorted(log_file.parent.glob(f"{log_file.stem}*")):
-        run.log_file(kept)
 
 
 def show_served(served: dict[str, Any]) -> None:

@@ -149,8 +149,8 @@ measured on this checkpoint after reopening it from disk, with activations quant
 
 {serving}
 
-`{REPORT}` holds the recipe, the versions, the metrics and the error of every linear;
-`{WINDOWS}` the tokens that `blockquant serve-check` asks a server to score.
+`{REPORT}` holds the recipe, the versions, the metrics and the error of every linear. Where
+`{WINDOWS}` lies beside it, `blockquant serve-check` asks a server to score the tokens in it.
 """
 
 

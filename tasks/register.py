@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from tasks.engine.journal import ToldRun
 from tasks.engine.publication import REPORT
 from tasks.engine.store import Entry
-from tasks.engine.tracking import Point
+from tasks.engine.tracking import Point, Run
 from tasks.report import report_text
 
 
@@ -110,8 +111,16 @@ def served_points(served: Mapping[str, Any], time_ms: int) -> list[Point]:
 def served_tags(served: Mapping[str, Any]) -> dict[str, str]:
     """Tags that say whether a checkpoint was served, and by what, or why not."""
     if not served["served"]:
-        return {"served": "no", "served.reason": str(served["reason"])}
-    return {"served": "yes", "served.by": f"SGLang {served['sglang']}"}
+        return {"served": "no", "served.reason": str(served["reason"]), "served.by": ""}
+    return {"served": "yes", "served.reason": "", "served.by": f"SGLang {served['sglang']}"}
+
+
+def tell_failure(run: ToldRun | Run, error: Exception) -> None:
+    """Tell a run that its checkpoint was not served as measured, with what figures there are."""
+    found = getattr(error, "found", None) or {}
+    run.log_points(served_points(found, int(time.time() * 1000)))
+    by = f"SGLang {found['sglang']}" if "sglang" in found else ""
+    run.set_tags({"served": "failed", "served.reason": str(error), "served.by": by})
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -7,7 +7,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from tasks.engine.served_windows import ServedWindows, read_windows
 from tasks.engine.serving.client import Client
 from tasks.engine.serving.server import (
     LOOPBACK,
+    ServerError,
     environment_of,
     free_port,
     launch_command,
@@ -61,7 +62,20 @@ class NotServedError(RunError):
 
 
 class GapError(RunError):
-    """The server computes something else than what was measured."""
+    """The server computes something else than what was measured.
+
+    Attributes:
+        found: all that was found.
+    """
+
+    def __init__(self, message: str, found: dict[str, Any]) -> None:
+        """Say it, and keep the figures."""
+        super().__init__(message)
+        self.found = found
+
+    def __reduce__(self) -> tuple[type[GapError], tuple[str, dict[str, Any]]]:
+        """Travel with the figures."""
+        return GapError, (str(self), self.found)
 
 
 def smoke_test(
@@ -83,17 +97,23 @@ def smoke_test(
 
 
 def serve_and_compare(
-    checkpoint: Path, serving: Serving, device: str, log_file: Path, source: Path | None = None
+    checkpoint: Path,
+    serving: Serving,
+    device: str,
+    log_file: Path,
+    source: Path | None = None,
+    server_url: str | None = None,
 ) -> dict[str, Any]:
     """Serve a checkpoint, score its own evaluation windows, continue some prompts.
 
     Args:
         checkpoint: a published folder: its report and windows say what was measured.
-        serving: how to start the server, or where it runs.
+        serving: how to start the server.
         device: where the continuations are computed again by transformers' modules.
         log_file: where the server's output goes.
         source: the checkpoint before quantization, whose speed is measured too if
             ``serving.speed`` asks for that.
+        server_url: where a server of the checkpoint runs already, which is asked instead.
 
     Returns:
         ``nll``, ``measured_nll``, ``nll_gap``, ``max_nll_gap`` (nats); ``greedy_agreement``, the
@@ -107,17 +127,20 @@ def serve_and_compare(
         AnswerError: it answers something else.
         GapError: its NLL is not the one measured.
     """
-    opened, windows = _opened(checkpoint), read_windows(checkpoint)
-    with served(checkpoint, serving, log_file) as (client, found):
+    opened, windows = require_for_sglang(checkpoint), read_windows(checkpoint)
+    # before a server starts: too little text is better found now
+    prompts = prompts_of(windows.tokens) if serving.speed else []
+    one = served(checkpoint, serving, log_file)
+    with running(server_url, checkpoint, serving) if server_url else one as (client, found):
         asked = ask(client, windows)
-        if serving.speed:
-            found["speed"] = speed_of(client, windows)
-    if serving.speed and source is not None and serving.server_url is None:
-        with served(source, serving, log_file.with_suffix(".source.log")) as (client, _):
-            found["source_speed"] = speed_of(client, windows)
+        if prompts:
+            found["speed"] = speed_of(client, prompts)
     found |= {"served": True, **compared(opened, windows, asked, device)}
     found["max_nll_gap"] = serving.max_nll_gap or largest_gap(opened)
     _require_small_gap(checkpoint, found)
+    if prompts and source is not None:
+        with served(source, serving, log_file.with_suffix(".source.log")) as (client, _):
+            found["source_speed"] = speed_of(client, prompts)
     return found
 
 
@@ -171,7 +194,13 @@ def compared(
     }
 
 
-def _opened(checkpoint: Path) -> Checkpoint:
+def require_for_sglang(checkpoint: Path) -> Checkpoint:
+    """Open a published folder.
+
+    Raises:
+        InputError: it was not published by blockquant.
+        NotServedError: its report says that it is not for SGLang.
+    """
     try:
         report = json.loads((checkpoint / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -197,6 +226,7 @@ def can_serve(python: str) -> Serves:
 
     Raises:
         NotServedError: one of them is missing.
+        RunError: it does not answer.
     """
     try:
         asked = subprocess.run(
@@ -209,9 +239,10 @@ def can_serve(python: str) -> Serves:
         )
         found = json.loads(asked.stdout.splitlines()[-1])
     except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
-        raise NotServedError(
-            f"{python} does not run ({type(error).__name__}); let serving.python name the "
-            "interpreter of an environment with SGLang"
+        said = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1:]
+        raise RunError(
+            f"{python} cannot say whether it has SGLang ({' '.join(said)[:300]}); mend it, or let "
+            "serving.python name the interpreter of an environment that has it"
         ) from error
     if found["sglang"] is None:
         raise NotServedError(
@@ -227,17 +258,12 @@ def can_serve(python: str) -> Serves:
 def served(
     checkpoint: Path, serving: Serving, log_file: Path
 ) -> Iterator[tuple[Client, dict[str, Any]]]:
-    """A client of a server of the checkpoint, and ``sglang``, ``gpu``, ``start_s`` of that.
+    """Start a server; a client of it, and ``sglang``, ``gpu``, ``start_s`` of that.
 
     Raises:
         NotServedError: there is nothing to serve with.
         ServerError: the server does not start, or dies.
     """
-    if serving.server_url is not None:
-        client = Client(serving.server_url, serving.request_timeout)
-        log.info("%s serves %s", client.url, client.model_path())
-        yield client, {"sglang": client.version(), "gpu": "unknown"}
-        return
     python = serving.python or sys.executable
     serves = can_serve(python)
     _give_back_memory()
@@ -251,15 +277,36 @@ def served(
         yield client, {"sglang": serves.sglang, "gpu": serves.gpu, "start_s": start}
 
 
+@contextmanager
+def running(
+    url: str, checkpoint: Path, serving: Serving
+) -> Iterator[tuple[Client, dict[str, Any]]]:
+    """A client of a server that runs already, and ``sglang`` and ``gpu`` of that.
+
+    Raises:
+        ServerError: it serves something else: on this machine another folder, elsewhere one of
+            another name.
+    """
+    client = Client(url.rstrip("/"), serving.request_timeout)
+    named = Path(client.model_path())
+    here = named.exists() and checkpoint.exists()
+    if not (named.resolve() == checkpoint.resolve() if here else named.name == checkpoint.name):
+        raise ServerError(
+            f"--server-url {client.url}: serves {named}, not {checkpoint}; start it on that"
+        )
+    yield client, {"sglang": client.version(), "gpu": "unknown"}
+
+
 def _give_back_memory() -> None:
     """Free what this process keeps of the GPU: a server takes what it finds free."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
-def speed_of(client: Client, windows: ServedWindows) -> dict[str, float]:
-    """Time a server on prompts cut from windows."""
-    return measure_speed(client.url, prompts_of(windows.tokens), client.timeout_s).figures()
+def speed_of(client: Client, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Time a server on prompts that it does not know."""
+    client.forget()
+    return measure_speed(client.url, prompts, client.timeout_s).figures()
 
 
 def largest_gap(checkpoint: Checkpoint) -> float:
@@ -275,5 +322,6 @@ def _require_small_gap(checkpoint: Path, found: dict[str, Any]) -> None:
         f"{checkpoint}: the server's NLL is {found['nll']:.4f}, {found['nll_gap']:+.4f} from the "
         f"{found['measured_nll']:.4f} of the published report (at most {found['max_nll_gap']:g} "
         "is allowed); the checkpoint changed since it was measured, or this server computes "
-        "something else"
+        "something else",
+        found,
     )

@@ -48,8 +48,8 @@ _MARLIN = Kernel("Marlin", 128, 64)
 _INT8 = Kernel("the int8 kernel", 16, 8)
 _FP8_TENSOR = Kernel("torch._scaled_mm", 16, 16)
 _FP8_BLOCK = Kernel("the FP8 block kernel", 128, 1, 128)
-# where cutlass does not take a size, Triton does
-_FP8_CHANNEL = Kernel("the FP8 kernel", 1, 1)
+# where cutlass does not take a size, Triton does; what quantizes the inputs wants whole vectors
+_FP8_CHANNEL = Kernel("the FP8 kernel", 4, 1)
 _SCHEMES = {
     "W4A16": _MARLIN,
     "W8A8": _INT8,
@@ -76,17 +76,24 @@ def kernel_of(scheme: Scheme) -> Kernel | None:
 
 @dataclass(frozen=True)
 class Share:
-    """What one GPU holds of linears that are fused: rows of each, columns of all."""
+    """What one GPU holds of linears that are fused: rows of each, columns of all.
+
+    ``split`` are the sizes of the whole linears that are cut into as many parts as GPUs.
+    """
 
     linears: tuple[str, ...]
     rows: tuple[int, ...]
     columns: int
     gpus: int
+    split: tuple[int, ...]
 
     def misfits(self, kernel: Kernel) -> Iterator[str]:
         """What of it the kernel does not take."""
         who, on = " + ".join(self.linears), f" on each of {self.gpus} GPUs" * (self.gpus > 1)
         takes = f"{kernel.name} takes multiples of"
+        for size in self.split:
+            if size % self.gpus:
+                yield f"{who} has {size} features, which {self.gpus} GPUs cannot share evenly"
         if self.columns % kernel.columns:
             yield f"{who} has {self.columns} input features{on}, {takes} {kernel.columns}"
         if sum(self.rows) % kernel.rows:
@@ -118,10 +125,10 @@ def shares(shapes: Shapes, config: Mapping[str, Any], gpus: int) -> list[Share]:
 def _share(shapes: Shapes, key_heads: int, linears: tuple[str, ...], gpus: int) -> Share:
     columns = shapes[linears[0]][1]
     if linears[0] in SPLIT_BY_COLUMNS:
-        return Share(linears, (shapes[linears[0]][0],), columns // gpus, gpus)
+        return Share(linears, (shapes[linears[0]][0],), columns // gpus, gpus, (columns,))
     copies = {name: max(1, gpus // key_heads) for name in SHARED_HEADS}
-    rows = tuple(shapes[name][0] * copies.get(name, 1) // gpus for name in linears)
-    return Share(linears, rows, columns, gpus)
+    whole = tuple(shapes[name][0] * copies.get(name, 1) for name in linears)
+    return Share(linears, tuple(rows // gpus for rows in whole), columns, gpus, whole)
 
 
 def misfits(
@@ -150,7 +157,7 @@ def require_parallel(config: Mapping[str, Any], gpus: int, key: str) -> None:
         InputError: names ``key`` and the numbers that fit.
     """
     fitting = [size for size in PARALLEL_SIZES if _heads_fit(config, size)]
-    if gpus not in fitting:
+    if not _heads_fit(config, gpus):
         raise InputError(
             f"{key}: {gpus} GPUs cannot share {config.get('num_attention_heads')} attention heads "
             f"and {_key_heads(config)} key heads; sizes that fit: {_listed(fitting)}"

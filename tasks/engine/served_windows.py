@@ -81,7 +81,7 @@ def read_windows(folder: Path) -> ServedWindows:
     except FileNotFoundError as error:
         raise InputError(
             f"{folder}: no {WINDOWS} in it, so there is nothing to compare a server with; publish "
-            "it with serving.windows: 16"
+            "it again with --set serving.windows=16 and --overwrite"
         ) from error
     except (OSError, ValidationError) as error:
         raise InputError(f"{place}: damaged; publish the checkpoint again") from error

@@ -203,7 +203,7 @@ def existing_run(settings: Settings, run_id: str) -> Run:
         found = prepared_client(settings).get_run(run_id)
     except MlflowException as error:
         raise InputError(
-            f"--run {run_id}: no run of {settings.tracking_uri}; give the id that quantize printed"
+            f"--run {run_id}: the tracking server has no such run; give the id of quantize's run"
         ) from error
     return Run(settings.tracking_uri, run_id, str(found.info.experiment_id))
 

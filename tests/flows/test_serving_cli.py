@@ -45,6 +45,12 @@ def newest_run(home: Path):
     return client, run
 
 
+def server_logs(client: MlflowClient, run) -> list[str]:
+    """Names of the server's logs among a run's artifacts."""
+    kept = [file.path for file in client.list_artifacts(run.info.run_id)]
+    return [name for name in kept if name.startswith("server-")]
+
+
 def test_a_flow_serves_what_it_published_replayed(quantized, replayed, recording, home):
     outcome = quantized(*served_by(replayed()))
     assert outcome.status == 0, outcome.err
@@ -55,7 +61,7 @@ def test_a_flow_serves_what_it_published_replayed(quantized, replayed, recording
     assert run.data.tags["served.by"] == f"SGLang {recording['found']['sglang']}"
     for name in ("nll", "measured_nll", "nll_gap", "greedy_agreement", "start_s"):
         assert run.data.metrics[f"served.{name}"] == served[name]
-    assert "server.log" in {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert server_logs(client, run)
 
 
 def test_a_flow_whose_replayed_server_computes_something_else_fails(
@@ -68,7 +74,9 @@ def test_a_flow_whose_replayed_server_computes_something_else_fails(
     client, run = newest_run(home)
     assert (run.info.status, run.data.tags["served"]) == ("FAILED", "failed")
     assert "of the published report" in run.data.tags["failure"]
-    assert "server.log" in {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert "of the published report" in run.data.tags["served.reason"]
+    assert run.data.metrics["served.nll_gap"] == pytest.approx(0.1967, abs=1e-3)
+    assert server_logs(client, run)
     # with the server mended it goes on: in the same run, with nothing computed again
     again = quantized(*served_by(replayed()))
     assert again.status == 0, again.err
@@ -77,6 +85,27 @@ def test_a_flow_whose_replayed_server_computes_something_else_fails(
     _, mended = newest_run(home)
     assert (mended.info.status, mended.data.tags["served"]) == ("FINISHED", "yes")
     assert "failure" not in mended.data.tags
+    assert mended.data.tags["served.reason"] == ""
+
+
+def test_a_flow_whose_replayed_server_does_not_start_shows_why(quantized, replayed, recording):
+    outcome = quantized(*served_by(replayed("refuses")))
+    assert outcome.status == 1
+    *before, last = outcome.err.strip().splitlines()
+    assert "ImportError: Other method (CompressedTensorsW4A16Sparse24)" in last
+    shown = [line.removeprefix("server: ") for line in before if line.startswith("server: ")]
+    assert shown == [line for line in recording["refused"]["log"] if line.strip()][-20:]
+    # it is still there to be read
+    log = Path(last.rpartition("; its log is ")[2])
+    assert "CompressedTensorsW4A16Sparse24" in log.read_text()
+
+
+def test_a_flow_that_publishes_no_windows(quantized, replayed, home, tmp_path):
+    outcome = quantized(*served_by(replayed(), "serving.windows=0"))
+    assert outcome.status == 0, outcome.err
+    reason = "no evaluation windows are published to compare with"
+    assert outcome.json["served"] == {"served": False, "reason": reason}
+    assert not (tmp_path / "out" / "blockquant_windows.json").exists()
 
 
 def test_a_flow_that_is_not_to_be_served(quantized, replayed, home):
@@ -119,16 +148,28 @@ def test_serve_check_tells_a_run(quantized, here, replayed, recorded_checkpoint,
     assert run.info.run_id == run_id
     assert run.data.tags["served"] == "yes"
     assert run.data.metrics["served.nll"] == outcome.json["nll"]
+    assert run.data.tags["served.reason"] == ""
+    failed = here("serve-check", recorded_checkpoint, "--python", replayed("wrong"), *bound)
+    assert failed.status == 1
+    _, run = newest_run(home)
+    assert run.data.tags["served"] == "failed"
     logs = [file.path for file in client.list_artifacts(run_id) if file.path.startswith("serve-")]
-    assert len(logs) == 1
-    said = "--run 0123: no run of sqlite:///"
+    assert len(logs) == 2
+    said = "--run 0123: the tracking server has no such run"
     assert said in here("serve-check", recorded_checkpoint, "--run", "0123").err
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--server-url", "here"], "server_url: 'here' is no address; write http://HOST:PORT"),
+        (["--server-url", "here"], "--server-url here: no address; write http://HOST:PORT"),
+        (["--server-url", "http://u:pass@host:1"], "--server-url: has more than an address; write"),
+        (["--source", "x"], "--source: is for --speed"),
+        (["--speed", "--source", "x", "--server-url", "http://h:1"], "--source: needs a server of"),
+        (["--", "--trust-remote"], "no code of a checkpoint is run"),
+        (["--", "--hos", "0.0.0.0"], "servers of a run listen on 127.0.0.1"),
+        (["--", "--api-key", "secret"], "a server of a run is asked by that run only"),
+        (["--tensor-parallel", "3"], "3 GPUs cannot share 4 attention heads"),
         (["--", "--port", "1"], "server_args: --port cannot be given: a free port is taken"),
         (["--", "--host=0.0.0.0"], "servers of a run listen on 127.0.0.1"),
         (["--", "--trust-remote-code"], "no code of a checkpoint is run"),
@@ -144,6 +185,9 @@ def test_bad_options_of_serve_check(here, home, recorded_checkpoint, arguments, 
 
 def test_serve_check_of_a_folder_that_is_none(here, home, tmp_path):
     outcome = here("serve-check", tmp_path / "nothing")
+    assert outcome.status == 2
+    assert str(tmp_path / "nothing") in outcome.err
+    outcome = here("serve-check", DEMO_MODEL)
     assert outcome.status == 2
     assert "give a folder that blockquant published" in outcome.err
 

@@ -15,11 +15,11 @@ from configs.serving_schema import Serving
 from quantizers.number_formats import E4M3
 from quantizers.schemes import ActivationScheme, Granularity
 from tasks.engine.checkpoint import open_checkpoint
-from tasks.engine.errors import InputError
+from tasks.engine.errors import InputError, RunError
 from tasks.engine.publication import REPORT
 from tasks.engine.served_windows import WINDOWS, read_windows
-from tasks.engine.serving.client import AnswerError
-from tasks.engine.serving.server import ServerError
+from tasks.engine.serving.client import AnswerError, Client
+from tasks.engine.serving.server import ServerError, free_port, launch_command, running_server
 from tasks.smoke_test import (
     GapError,
     NotServedError,
@@ -33,10 +33,9 @@ from tasks.smoke_test import (
 GAP = 0.05
 
 
-def check(checkpoint, python, log, **keys):
-    return serve_and_compare(
-        checkpoint, Serving(python=python, max_nll_gap=GAP, **keys), "cpu", log
-    )
+def check(checkpoint, python, log, server_url=None, **keys):
+    serving = Serving(python=python, max_nll_gap=GAP, **keys)
+    return serve_and_compare(checkpoint, serving, "cpu", log, None, server_url)
 
 
 @pytest.fixture
@@ -107,19 +106,16 @@ def test_what_goes_wrong_with_a_replayed_server(
 def test_its_speed_is_measured_where_that_is_asked(recorded_checkpoint, replayed, log, monkeypatch):
     from tasks.engine.serving import speed
 
-    # two windows of 48 tokens give few prompts; the recorded stream has four tokens for any
-    monkeypatch.setattr(speed, "PROMPT_TOKENS", 1)
-    monkeypatch.setattr(speed.prompts_of, "__defaults__", (1,))
+    # the recorded stream has four tokens, whatever is asked for
+    monkeypatch.setattr(speed.measure_speed, "__defaults__", (4,))
     found = check(recorded_checkpoint, replayed(), log, speed=True)
     assert found["speed"]["loaded_tokens_per_s"] > 0 and found["speed"]["tokens_per_s"] > 0
     assert found["speed"]["at_once"] == speed.AT_ONCE
+    assert found["speed"]["new_tokens"] == 4
     assert "source_speed" not in found
 
 
 def test_a_running_server_is_asked_instead(recorded_checkpoint, replayed, log, tmp_path):
-    from tasks.engine.serving.client import Client
-    from tasks.engine.serving.server import free_port, launch_command, running_server
-
     client = Client(f"http://127.0.0.1:{free_port()}", 20.0)
     command = launch_command(replayed(), recorded_checkpoint, int(client.url.rpartition(":")[2]))
     with running_server(command, client, recorded_checkpoint, tmp_path / "other.log", 20.0):
@@ -157,14 +153,37 @@ def test_without_a_gpu_it_is_not_served(tmp_path):
         can_serve(str(script))
 
 
-@pytest.mark.parametrize("script", ["exit 3", "echo nothing", "", None])
-def test_an_interpreter_that_does_not_run(tmp_path, script):
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (
+            "echo 'OSError: libcudart.so.13: cannot open' >&2; exit 1",
+            "libcudart.so.13: cannot open",
+        ),
+        ("exit 3", "returned non-zero exit status 3"),
+        ("echo nothing", "Expecting value"),
+        ("", "list index out of range"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_an_interpreter_that_does_not_run_is_no_reason_to_skip(tmp_path, script, said):
     path = tmp_path / "python"
     if script is not None:
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
-    with pytest.raises(NotServedError, match=r"does not run .*let serving\.python name"):
+    with pytest.raises(RunError, match="cannot say whether it has SGLang") as raised:
         can_serve(str(path))
+    assert said in str(raised.value) and not isinstance(raised.value, NotServedError)
+
+
+def test_a_running_server_of_something_else(recorded_checkpoint, replayed, log, tmp_path):
+    other = shutil.copytree(recorded_checkpoint, tmp_path / "other")
+    client = Client(f"http://127.0.0.1:{free_port()}", 20.0)
+    command = launch_command(replayed(), other, int(client.url.rpartition(":")[2]))
+    with running_server(command, client, other, tmp_path / "other.log", 20.0):
+        with pytest.raises(ServerError, match=f"serves {other}, not {recorded_checkpoint}; start"):
+            check(recorded_checkpoint, None, log, server_url=client.url)
+        assert check(other, None, log, server_url=client.url + "/")["served"] is True
 
 
 def test_an_export_that_is_not_for_sglang(recorded_checkpoint, replayed, log, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -57,6 +58,11 @@ class Client:
         """The checkpoint that the server serves, as it names it; answers as soon as it is up."""
         return self._ask("GET", "/model_info", _ModelInfo, timeout_s=10.0).model_path
 
+    def forget(self) -> None:
+        """Let the server forget the prompts it knows, so that it computes them anew."""
+        with contextlib.suppress(httpx.TransportError), self._http() as http:
+            http.post(f"{self.url}/flush_cache")
+
     def version(self) -> str:
         """The server's version of SGLang."""
         return self._ask("GET", "/server_info", _ServerInfo).version
@@ -101,6 +107,10 @@ class Client:
         body = {"input_ids": list(tokens), "sampling_params": sampling, **more}
         return self._ask("POST", "/generate", _Generated, body)
 
+    def _http(self, timeout_s: float | None = None) -> httpx.Client:
+        # no proxy stands between this machine and itself
+        return httpx.Client(timeout=timeout_s or self.timeout_s, trust_env=False)
+
     def _ask(
         self,
         method: str,
@@ -111,13 +121,18 @@ class Client:
     ) -> Answer:
         place = f"{self.url}{path}"
         try:
-            # no proxy stands between this machine and itself
-            with httpx.Client(timeout=timeout_s or self.timeout_s, trust_env=False) as http:
+            with self._http(timeout_s) as http:
                 answer = http.request(method, place, json=body)
+        except httpx.TimeoutException as error:
+            raise NotReadyError(
+                f"{place}: no answer within {timeout_s or self.timeout_s:g} s "
+                "(serving.request_timeout)"
+            ) from error
         except httpx.TransportError as error:
             raise NotReadyError(f"{place}: no answer ({type(error).__name__})") from error
-        if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
-            raise NotReadyError(f"{place}: not ready")
+        if answer.is_server_error:
+            # not ready yet, or about to die
+            raise NotReadyError(f"{place}: status {answer.status_code}: {_short(answer.text)}")
         if not answer.is_success:
             raise AnswerError(f"{place}: status {answer.status_code}: {_short(answer.text)}")
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import random
 import re
@@ -21,13 +20,13 @@ from tasks.engine.errors import RunError
 from tasks.engine.serving import guard
 from tasks.engine.serving.client import Client, NotReadyError
 
-log = logging.getLogger("blockquant")
-
 LOOPBACK = "127.0.0.1"
 PORTS = range(20000, 32000)
 POLL_S = 0.5
 DYING_S = 10.0
-TAIL_LINES = 20
+# the end of a log, in which an error is looked for, and what is shown of it
+TAIL_LINES = 100
+SHOWN_LINES = 20
 # of this process's environment, not of the server's
 _NOT_HANDED_ON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 # the last line of a traceback
@@ -35,7 +34,28 @@ _AN_ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception)\b")
 
 
 class ServerError(RunError):
-    """A server did not start, died, or is not the one that was started."""
+    """A server did not start, died, or is not the one that was started.
+
+    Attributes:
+        lines: the last ones of its log.
+    """
+
+    def __init__(self, message: str, lines: Sequence[str] = ()) -> None:
+        """Say what happened, and keep what the server said."""
+        super().__init__(message)
+        self.lines = tuple(lines)
+
+    def __reduce__(self) -> tuple[type[ServerError], tuple[str, tuple[str, ...]]]:
+        """Travel with the lines."""
+        return ServerError, (str(self), self.lines)
+
+
+def told(what: str, log_file: Path) -> ServerError:
+    """An error of a server: what happened, what it said last, and where all of that is."""
+    lines = [line for line in _lines(log_file) if line.strip()][-TAIL_LINES:]
+    errors = [line for line in lines if _AN_ERROR.match(line)]
+    last = f": {(errors or lines)[-1].strip()[:300]}" if lines else ""
+    return ServerError(f"{what}{last}; its log is {log_file}", lines[-SHOWN_LINES:])
 
 
 @dataclass(frozen=True)
@@ -54,7 +74,7 @@ class Server:
         """
         status = self.process.poll()
         if status is not None:
-            raise ServerError(f"the server ended with status {status}{last_words(self.log)}")
+            raise told(f"the server ended with status {status}", self.log)
 
 
 def launch_command(
@@ -125,12 +145,12 @@ def running_server(
     try:
         _wait_until_ready(server, checkpoint, start_timeout_s)
         yield server
-    except NotReadyError:
+    except NotReadyError as error:
         # a server that dies stops answering first: what a client meets then is told as that
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=DYING_S)
         server.require_alive()
-        raise
+        raise told(str(error), log_file) from error
     finally:
         _end(process)
 
@@ -149,14 +169,12 @@ def _wait_until_ready(server: Server, checkpoint: Path, limit_s: float) -> None:
     try:
         served = attempts(asked)
     except NotReadyError as error:
-        raise ServerError(
-            f"the server did not answer within {limit_s:g} s (serving.start_timeout)"
-            f"{last_words(server.log)}"
-        ) from error
+        limit = f"{limit_s:g} s (serving.start_timeout)"
+        raise told(f"the server did not answer within {limit}", server.log) from error
     if Path(served).resolve() != checkpoint.resolve():
         raise ServerError(
             f"{server.client.url}: another server answers there, with {served}; end it, or let "
-            "serving.server_url name it"
+            "--server-url name it"
         )
 
 
@@ -170,16 +188,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         # the server dies with its guard
         process.kill()
         process.wait()
-
-
-def last_words(log_file: Path) -> str:
-    """Show the end of a server's log, and say on one line where it is and what went wrong last."""
-    lines = [line for line in _lines(log_file) if line.strip()]
-    for line in lines[-TAIL_LINES:]:
-        log.error("server: %s", line)
-    errors = [line for line in lines if _AN_ERROR.match(line)]
-    last = f": {(errors or lines)[-1].strip()[:300]}" if lines else ""
-    return f"{last}; its log is {log_file}"
 
 
 def _lines(log_file: Path) -> list[str]:

@@ -1,12 +1,14 @@
 """How fast a running server answers: time to first token and tokens per second.
 
-One request at a time shows latency, many at once throughput. Prompts are all different, so none is
-answered from the server's prefix cache, and a first round that is not counted compiles kernels.
+One request at a time shows latency, many at once throughput. Prompts are all different, and the
+server forgets before what it knows of any, so each is computed. A first round, which is not
+counted, compiles kernels.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -62,21 +64,22 @@ class Speed:
         return asdict(self)
 
 
-def prompts_of(windows: Tensor, length: int = PROMPT_TOKENS) -> list[list[int]]:
-    """Cut windows (W, L) into prompts of ``length`` tokens that do not overlap.
+def prompts_of(windows: Tensor) -> list[list[int]]:
+    """Cut windows (W, L) into prompts that do not overlap, PROMPT_TOKENS long or as long as can be.
 
     Raises:
-        RunError: too few for all requests.
+        RunError: too few tokens for all requests.
     """
-    prompts = [part.tolist() for row in windows for part in row.split(length)]
-    prompts = [prompt for prompt in prompts if len(prompt) == length]
     wanted = ALONE + AT_ONCE * (ROUNDS + 1)
-    if len(prompts) < wanted:
+    each = -(-wanted // len(windows))
+    length = min(PROMPT_TOKENS, windows.shape[1] // each)
+    if length < 1:
         raise RunError(
-            f"speed: the checkpoint's windows give {len(prompts)} prompts of {length} tokens, "
-            f"{wanted} are needed; publish it with more serving.windows"
+            f"speed: {wanted} prompts cannot be cut from the checkpoint's {windows.numel()} tokens "
+            "of evaluation text; evaluate on more, and publish more serving.windows"
         )
-    return prompts[:wanted]
+    parts = [part for row in windows for part in row.split(length) if len(part) == length]
+    return [part.tolist() for part in parts[:wanted]]
 
 
 def measure_speed(
@@ -128,7 +131,7 @@ async def _ask(
         "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
         "stream": True,
     }
-    began, times = time.perf_counter(), []
+    began, times, last = time.perf_counter(), [], ""
     try:
         async with http.stream("POST", f"{url}/generate", json=body) as answer:
             if not answer.is_success:
@@ -136,8 +139,20 @@ async def _ask(
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
                     times.append(time.perf_counter() - began)
+                    last = line.removeprefix("data: ")
     except httpx.TransportError as error:
         raise NotReadyError(f"{url}/generate: no answer ({type(error).__name__})") from error
-    if len(times) < 2:
-        raise AnswerError(f"{url}/generate: asked for {new_tokens} tokens in parts, got one part")
+    if len(times) < 2 or _tokens_in(last) != new_tokens:
+        raise AnswerError(
+            f"{url}/generate: asked for {new_tokens} tokens in parts, {_tokens_in(last)} came in "
+            f"{len(times)} parts"
+        )
     return Answered(times[0], times[-1], new_tokens)
+
+
+def _tokens_in(part: str) -> int:
+    """How many tokens came so far, as a part of a stream says; 0 where it says none."""
+    try:
+        return int(json.loads(part)["meta_info"]["completion_tokens"])
+    except (ValueError, KeyError, TypeError):
+        return 0

@@ -148,7 +148,22 @@ def test_what_would_fit_is_said():
 def test_formats_without_a_kernel_have_no_limits():
     assert kernel_of(UNPACKED) is None
     assert misfits(*block(7, 3, 1, 1, 7), UNPACKED) == {}
-    assert misfits(*block(7, 3, 1, 1, 7), FP8) == {}
+
+
+def test_fp8_channels_take_nearly_any_size():
+    assert misfits(*block(8, 4, 1, 1, 8), FP8) == {}
+    found = misfits(*block(8, 6, 1, 1, 8), FP8)
+    said = "mlp.down_proj has 6 input features, the FP8 kernel takes multiples of 4; "
+    assert set(found) == {"mlp.down_proj"} and found["mlp.down_proj"].startswith(said)
+
+
+def test_sizes_that_gpus_cannot_share():
+    shapes, config = block(64, 172, 8, 4, 8)
+    found = misfits(shapes, config, FP8, 8)
+    said = "mlp.down_proj has 172 features, which 8 GPUs cannot share evenly; numbers of GPUs that"
+    assert found["mlp.down_proj"].startswith(said)
+    assert found["mlp.down_proj"].endswith("fit: 1")
+    assert set(found) == {"mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"}
 
 
 @pytest.mark.parametrize(("gpus", "fits"), [(1, True), (2, True), (16, True), (3, False)])
@@ -160,6 +175,10 @@ def test_heads_are_shared(gpus, fits):
     said = "--tensor-parallel: 3 GPUs cannot share 32 attention heads and 8 key heads; .*1, 2, 4, 8"
     with pytest.raises(InputError, match=said):
         require_parallel(config, gpus, "--tensor-parallel")
+
+
+def test_numbers_of_gpus_that_are_no_power_of_two():
+    require_parallel({"num_attention_heads": 24, "num_key_value_heads": 24}, 3, "key")
 
 
 def test_odd_heads_fit_one_gpu():

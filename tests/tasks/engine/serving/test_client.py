@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
@@ -27,7 +29,9 @@ class Answering:
                 self.answer(None)
 
             def do_POST(self) -> None:
-                self.answer(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+                self.answer(
+                    json.loads(self.rfile.read(int(self.headers["content-length"])) or "null")
+                )
 
             def answer(self, body: Any) -> None:
                 outer.asked.append((self.path, body))
@@ -147,10 +151,30 @@ def test_answers_that_are_not_sglangs(answering, text):
             ask()
 
 
-def test_a_server_that_is_not_ready(answering):
-    answering.status = 503
-    with pytest.raises(NotReadyError, match="not ready"):
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_server_that_is_not_ready_or_about_to_die(answering, status):
+    answering.status, answering.text = status, "why"
+    with pytest.raises(NotReadyError, match=f"status {status}: why"):
         answering.client.model_path()
+
+
+def test_a_server_that_takes_too_long():
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        client = Client(f"http://127.0.0.1:{silent.getsockname()[1]}", 0.2)
+        said = r"/server_info: no answer within 0\.2 s \(serving\.request_timeout\)"
+        with pytest.raises(NotReadyError, match=said):
+            client.version()
+
+
+def test_a_server_is_told_to_forget(answering):
+    answering.text = "{}"
+    before = len(answering.asked)
+    answering.client.forget()
+    assert [path for path, _ in answering.asked[before:]] == ["/flush_cache"]
+    # one that does not know the word, or is gone, is no reason to stop
+    answering.status = 404
+    answering.client.forget()
+    Client(f"http://127.0.0.1:{free_port()}").forget()
 
 
 def test_nothing_at_the_address():

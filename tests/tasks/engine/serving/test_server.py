@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import pickle
 import socket
 import sys
 from pathlib import Path
@@ -67,18 +67,17 @@ def test_a_replayed_server_that_never_answers(replayed, checkpoint, processes_of
     assert processes_of(checkpoint) == []
 
 
-def test_a_replayed_failure_to_start_is_told_with_its_last_lines(
-    replayed, checkpoint, recording, caplog
-):
-    caplog.set_level(logging.ERROR)
+def test_a_replayed_failure_to_start_is_told_with_its_last_lines(replayed, checkpoint, recording):
     with pytest.raises(ServerError) as raised, run(replayed("refuses"), checkpoint):
         pass
     # the error in the real log, which is not its last line
     said = "ImportError: Other method (CompressedTensorsW4A16Sparse24) is not supported now"
     assert str(raised.value).startswith(f"the server ended with status 1: {said}; its log is ")
     assert "\n" not in str(raised.value)
-    shown = [record.message.removeprefix("server: ") for record in caplog.records]
-    assert shown == [line for line in recording["refused"]["log"] if line.strip()][-20:]
+    said = [line for line in recording["refused"]["log"] if line.strip()]
+    assert list(raised.value.lines) == said[-20:]
+    again = pickle.loads(pickle.dumps(raised.value))
+    assert (str(again), again.lines) == (str(raised.value), raised.value.lines)
 
 
 def test_a_replayed_server_that_dies_is_told_as_that(replayed, checkpoint, recording):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tasks.engine.errors import RunError
+from tasks.engine.serving.client import AnswerError
 from tasks.engine.serving.speed import ALONE, AT_ONCE, ROUNDS, measure_speed, prompts_of
 
 FIRST_S, EACH_S = 0.05, 0.01
@@ -66,14 +67,24 @@ def test_a_recorded_stream_with_known_delays(streaming, recording):
     assert all(body["stream"] and body["sampling_params"]["ignore_eos"] for body in asked)
 
 
-def test_prompts_do_not_overlap():
-    windows = torch.arange(8 * 1030).reshape(8, 1030)
-    prompts = prompts_of(windows)
-    assert len(prompts) == REQUESTS and {len(prompt) for prompt in prompts} == {128}
-    assert len({token for prompt in prompts for token in prompt}) == REQUESTS * 128
+def test_fewer_tokens_than_asked_for(streaming):
+    url, _ = streaming
+    prompts = [[number] for number in range(REQUESTS)]
+    with pytest.raises(AnswerError, match="asked for 5 tokens in parts, 4 came in 4 parts"):
+        measure_speed(url, prompts, 10.0, new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("windows", "length", "wanted"), [(8, 1030, 128), (16, 504, 126), (2, 48, 1), (56, 9, 9)]
+)
+def test_prompts_do_not_overlap(windows, length, wanted):
+    tokens = torch.arange(windows * length).reshape(windows, length)
+    prompts = prompts_of(tokens)
+    assert len(prompts) == REQUESTS and {len(prompt) for prompt in prompts} == {wanted}
+    assert len({token for prompt in prompts for token in prompt}) == REQUESTS * wanted
 
 
 def test_too_few_tokens_for_prompts():
-    said = f"give 8 prompts of 128 tokens, {REQUESTS} are needed; publish it with more"
+    said = f"{REQUESTS} prompts cannot be cut from the checkpoint's 40 tokens"
     with pytest.raises(RunError, match=said):
-        prompts_of(torch.zeros(1, 1030, dtype=torch.int64))
+        prompts_of(torch.zeros(1, 40, dtype=torch.int64))
