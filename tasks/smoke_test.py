@@ -239,9 +239,8 @@ def can_serve(python: str) -> Serves:
         )
         found = json.loads(asked.stdout.splitlines()[-1])
     except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
-        said = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1:]
         raise RunError(
-            f"{python} cannot say whether it has SGLang ({' '.join(said)[:300]}); mend it, or let "
+            f"{python} cannot say whether it has SGLang ({_why(error)}); mend it, or let "
             "serving.python name the interpreter of an environment that has it"
         ) from error
     if found["sglang"] is None:
@@ -252,6 +251,16 @@ def can_serve(python: str) -> Serves:
     if found["gpu"] is None:
         raise NotServedError(f"no GPU that {python} can use")
     return Serves(found["sglang"], found["gpu"])
+
+
+def _why(error: Exception) -> str:
+    """In a few words: what a program said last, or how it ended."""
+    if isinstance(error, subprocess.CalledProcessError):
+        said = str(error.stderr or "").strip().splitlines()
+        return said[-1][:300] if said else f"status {error.returncode}"
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"no answer within {PROBE_TIMEOUT_S} s"
+    return str(error)
 
 
 @contextmanager

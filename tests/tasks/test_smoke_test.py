@@ -160,7 +160,7 @@ def test_without_a_gpu_it_is_not_served(tmp_path):
             "echo 'OSError: libcudart.so.13: cannot open' >&2; exit 1",
             "libcudart.so.13: cannot open",
         ),
-        ("exit 3", "returned non-zero exit status 3"),
+        ("exit 3", "(status 3)"),
         ("echo nothing", "Expecting value"),
         ("", "list index out of range"),
         (None, "No such file or directory"),
