@@ -261,9 +261,12 @@ def _failure_kept(run: ToldRun, log_file: Path | None = None) -> Any:
         yield
     except BaseException as error:
         log.debug("failed", exc_info=error)
-        if log_file is not None and log_file.is_file():
-            run.log_file(log_file)
-        run.fail(f"{type(error).__name__}: {error}")
+        try:
+            if log_file is not None and log_file.is_file():
+                run.log_file(log_file)
+            run.fail(f"{type(error).__name__}: {error}")
+        except Exception as unsaid:
+            log.warning("MLflow is not told of the failure: %s", type(unsaid).__name__)
         raise
 
 

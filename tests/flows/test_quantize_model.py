@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
 from flows.quantize_model import _failure_kept
-from tasks.engine.tracking import Run
+from tasks.engine.journal import Journal, ToldRun
+from tasks.engine.settings import Settings
 
 
 def test_the_reason_of_a_failure_is_not_replaced_by_that_of_mlflow(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     told: list[str] = []
 
-    def fail(self: Run, reason: str) -> None:
+    def fail(self: ToldRun, reason: str) -> None:
         told.append(reason)
-        raise ConnectionError("the tracking server is gone")
+        raise OSError("the disk is full")
 
-    monkeypatch.setattr(Run, "fail", fail)
-    run = Run("http://127.0.0.1:9", "id", "experiment")
+    monkeypatch.setattr(ToldRun, "fail", fail)
+    place = Settings(tmp_path / "store", "http://127.0.0.1:9", tmp_path / "a", tmp_path / "p")
+    run = ToldRun(place, Journal(tmp_path / "journal.sqlite"))
     caplog.set_level(logging.WARNING)
     with pytest.raises(ValueError, match="the real reason"), _failure_kept(run):
         raise ValueError("the real reason")
     assert told == ["ValueError: the real reason"]
-    assert "MLflow was not told of the failure: ConnectionError" in caplog.text
+    assert "MLflow is not told of the failure: OSError" in caplog.text

@@ -155,6 +155,12 @@ class Recorder:
                 tear()
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def aside(self, event: str) -> None:
+        """Die at what another thread does, in no order with the rest; it is noted only then."""
+        if self._kill_at == event:
+            self._write(event)
+            os.kill(os.getpid(), signal.SIGKILL)
+
     def repeated(self, event: str) -> None:
         """Note an event that comes several times in a step, with its number there."""
         self._repeats[event] += 1
@@ -279,16 +285,26 @@ def _wrap_publish(recorder: Recorder) -> None:
 
     publishing.shutil = Stand(publishing.shutil, rmtree=removed)  # type: ignore[assignment]
     publishing.os = _moves(recorder, publishing.os)  # type: ignore[assignment]
-    for name in ("check", "open_run", "publish", "register"):
+    for name in ("check", "_open_run", "publish", "register"):
         setattr(flow, name, _bracketed(recorder, getattr(flow, name)))
     steps.drop_boundaries = _bracketed(recorder, steps.drop_boundaries)
 
 
 def _wrap_tracking(recorder: Recorder) -> None:
-    from tasks.engine.tracking import Run
+    from tasks.engine import journal
+    from tasks.engine.journal import ToldRun
 
-    for name in ("log_points", "set_tags", "log_file", "log_table", "log_input", "finish"):
-        setattr(Run, name, _followed(recorder, getattr(Run, name)))
+    names = ("open", "log_points", "set_tags", "log_file", "log_table", "log_input", "finish")
+    for name in names:
+        setattr(ToldRun, name, _followed(recorder, getattr(ToldRun, name)))
+    send = journal._send
+
+    def sent(*args: Any) -> Any:
+        facts = send(*args)
+        recorder.aside(f"{args[-1].kind} sent")
+        return facts
+
+    journal._send = sent
 
 
 def _wrap_methods(recorder: Recorder) -> None:
@@ -353,7 +369,7 @@ def _followed(recorder: Recorder, function: Callable[..., Any]) -> Callable[...,
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         value = function(*args, **kwargs)
-        recorder.at(f"{function.__name__} sent")
+        recorder.at(f"{function.__name__} told")
         return value
 
     return call

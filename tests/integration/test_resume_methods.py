@@ -115,7 +115,7 @@ def test_kills_inside_learning(learned: Case) -> None:
         "learn[block 1]: loss 5",
         f"learn[block 1]: {LEARNED} torn",
         # the first curve: those of the errors come after it
-        "flow: log_points sent",
+        "flow: log_points told",
         "learn[block 1]: committed",
     )
     kill_each(learned, points, "learning")
