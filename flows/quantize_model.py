@@ -97,7 +97,12 @@ def quantize_model(
         _open_run(job, run, request)
         kept = Path(log_file) if log_file else None
         with _failure_kept(run, kept):
-            return _quantize(job, run, request, kept) | {"mlflow": told(run)}
+            result = _quantize(job, run, request, kept)
+            # after MLflow was told: killed before, the same command goes on
+            result["mlflow"] = told(run)
+            if request.output is not None:
+                end(job.store.root, request.output)
+            return result
 
 
 def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -> dict[str, Any]:
@@ -129,8 +134,6 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
     action(register)(
         run, report, blocks, found, sets, location, dict(course.seconds), served, log_file
     )
-    if request.output is not None:
-        end(job.store.root, request.output)
     done = "measured" if location is None else f"published {location}"
     log.info("%s: %s", done, summary(report["metrics"]))
     return {

@@ -40,7 +40,7 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_a_checkpoint_without_them(tmp_path):
-    with pytest.raises(InputError, match=f"no {WINDOWS} in it.*serving.windows: 16"):
+    with pytest.raises(InputError, match=f"no {WINDOWS} in it.*--set serving.windows=16"):
         read_windows(tmp_path)
 
 
