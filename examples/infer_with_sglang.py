@@ -8,6 +8,7 @@ Needs SGLang and a GPU. SGLang sees from config.json how the checkpoint is quant
 from __future__ import annotations
 
 import argparse
+import json
 
 
 def main() -> None:
@@ -17,11 +18,14 @@ def main() -> None:
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens per prompt")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs")
+    parser.add_argument("--engine", type=json.loads, default={}, help="more of its options, JSON")
     given = parser.parse_args()
 
     import sglang
 
-    engine = sglang.Engine(model_path=given.checkpoint, tp_size=given.tensor_parallel)
+    engine = sglang.Engine(
+        model_path=given.checkpoint, tp_size=given.tensor_parallel, **given.engine
+    )
     try:
         sampling = {"temperature": 0, "max_new_tokens": given.tokens}
         for prompt, answer in zip(
