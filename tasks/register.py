@@ -1,4 +1,4 @@
-"""Close the MLflow run with everything that was measured and where the checkpoint lies."""
+"""Tell the MLflow run everything that was measured, and close it with where the checkpoint lies."""
 
 from __future__ import annotations
 
@@ -52,18 +52,15 @@ def error_rows(blocks: Sequence[Entry]) -> list[dict[str, Any]]:
     ]
 
 
-def register(
+def log_measured(
     run: ToldRun,
     report: Mapping[str, Any],
     blocks: Sequence[Entry],
     decided: Sequence[Entry],
     sets: Mapping[str, Entry],
-    location: str | None,
     seconds: Mapping[str, float],
-    served: Mapping[str, Any],
-    log: Path | None = None,
 ) -> None:
-    """Send final metrics, tables, the recipe, the report, tokens and log, and finish the run.
+    """Send final metrics, tables, the report, decisions and tokens, before anything is served.
 
     Args:
         run: the open run.
@@ -71,10 +68,7 @@ def register(
         blocks: the quantize entry of each block.
         decided: the entries of transforms and clips, block after block.
         sets: calibration and evaluation sets by their role.
-        location: the published folder, None for a run that only measures.
         seconds: time of each kind of step in this process.
-        served: what came of serving it: ``served``, and its figures or the ``reason``.
-        log: the run's log file.
     """
     evaluated_ms = max(int(entry.created * 1000) for entry in [*blocks, *sets.values()])
     numbers = sorted(_numbers(report["metrics"]).items())
@@ -83,13 +77,32 @@ def register(
     run.log_points(points)
     # times differ when a run goes on after a kill: the first stay
     timed = [Point(f"seconds.{n}", s, 0, evaluated_ms) for n, s in sorted(seconds.items())]
-    run.log_first_points([*timed, *served_points(served, evaluated_ms)])
+    run.log_first_points(timed)
     run.log_table(error_rows(blocks), "errors.json")
     _log_decisions(run, [*decided, *blocks])
     run.log_text(report_text(report), REPORT)
     for role, entry in sets.items():
         run.log_file(entry.file("tokens.safetensors"), role)
         run.log_input(str(entry.value["name"]), entry.key, entry.value, role)
+
+
+def register(
+    run: ToldRun,
+    report: Mapping[str, Any],
+    location: str | None,
+    served: Mapping[str, Any],
+    log: Path | None = None,
+) -> None:
+    """Say where the checkpoint lies and what came of serving it, keep the log, finish the run.
+
+    Args:
+        run: the open run.
+        report: what lies in the checkpoint as its report.
+        location: the published folder, None for a run that only measures.
+        served: what came of serving it: ``served``, and its figures or the ``reason``.
+        log: the run's log file.
+    """
+    run.log_first_points(served_points(served, int(time.time() * 1000)))
     if log is not None and log.is_file():
         run.log_file(log)
     run.set_tags(

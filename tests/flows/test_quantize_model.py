@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.quantize_model import _failure_kept
+from flows.tracked import failure_kept
 from tasks.engine.journal import Journal, ToldRun
 from tasks.engine.settings import Settings
 
@@ -25,7 +25,7 @@ def test_the_reason_of_a_failure_is_not_replaced_by_that_of_mlflow(
     place = Settings(tmp_path / "store", "http://127.0.0.1:9", tmp_path / "a", tmp_path / "p")
     run = ToldRun(place, Journal(tmp_path / "journal.sqlite"))
     caplog.set_level(logging.WARNING)
-    with pytest.raises(ValueError, match="the real reason"), _failure_kept(run):
+    with pytest.raises(ValueError, match="the real reason"), failure_kept(run):
         raise ValueError("the real reason")
     assert told == ["ValueError: the real reason"]
     assert "MLflow is not told of the failure: OSError" in caplog.text

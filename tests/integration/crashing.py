@@ -273,6 +273,7 @@ def _wrap_store(recorder: Recorder) -> None:
 
 
 def _wrap_publish(recorder: Recorder) -> None:
+    import flows.finishing as finishing
     import flows.quantize_model as flow
     import flows.steps as steps
     import tasks.publish as publishing
@@ -285,8 +286,13 @@ def _wrap_publish(recorder: Recorder) -> None:
 
     publishing.shutil = Stand(publishing.shutil, rmtree=removed)  # type: ignore[assignment]
     publishing.os = _moves(recorder, publishing.os)  # type: ignore[assignment]
-    for name in ("check", "_open_run", "publish", "register"):
-        setattr(flow, name, _bracketed(recorder, getattr(flow, name)))
+    acting = {
+        flow: ("check", "open_tracked", "log_measured", "register"),
+        finishing: ("publish",),
+    }
+    for module, names in acting.items():
+        for name in names:
+            setattr(module, name, _bracketed(recorder, getattr(module, name)))
     steps.drop_boundaries = _bracketed(recorder, steps.drop_boundaries)
 
 

@@ -120,7 +120,7 @@ def used_home(case: Case, name: str) -> Path:
 
 def test_one_kill_of_each_kind(w8a8: Case) -> None:
     points = (
-        "_open_run: open told",
+        "open_tracked: open told",
         "open sent",
         "set_tags sent",
         "log_first_points sent",
@@ -144,7 +144,7 @@ def test_one_kill_of_each_kind(w8a8: Case) -> None:
         "publish: blockquant.json torn",
         "publish: before rename to out",
         "publish: .out.blockquant-old removed",
-        "register: log_points told",
+        "log_measured: log_points told",
         "register: finish told",
     )
     kill_each(w8a8, points, "kind")
@@ -167,7 +167,7 @@ def test_kills_of_searches(searched: Case) -> None:
         f"clip[block 1]: {CLIP} torn",
         "clip[block 1]: committed",
         "quantize[block 1]: committed",
-        "register: log_file told",
+        "log_measured: log_file told",
     )
     kill_each(searched, points, "searched")
 

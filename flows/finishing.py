@@ -1,0 +1,95 @@
+"""What a flow does with a measured checkpoint: publish it, show it, serve it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.schemas.objects import State as PrefectState
+
+from tasks.check import Request
+from tasks.engine.job import Job
+from tasks.engine.journal import ToldRun
+from tasks.engine.publication import work_identity
+from tasks.engine.served_windows import WINDOWS, served_windows
+from tasks.engine.step import action
+from tasks.engine.store import Entry
+from tasks.engine.windows import read_tokens
+from tasks.evaluate import read_token_nll
+from tasks.publish import QUANTIZED, TRANSFORMED, model_card, publish
+from tasks.register import error_rows, tell_failure
+from tasks.report import Product
+from tasks.smoke_test import smoke_test
+
+log = logging.getLogger("blockquant")
+
+
+def publish_products(
+    job: Job,
+    request: Request,
+    products: Mapping[str, Product],
+    report: Mapping[str, Any],
+    evaluated_on: Entry,
+) -> str | None:
+    """Publish what is asked for; where, or None for a run that only measures."""
+    save, output = job.recipe.save, request.output
+    asked = {QUANTIZED: save.save_sgl, TRANSFORMED: save.save_trans}
+    entries = {folder: p.exported for folder, p in products.items() if asked[folder]}
+    if not entries or output is None:
+        return None
+    identity = work_identity(job, output)
+    windows = None
+    if save.save_sgl:
+        windows = served_windows(
+            read_tokens(evaluated_on),
+            read_token_nll(products[QUANTIZED].evaluated),
+            job.recipe.serving.windows,
+            job.source.config.get("max_position_embeddings"),
+        )
+    location: str = action(publish)(
+        job.store, identity, entries, report, output, request.overwrite, windows
+    )
+    return location
+
+
+def serve(job: Job, run: ToldRun, location: str | None) -> dict[str, Any]:
+    """Try the published checkpoint on a real server; what came of it, or why there was none."""
+    serving = job.recipe.serving
+    if not serving.smoke_test:
+        return {"served": False, "reason": "serving.smoke_test is false"}
+    if location is None or not job.recipe.save.save_sgl:
+        return {"served": False, "reason": "no quantized checkpoint is published"}
+    if not (Path(location) / WINDOWS).is_file():
+        return {"served": False, "reason": "no evaluation windows are published to compare with"}
+    # a server takes the memory that it finds free
+    job.memo.clear()
+    log_file = (
+        job.store.root / "logs" / f"server-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    )
+    try:
+        outcome = action(smoke_test)(Path(location), serving, job.device, log_file, job.source.path)
+    except Exception as error:
+        tell_failure(run, error)
+        raise
+    finally:
+        for kept in sorted(log_file.parent.glob(f"{log_file.stem}*")):
+            run.log_file(kept)
+    # skipped is a state of its own, whose data is what the task found
+    served: dict[str, Any] = outcome.result() if isinstance(outcome, PrefectState) else outcome
+    if not served["served"]:
+        log.warning("not served: %s", served["reason"])
+    return served
+
+
+def show(job: Job, report: dict[str, Any], blocks: Sequence[Entry]) -> None:
+    """Leave the errors and the model card as artifacts in Prefect."""
+    if blocks:
+        create_table_artifact(
+            table=error_rows(blocks), key="linear-errors", description=job.source.name
+        )
+    create_markdown_artifact(markdown=model_card(report), key="model-card")
