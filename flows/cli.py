@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +16,7 @@ from rich.table import Table
 
 from configs.loading import RecipeError, load_recipe, shipped_recipes
 from configs.vocabulary import EvaluationDtype
+from flows.logs import logging_to
 from flows.options import (
     BAD_INPUT,
     DONE,
@@ -34,11 +33,14 @@ from flows.options import (
     RecipeArgument,
     SetOption,
     StoreOption,
+    bytes_of,
     err,
     out,
 )
-from flows.serving_cli import serve, serve_check, show_served
-from tasks.engine.errors import InputError
+from flows.serving_cli import serve, serve_check
+from flows.showing import mlflow_line, show_result
+from flows.store_cli import store_app
+from tasks.engine.errors import InputError, one_line
 
 app = typer.Typer(
     name="blockquant",
@@ -46,7 +48,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-store_app = typer.Typer(help="Show and trim the store of results.")
 app.add_typer(store_app, name="store")
 app.command()(serve)
 app.command()(serve_check)
@@ -82,7 +83,7 @@ def _guarded(run: Callable[[], Any]) -> int:
         # what a server said last, before the line that says what became of it
         for line in getattr(error, "lines", ()):
             err.print(f"server: {line}", markup=False, highlight=False, soft_wrap=True)
-        _say(_one_line(error))
+        _say(one_line(error))
         logging.getLogger("blockquant").debug("failed", exc_info=error)
         return BAD_INPUT if isinstance(error, InputError) else FAILED
     return int(status) if isinstance(status, int) else DONE
@@ -90,12 +91,6 @@ def _guarded(run: Callable[[], Any]) -> int:
 
 def _say(line: str) -> None:
     err.print(f"blockquant: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or "no reason given"
-    known = type(error).__module__.startswith(("tasks.", "configs.", "quantizers."))
-    return text if known else f"{type(error).__name__}: {text}"
 
 
 @app.command()
@@ -119,7 +114,7 @@ def quantize(
             "output": str(output) if output else None,
             "overrides": list(set_ or ()),
             "device": device,
-            "memory": _bytes(memory),
+            "memory": bytes_of(memory),
             "store": str(store) if store else None,
             "keep_incompatible": keep_incompatible,
             "overwrite": overwrite,
@@ -128,7 +123,7 @@ def quantize(
     if as_json:
         print(json.dumps(result))
         return
-    _show_result(result)
+    show_result(result)
 
 
 def run_quantization(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +140,7 @@ def run_quantization(parameters: dict[str, Any]) -> dict[str, Any]:
     logs = place.store / "logs"
     log_file = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     server_log = log_file.with_name(f"prefect-server-{os.getpid()}.log")
-    with _logging_to(log_file), prefect_api(server_log), shown(err):
+    with logging_to(log_file), prefect_api(server_log), shown(err):
         from flows.quantize_model import quantize_model
 
         result: dict[str, Any] = quantize_model(**parameters, log_file=str(log_file))
@@ -175,7 +170,7 @@ def check(
             "output": str(output) if output else None,
             "overrides": list(set_ or ()),
             "device": device,
-            "memory": _bytes(memory),
+            "memory": bytes_of(memory),
             "store": str(store) if store else None,
             "keep_incompatible": keep_incompatible,
             "overwrite": overwrite,
@@ -319,115 +314,6 @@ def demo(as_json: JsonOption = False) -> None:
         print(json.dumps({"runs": results}))
         return
     show_demo(results, out, mlflow_line(results[-1]["mlflow"]["uri"]))
-
-
-@store_app.command("ls")
-def store_ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show what is in the store."""
-    from tasks.engine.settings import settings
-    from tasks.engine.store import Store
-
-    opened = Store(settings(store).store)
-    entries = opened.entries()
-    if as_json:
-        rows = [
-            {"key": e.key, "task": e.task, "bytes": e.size, "created": e.created} for e in entries
-        ]
-        print(json.dumps({"store": str(opened.root), "entries": rows}))
-        return
-    table = Table("task", "entries", "MB", title=str(opened.root))
-    for task in sorted({e.task for e in entries}):
-        members = [e for e in entries if e.task == task]
-        table.add_row(task, str(len(members)), f"{sum(e.size for e in members) / 1e6:.1f}")
-    out.print(table)
-
-
-@store_app.command("gc")
-def store_gc(
-    store: StoreOption = None,
-    days: Annotated[float, typer.Option("--days", min=0, help="Keep what is younger.")] = 30.0,
-    as_json: JsonOption = False,
-) -> None:
-    """Remove entries older than some days, and what dead processes left half-written."""
-    from tasks.engine.settings import settings
-    from tasks.engine.store import Store
-
-    removed, freed = Store(settings(store).store).collect(days * 86400)
-    if as_json:
-        print(json.dumps({"removed": removed, "bytes": freed}))
-        return
-    out.print(f"removed {removed} entries, {freed / 1e6:.1f} MB")
-
-
-@contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """Keep the run's log in a file, and show it where there is no progress bar."""
-    logger = logging.getLogger("blockquant")
-    logger.setLevel(logging.DEBUG)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept: list[logging.Handler] = [logging.FileHandler(path, delay=True)]
-    if not err.is_terminal:
-        shown = logging.StreamHandler()
-        shown.setLevel(logging.INFO)
-        kept.append(shown)
-    for handler in kept:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in kept:
-            logger.removeHandler(handler)
-            handler.close()
-
-
-def _bytes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    try:
-        asked = int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        asked = 0
-    if asked < 1:
-        raise InputError(f"--memory {text}: not a size; write 40GiB or 500MB")
-    return asked
-
-
-def _show_result(result: dict[str, Any]) -> None:
-    from tasks.evaluate import summary
-
-    found = sum(step["cached"] for step in result["steps"])
-    line = f"{result['scheme']}: {summary(result['metrics'])}"
-    out.print(line, highlight=False, soft_wrap=True)
-    place = result["checkpoint"] or "the store only (save.save_sgl: false)"
-    out.print(
-        f"{result['bytes'] / 1e6:.1f} MB in {place} "
-        f"({len(result['steps'])} steps, {found} found in the store)",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if result["launch"]:
-        out.print(f"serve it: {result['launch']}", highlight=False, soft_wrap=True)
-    show_served(result["served"])
-    out.print(
-        f"look at it: {mlflow_line(result['mlflow']['uri'])}", highlight=False, soft_wrap=True
-    )
-    if result["mlflow"]["left"]:
-        out.print(
-            f"MLflow was not told all: {result['mlflow']['left']} messages are kept; when its "
-            "server is back: blockquant sync",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def mlflow_line(uri: str) -> str:
-    """The command that opens the MLflow UI on a tracking database, or the server's address."""
-    if uri.startswith(("http://", "https://")):
-        return uri
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def _show_pairs(title: str, values: dict[str, Any]) -> None:

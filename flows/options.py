@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tasks.engine.errors import InputError
+
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 out = Console()
@@ -34,3 +36,22 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 ParallelOption = Annotated[
     int | None, typer.Option("--tensor-parallel", min=1, help="GPUs to spread the model over.")
 ]
+
+
+def bytes_of(text: str | None) -> int | None:
+    """Read a size such as ``40GiB``.
+
+    Raises:
+        InputError: it is none.
+    """
+    if text is None:
+        return None
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        asked = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        asked = 0
+    if asked < 1:
+        raise InputError(f"--memory {text}: not a size; write 40GiB or 500MB")
+    return asked

@@ -15,3 +15,10 @@ class NonFiniteWeightError(RunError):
 
 class VerificationError(RunError):
     """What was reopened from disk is not what was quantized."""
+
+
+def one_line(error: BaseException) -> str:
+    """Say an error in one line; one that is not ours with the name of its class."""
+    text = " ".join(str(error).split()) or "no reason given"
+    known = type(error).__module__.startswith(("tasks.", "configs.", "quantizers."))
+    return text if known else f"{type(error).__name__}: {text}"

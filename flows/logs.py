@@ -1,0 +1,32 @@
+"""The log of a command: a file, and standard error where there is no progress bar."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows.options import err
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Keep the run's log in a file, and show it where there is no progress bar."""
+    logger = logging.getLogger("blockquant")
+    logger.setLevel(logging.DEBUG)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept: list[logging.Handler] = [logging.FileHandler(path, delay=True)]
+    if not err.is_terminal:
+        shown = logging.StreamHandler()
+        shown.setLevel(logging.INFO)
+        kept.append(shown)
+    for handler in kept:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in kept:
+            logger.removeHandler(handler)
+            handler.close()
