@@ -13,6 +13,7 @@ __all__ = ["Calibration", "Evaluation"]
 
 _FETCHING = NotHashed("how text is fetched does not change it")
 _MEMORY = NotHashed("it changes nothing but memory")
+_LOOKS = NotHashed("it changes what is shown, not what is made")
 
 Length = Annotated[Count, Field(ge=2)]
 
@@ -67,7 +68,10 @@ class Calibration(_Data):
 
 
 class Evaluation(_Data):
-    """The text that perplexity is measured on; windows None means all there are."""
+    """The text that perplexity is measured on; windows None means all there are.
+
+    report: whether pictures and a page of what was measured are made.
+    """
 
     name: Annotated[DataName, choice(DataName)] = DataName.SELF_GENERATED
     seq_len: Length = Field(
@@ -80,6 +84,7 @@ class Evaluation(_Data):
     seed: Seed | None = None
     dtype: Annotated[EvaluationDtype, choice(EvaluationDtype)] = EvaluationDtype.AUTO
     type: Annotated[EvaluationType, choice(EvaluationType)] = EvaluationType.PPL
+    report: Annotated[bool, _LOOKS] = True
     eval_pos: Annotated[
         tuple[str, ...] | None,
         BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),

@@ -21,6 +21,7 @@ from tasks.engine.step import action
 from tasks.engine.store import Entry
 from tasks.engine.windows import read_tokens
 from tasks.evaluate import read_token_nll
+from tasks.looks.log_looks import log_looks
 from tasks.publish import QUANTIZED, TRANSFORMED, model_card, publish
 from tasks.register import error_rows, tell_failure
 from tasks.report import Product
@@ -93,3 +94,9 @@ def show(job: Job, report: dict[str, Any], blocks: Sequence[Entry]) -> None:
             table=error_rows(blocks), key="linear-errors", description=job.source.name
         )
     create_markdown_artifact(markdown=model_card(report), key="model-card")
+
+
+def look(job: Job, run: ToldRun, blocks: Sequence[Entry], decided: Sequence[Entry]) -> None:
+    """Leave pictures of what was measured in MLflow, unless the recipe wants none."""
+    if job.evaluation.report:
+        action(log_looks)(run, blocks, decided, len(job.blocks))

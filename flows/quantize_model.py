@@ -11,7 +11,7 @@ from prefect import flow
 
 from configs.loading import ineffective_keys, load_recipe
 from flows.course import Course
-from flows.finishing import publish_products, serve, show
+from flows.finishing import look, publish_products, serve, show
 from flows.progress import reporter
 from flows.steps import State, apply, calibration, passes
 from flows.tracked import failure_kept, open_tracked
@@ -121,6 +121,7 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
     decided = [d.entry for d in state.decided]
     action(log_measured)(run, report, blocks, decided, sets, dict(course.seconds))
     served = serve(job, run, location)
+    look(job, run, blocks, decided)
     action(register)(run, report, location, served, log_file)
     done = "measured" if location is None else f"published {location}"
     log.info("%s: %s", done, summary(report["metrics"]))

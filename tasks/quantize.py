@@ -22,6 +22,7 @@ from tasks.engine.feedback import RoundedBlock, feed_back
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job, activation_lineage, require, scheme_lineage
 from tasks.engine.precision import search_products
+from tasks.engine.ranges import input_ranges, weight_range
 from tasks.engine.source import tensor_digest
 from tasks.engine.step import step
 from tasks.engine.store import Draft, load_tensors
@@ -95,6 +96,7 @@ def makes_up(quant: Quant) -> bool:
 
 @step(
     depends_on=_depends_on,
+    version=2,
     code=("quantizers.clipping", "quantizers.gptq", "quantizers.scale_refit"),
     tags=("quantize",),
 )
@@ -102,8 +104,9 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
     """Round a block and report the error of each linear; the codes themselves stay in memory.
 
     The value holds, per linear, the relative error of its weight, that of its output where inputs
-    were collected, and a digest of codes and scales that :mod:`tasks.verify` compares. Static
-    input scales are the entry's only file.
+    were collected, and a digest of codes and scales that :mod:`tasks.verify` compares; and how
+    large weights and inputs are, before all changes and after. Static input scales are the entry's
+    only file.
     """
     weights = transformed_block(job, block, origin.decision, origin.version)
     rounded = rounded_block(job, origin, block)
@@ -111,7 +114,8 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
     # a method that measures its own inputs reports of those
     grams = {} if rounded.notes else _grams(job, origin, block)
     scales = _input_scales(job, origin, block)
-    linears = {}
+    source = job.read_block(block)
+    linears, ranges = {}, {}
     for name, quantized in codes.items():
         weight = weights[f"{name}.weight"]
         restored = dequantize(quantized, job.scheme.weight)
@@ -126,9 +130,17 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
         if name in scales:
             report["input_scale"] = float(scales[name])
         linears[name] = report
+        ranges[name] = {
+            "before": weight_range(source[f"{name}.weight"]),
+            "after": weight_range(restored),
+        }
     if scales:
         draft.save_tensors(INPUT_SCALES, {name: scale.clone() for name, scale in scales.items()})
-    return {"linears": linears}
+    return {
+        "linears": linears,
+        "weights": ranges,
+        "inputs": {} if rounded.notes else _inputs(job, origin, block),
+    }
 
 
 def block_codes(job: Job, origin: Origin, block: int) -> Mapping[str, QuantizedWeight]:
@@ -192,6 +204,15 @@ def _input_scales(job: Job, origin: Origin, block: int) -> dict[str, Tensor]:
         if scale is not None:
             scales |= dict.fromkeys(group.linears, scale)
     return scales
+
+
+def _inputs(job: Job, origin: Origin, block: int) -> dict[str, Any]:
+    """How large the inputs of groups are, before and after the transforms; none collected: {}."""
+    if origin.stream is None:
+        return {}
+    statistics = block_statistics(job, origin.stream, block)
+    found = {group.name: statistics[group.name] for group in quantized_groups(job, block)}
+    return input_ranges(found, block_transforms(job, origin.decision))
 
 
 def _grams(job: Job, origin: Origin, block: int) -> dict[str, Tensor]:

@@ -122,3 +122,6 @@ def test_decisions_are_artifacts(
     assert [trial["ratio"] for trial in tried] == [step / 20 for step in range(20)]
     assert all(trial["error"] > 0 for trial in tried)
     assert sum(searches["clip"][0]["chosen"]["mlp.down_proj"]) == 1
+    kept = {Path(file.path).name for file in client.list_artifacts(run["run"], "looks")}
+    drawn = {"errors", "weight-ranges", "input-ranges", "scale-search", "clip-search"}
+    assert kept == {f"{name}.png" for name in drawn}

@@ -56,7 +56,7 @@ def make_case(
     model = make_checkpoint(folder / "tiny", blocks=BLOCKS)
     text = make_text(folder / "words.txt", words=3000)
     recipe = folder / "recipe.yml"
-    evaluation = "eval: {name: text, path: TEXT, windows: 2, seq_len: 64}\n"
+    evaluation = "eval: {name: text, path: TEXT, windows: 2, seq_len: 64, report: false}\n"
     recipe.write_text((evaluation + body).replace("TEXT", str(text)))
     empty = Case(folder, prepared, recipe, model, Ran(0, [], {}, {}), {}, {})
     output = folder / "undisturbed" / "out"

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent.parent
 LAST_SECONDS = 60
 RECIPE = """
 calib: {{name: text, path: {text}, n_samples: 4, seq_len: 64}}
-eval: {{name: text, path: {text}, windows: 2, seq_len: 64}}
+eval: {{name: text, path: {text}, windows: 2, seq_len: 64, report: false}}
 quant:
   method: Identity
   quant_out: true
