@@ -21,6 +21,7 @@ from configs.fields import (
     choice,
     effective,
 )
+from configs.gate_schema import Gate
 from configs.serving_schema import Serving
 from configs.special_keys import SPECIAL_KEYS, GptqSpecial, NoSpecial, Special
 from configs.vocabulary import (
@@ -40,6 +41,7 @@ __all__ = [
     "Base",
     "Calibration",
     "Evaluation",
+    "Gate",
     "Model",
     "Quant",
     "Recipe",
@@ -269,6 +271,7 @@ class Recipe(Section):
     steps: tuple[Step, ...] | None = None
     save: Save = Field(default_factory=Save)
     serving: Serving = Field(default_factory=Serving)
+    gate: Gate = Field(default_factory=Gate)
     ignored_layers: Layers = ()
 
     def resolved_steps(self) -> tuple[ResolvedStep, ...]:
@@ -288,8 +291,8 @@ class Recipe(Section):
     def canonical(self) -> dict[str, Any]:
         """Return, as JSON types, what the result depends on besides the source model.
 
-        Defaults are filled in. Keys without effect, places (model.path, save), serving and labels
-        are left out, and one ``quant`` reads the same as one of ``steps``.
+        Defaults are filled in. Keys without effect, places (model.path, save), serving, the gate
+        and labels are left out, and one ``quant`` reads the same as one of ``steps``.
         """
         return {
             "base": effective(self.base),

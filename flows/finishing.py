@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tasks.engine.step import action
 from tasks.engine.store import Entry
 from tasks.engine.windows import read_tokens
 from tasks.evaluate import read_token_nll
+from tasks.gate import failed_serving
 from tasks.looks.log_looks import log_looks
 from tasks.publish import QUANTIZED, TRANSFORMED, model_card, publish
 from tasks.register import error_rows, tell_failure
@@ -58,8 +59,16 @@ def publish_products(
     return location
 
 
-def serve(job: Job, run: ToldRun, location: str | None) -> dict[str, Any]:
-    """Try the published checkpoint on a real server; what came of it, or why there was none."""
+def serve(
+    job: Job,
+    run: ToldRun,
+    location: str | None,
+    offered: Callable[[Mapping[str, Any]], None],
+) -> dict[str, Any]:
+    """Try the published checkpoint on a real server; what came of it, or why there was none.
+
+    One that is not served as measured is ``offered`` with that: it is registered, not accepted.
+    """
     serving = job.recipe.serving
     if not serving.smoke_test:
         return {"served": False, "reason": "serving.smoke_test is false"}
@@ -76,6 +85,7 @@ def serve(job: Job, run: ToldRun, location: str | None) -> dict[str, Any]:
         outcome = action(smoke_test)(Path(location), serving, job.device, log_file, job.source.path)
     except Exception as error:
         tell_failure(run, error)
+        offered(failed_serving(error))
         raise
     finally:
         for kept in sorted(log_file.parent.glob(f"{log_file.stem}*")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tasks.engine.store import Entry
 from tasks.evaluate import evaluate, summary
 from tasks.evaluation_set import evaluation_set
 from tasks.export import export, export_transformed
+from tasks.gate import offer
 from tasks.load_model import load_model
 from tasks.publish import QUANTIZED, TRANSFORMED, launch_line
 from tasks.register import log_measured, register
@@ -89,6 +91,7 @@ def quantize_model(
             result = _quantize(job, run, request, kept)
             # after MLflow was told: killed before, the same command goes on
             result["mlflow"] = told(run)
+            result["gate"] = run.decision
             if request.output is not None:
                 end(job.store.root, request.output)
             return result
@@ -120,8 +123,14 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
     show(job, report, blocks)
     decided = [d.entry for d in state.decided]
     action(log_measured)(run, report, blocks, decided, sets, dict(course.seconds))
-    served = serve(job, run, location)
+    identity = work_identity(job, request.output)
+    evaluated_on = sets["evaluation"]
+    offered = partial(
+        action(offer, name="gate"), job, run, identity, report, location, evaluated_on
+    )
+    served = serve(job, run, location, offered)
     look(job, run, blocks, decided)
+    offered(served)
     action(register)(run, report, location, served, log_file)
     done = "measured" if location is None else f"published {location}"
     log.info("%s: %s", done, summary(report["metrics"]))

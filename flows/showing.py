@@ -26,6 +26,7 @@ def show_result(result: dict[str, Any]) -> None:
     if result["launch"]:
         out.print(f"serve it: {result['launch']}", highlight=False, soft_wrap=True)
     show_served(result["served"])
+    show_gate(result["gate"])
     out.print(
         f"look at it: {mlflow_line(result['mlflow']['uri'])}", highlight=False, soft_wrap=True
     )
@@ -36,6 +37,17 @@ def show_result(result: dict[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def show_gate(decided: dict[str, Any] | None) -> None:
+    """Say in a line whether a checkpoint is champion, and why not; nothing while not known."""
+    if decided is None:
+        return
+    name = f"{decided['model']} version {decided['version']}"
+    line = f"champion: {'yes' if decided['champion'] else 'no'}, {name}"
+    if decided["gate"] != "champion":
+        line += f" {decided['gate']}"
+    out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def mlflow_line(uri: str) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from configs.serving_schema import Serving
 from tasks.engine.checkpoint import Checkpoint, open_checkpoint
 from tasks.engine.errors import InputError, RunError
+from tasks.engine.export_format import Scheme
 from tasks.engine.publication import REPORT
 from tasks.engine.served_windows import ServedWindows, read_windows
 from tasks.engine.serving.client import Client
@@ -320,7 +321,11 @@ def speed_of(client: Client, prompts: Sequence[Sequence[int]]) -> dict[str, floa
 
 def largest_gap(checkpoint: Checkpoint) -> float:
     """How far a server's NLL may be from the measured one: more where inputs are quantized too."""
-    scheme = checkpoint.scheme
+    return largest_gap_of(checkpoint.scheme)
+
+
+def largest_gap_of(scheme: Scheme | None) -> float:
+    """The same of a scheme."""
     return WEIGHT_ONLY_GAP if scheme is None or scheme.activation is None else ACTIVATIONS_GAP
 
 

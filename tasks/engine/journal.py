@@ -23,12 +23,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tasks.engine.registry import Offer, offer
 from tasks.engine.settings import Settings
 from tasks.engine.store import link_or_copy
 from tasks.engine.tracking import Point, Run, open_run
 
 log = logging.getLogger("blockquant")
 
+# what was learned of a checkpoint that was offered to the registry
+DECISION = "decision"
 # a server that did not answer is not asked again for so long
 AWAY_S = 30.0
 # how long a run's end may wait for what is still to be sent
@@ -160,6 +163,8 @@ def _send(journal: Journal, settings: Settings, message: Message) -> dict[str, s
         run = open_run(settings, **body)
         return {"run": run.id, "experiment": run.experiment}
     run = Run(settings.tracking_uri, journal.fact("run") or "", journal.fact("experiment") or "")
+    if message.kind == "offer":
+        return {DECISION: json.dumps(offer(run, settings, Offer(**body)))}
     if message.kind in ("log_points", "log_first_points"):
         body["points"] = [Point(**point) for point in body["points"]]
     if message.kind == "log_file":
@@ -242,6 +247,17 @@ class ToldRun:
     def log_input(self, name: str, digest: str, source: Mapping[str, Any], context: str) -> None:
         """Tell of a data set."""
         self._add("log_input", name=name, digest=digest, source=dict(source), context=context)
+
+    def offer(self, offered: Offer) -> None:
+        """Tell of a checkpoint that is to be registered, and to be champion if the gate holds."""
+        self._add("offer", **asdict(offered))
+
+    @property
+    def decision(self) -> dict[str, Any] | None:
+        """What the gate decided, None as long as that is not known."""
+        found = self.journal.fact(DECISION)
+        decided: dict[str, Any] | None = None if found is None else json.loads(found)
+        return decided
 
     def finish(self) -> None:
         """Tell that the run is done."""

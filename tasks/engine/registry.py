@@ -1,0 +1,288 @@
+"""Model versions of checkpoints in MLflow's registry, and the one of them that is champion.
+
+All that a decision needs is kept with the version, so it can be made where and when the server is
+there: by the run, by ``blockquant sync``, or again once the checkpoint was served elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from tasks.engine.gate import Decision, Figures, as_values, decide, figures_of, limits_of
+from tasks.engine.settings import Settings
+from tasks.engine.tracking import IDENTITY_TAG, Run
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+log = logging.getLogger("blockquant")
+
+CHAMPION = "champion"
+GATE = "gate"
+GATE_FILE = "gate.json"
+# tags of a version that are read again: what it was made of, what was offered, what was decided
+CONTENT_TAG = "blockquant.content"
+OFFER_TAG = "blockquant.offer"
+DECIDED_TAG = "blockquant.decided"
+# how long another process may take to decide
+LOCK_S = 60.0
+LONGEST_TAG = 4900
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A checkpoint that is to be registered, and to be champion if the gate holds.
+
+    Attributes:
+        model: name of the registered model.
+        content: digest of what was published: the same again is the same version.
+        identity: of the work that made it.
+        location: a folder, or an address of an object store.
+        facts: what else the version says of itself.
+        figures: what was measured, as ``gate.Figures`` has it.
+        limits: what is asked, as ``gate.Limits`` has it.
+    """
+
+    model: str
+    content: str
+    identity: str
+    location: str
+    facts: Mapping[str, str]
+    figures: Mapping[str, Any]
+    limits: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Differs where another decision may come of it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def offer(run: Run, settings: Settings, offered: Offer) -> dict[str, Any]:
+    """Register a checkpoint and make it the champion if the gate holds; said again, says the same.
+
+    Runs that share a store decide one after another.
+
+    Returns:
+        ``model``, ``version``, ``champion`` (whether it is now), ``gate`` (in a line), ``reasons``.
+    """
+    lock = settings.store / "journal" / "registry.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock, timeout=LOCK_S):
+        return _offer(run, run.client(), offered)
+
+
+def _offer(run: Run, client: MlflowClient, offered: Offer) -> dict[str, Any]:
+    version = _version(run, client, offered)
+    number = str(version.version)
+    champion = champion_of(client, offered.model)
+    mark = f"{run.id} {offered.digest}"
+    if version.tags.get(DECIDED_TAG) == mark:
+        # sent again after its answer was lost
+        return _kept(run, version, champion)
+    is_champion = champion is not None and str(champion.version) == number
+    compared = None if is_champion else champion
+    decision = _decision(offered, compared, is_champion)
+    found: dict[str, Any] = {
+        "model": offered.model,
+        "version": number,
+        "champion": decision.accepted,
+        GATE: decision.summary,
+        "reasons": [asdict(reason) for reason in decision.reasons],
+    }
+    if decision.accepted:
+        client.set_registered_model_alias(offered.model, CHAMPION, number)
+    elif is_champion:
+        found["champion"] = True
+        log.warning("%s version %s stays champion until another is", offered.model, number)
+    known = {
+        "limits": offered.limits,
+        "figures": offered.figures,
+        "location": offered.location,
+        "compared_with": None if compared is None else _described(compared),
+    }
+    run.log_json({**found, **known}, GATE_FILE)
+    run.set_tags({GATE: decision.summary, "model.name": offered.model, "model.version": number})
+    # last: a process that dies before it decides again
+    _tag(
+        client,
+        version,
+        {
+            **_tags(offered),
+            GATE: decision.summary,
+            "run": run.id,
+            OFFER_TAG: json.dumps(asdict(offered)),
+            DECIDED_TAG: mark,
+        },
+    )
+    _say(found)
+    return found
+
+
+def _say(found: Mapping[str, Any]) -> None:
+    log.info("%s version %s: %s", found["model"], found["version"], found[GATE])
+    for reason in found["reasons"]:
+        log.debug("gate: %s: %s", "holds" if reason["holds"] else "does not hold", reason["line"])
+
+
+def _decision(offered: Offer, champion: ModelVersion | None, is_champion: bool) -> Decision:
+    figures, limits = figures_of(offered.figures), limits_of(offered.limits)
+    if is_champion:
+        return decide(figures, limits, alone="it is the champion already")
+    if champion is None:
+        return decide(figures, limits)
+    return decide(figures, limits, _figures(champion), f"champion version {champion.version}")
+
+
+def _figures(version: ModelVersion) -> Figures:
+    """Figures of a version; none of one that somebody else registered."""
+    try:
+        return figures_of(json.loads(version.tags[OFFER_TAG])["figures"])
+    except (KeyError, ValueError, TypeError):
+        return Figures()
+
+
+def _described(version: ModelVersion) -> dict[str, Any]:
+    return {"version": str(version.version), "figures": as_values(_figures(version))}
+
+
+def _kept(run: Run, version: ModelVersion, champion: ModelVersion | None) -> dict[str, Any]:
+    return {
+        "model": version.name,
+        "version": str(version.version),
+        "champion": champion is not None and str(champion.version) == str(version.version),
+        GATE: version.tags[GATE],
+        "reasons": [],
+    }
+
+
+def _tags(offered: Offer) -> dict[str, str]:
+    numbers = {k: v for k, v in offered.figures.items() if isinstance(v, float)}
+    return {
+        IDENTITY_TAG: offered.identity,
+        CONTENT_TAG: offered.content,
+        "location": offered.location,
+        **{name: repr(value) for name, value in numbers.items()},
+        "served": str(offered.figures["served"]),
+        "served.reason": str(offered.figures["served_reason"]),
+        **offered.facts,
+    }
+
+
+def _version(run: Run, client: MlflowClient, offered: Offer) -> ModelVersion:
+    """The version of this very checkpoint, registered now if it is not yet."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(offered.model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    asked = f"name = '{_quoted(offered.model)}' and tags.`{CONTENT_TAG}` = '{offered.content}'"
+    known = client.search_model_versions(asked, max_results=1)
+    if known:
+        return known[0]
+    return client.create_model_version(
+        offered.model,
+        source=_source(run, offered.location),
+        run_id=run.id,
+        tags={name: value[:LONGEST_TAG] for name, value in _tags(offered).items()},
+        await_creation_for=0,
+    )
+
+
+def _source(run: Run, location: str) -> str:
+    """Where a version's files are, as MLflow may be told."""
+    if "://" in location:
+        return location
+    if not run.uri.startswith(("http://", "https://")):
+        return Path(location).as_uri()
+    # a server takes no folders of its clients: the run says which folder of which machine it is
+    where = {"location": location, "host": socket.gethostname()}
+    run.log_json(where, "checkpoint/location.json")
+    return f"runs:/{run.id}/checkpoint"
+
+
+def _quoted(text: str) -> str:
+    return text.replace("'", "''")
+
+
+def champion_of(client: MlflowClient, model: str) -> ModelVersion | None:
+    """The version that is champion, None where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(model, CHAMPION)
+    except MlflowException as error:
+        # no such alias, or an alias of a version that was deleted, or no such model
+        if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+            return None
+        raise
+
+
+def champions(client: MlflowClient) -> list[dict[str, Any]]:
+    """Each champion: its model, version, location, scheme, figures, decision and run."""
+    found = []
+    token = None
+    while True:
+        page = client.search_registered_models(max_results=100, page_token=token)
+        for model in page:
+            version = champion_of(client, model.name)
+            if version is not None:
+                found.append(_champion(version))
+        token = page.token
+        if not token:
+            return found
+
+
+def _champion(version: ModelVersion) -> dict[str, Any]:
+    figures = _figures(version)
+    return {
+        "model": version.name,
+        "version": str(version.version),
+        "location": version.tags.get("location", version.source),
+        "scheme": version.tags.get("scheme"),
+        "served": version.tags.get("served"),
+        "nll_increase": figures.nll_increase,
+        "kl": figures.kl,
+        "top1_agreement": figures.top1_agreement,
+        GATE: version.tags.get(GATE),
+        "run": version.tags.get("run", version.run_id),
+    }
+
+
+def served_later(run: Run, settings: Settings, served: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Decide again about a run's version with what came of serving it; None where it has none.
+
+    Args:
+        run: the run that registered it.
+        settings: where the tracking server and the store are.
+        served: the figures that say what came of serving it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = run.client()
+    tags = client.get_run(run.id).data.tags
+    try:
+        version = client.get_model_version(tags["model.name"], tags["model.version"])
+        kept = Offer(**json.loads(version.tags[OFFER_TAG]))
+    except (KeyError, ValueError, TypeError, MlflowException):
+        return None
+    return offer(run, settings, replace(kept, figures={**kept.figures, **served}))
+
+
+def _tag(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str]) -> None:
+    """Set the tags that differ, in their order."""
+    for name, value in tags.items():
+        short = value if name == OFFER_TAG else value[:LONGEST_TAG]
+        if version.tags.get(name) != short:
+            client.set_model_version_tag(version.name, str(version.version), name, short)

@@ -1,0 +1,359 @@
+"""Versions and champions in a real registry: a database, and a server over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tasks.engine import journal as journals_module
+from tasks.engine import registry
+from tasks.engine.gate import FAILED, NO, YES
+from tasks.engine.journal import journals, synchronize, told, told_run
+from tasks.engine.registry import Offer, champion_of, champions, offer, served_later
+from tasks.engine.settings import Settings
+from tasks.engine.tracking import open_run
+
+FIGURES = {
+    "nll_increase": 0.03,
+    "kl": 0.04,
+    "top1_agreement": 0.9,
+    "served": NO,
+    "served_reason": "no GPU",
+    "server_nll": None,
+    "server_nll_gap": None,
+    "unserved": None,
+    "evaluation": "books",
+    "windows": "abc",
+    "scored": None,
+}
+TOLERANCES = {
+    "nll_increase": 0.0,
+    "kl": 0.0,
+    "top1_agreement": 0.0,
+    "server_nll": 0.0,
+    "same_evaluation": True,
+}
+LIMITS = {
+    "max_nll_increase": 0.1,
+    "max_kl": 0.1,
+    "min_top1_agreement": 0.8,
+    "max_server_nll_gap": 0.005,
+    "require_served": False,
+    "against_champion": TOLERANCES,
+}
+
+
+def offered(content: str, model: str = "tiny-W4A16", **figures) -> Offer:
+    return Offer(
+        model=model,
+        content=content,
+        identity=f"work-{content}",
+        location=f"/exports/{content}",
+        facts={"scheme": "W4A16", "bytes": "1000"},
+        figures=FIGURES | figures,
+        limits=LIMITS,
+    )
+
+
+def place_in(home: Path, uri: str | None = None) -> Settings:
+    local = f"sqlite:///{home}/mlflow.db"
+    return Settings(home / "store", uri or local, home / "artifacts", home / "p")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, prepared_home: Path):
+    """A tracking server with artifacts and registry, as a process; its address."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    database = folder / "mlflow.db"
+    database.write_bytes((prepared_home / "mlflow.db").read_bytes())
+    with closing(socket.create_server(("127.0.0.1", 0))) as found:
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", f"sqlite:///{database}", "--workers", "1"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "log").read_text()
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+@pytest.fixture(params=["database", "server"])
+def place(request: pytest.FixtureRequest, home: Path) -> Settings:
+    """Where MLflow is; a server is one for all tests here, so each has models of its own."""
+    return place_in(home, request.getfixturevalue("server") if request.param == "server" else None)
+
+
+def present(place: Settings, model: str) -> str | None:
+    champion = champion_of(MlflowClient(place.tracking_uri), model)
+    return None if champion is None else str(champion.version)
+
+
+def test_the_first_that_holds_is_champion_and_only_a_better_one_follows(place, request):
+    model = f"course-{request.node.name}"
+    client = MlflowClient(place.tracking_uri)
+
+    def made(content: str, **figures):
+        run = open_run(place, f"{model} {content}", content, {}, {})
+        return run, offer(run, place, offered(content, model, **figures))
+
+    _, beyond = made("beyond", kl=0.2)
+    assert beyond["champion"] is False and present(place, model) is None
+    first_run, first = made("first")
+    assert first["champion"] is True and present(place, model) == first["version"] == "2"
+    worse_run, worse = made("worse", kl=0.05)
+    assert (
+        worse["gate"] == "refused: KL 0.05 is more than 0.04 (champion version 2 and what is "
+        "tolerated)"
+    )
+    assert present(place, model) == "2"
+    _, failed = made("failed", kl=0.01, served=FAILED, served_reason="it died")
+    assert failed["champion"] is False and present(place, model) == "2"
+    _, better = made("better", kl=0.01)
+    assert better["champion"] is True and present(place, model) == better["version"] == "5"
+
+    # what each leaves in its run and its version
+    version = client.get_model_version(model, worse["version"])
+    assert version.run_id == worse_run.id
+    wanted = {
+        "blockquant.identity": "work-worse",
+        "location": "/exports/worse",
+        "scheme": "W4A16",
+        "bytes": "1000",
+        "kl": "0.05",
+        "served": "no",
+        "served.reason": "no GPU",
+        "gate": worse["gate"],
+    }
+    assert {**version.tags, **wanted} == version.tags
+    tags = client.get_run(worse_run.id).data.tags
+    assert tags["gate"] == worse["gate"]
+    assert (tags["model.name"], tags["model.version"]) == (model, worse["version"])
+    assert client.get_run(first_run.id).data.tags["gate"] == "champion"
+    assert client.get_model_version(model, failed["version"]).tags["served"] == "failed"
+    kept = json.loads(Path(client.download_artifacts(worse_run.id, "gate.json")).read_text())
+    assert kept["figures"]["kl"] == 0.05 and kept["limits"] == LIMITS
+    assert kept["compared_with"]["version"] == "2"
+    assert kept["compared_with"]["figures"]["kl"] == 0.04
+    assert {"holds": True, "line": "KL 0.05 is at most 0.1"} in kept["reasons"]
+    (shown,) = [found for found in champions(client) if found["model"] == model]
+    assert (shown["version"], shown["kl"], shown["location"]) == ("5", 0.01, "/exports/better")
+
+
+def test_a_version_says_where_its_files_are(place, request):
+    model = f"where-{request.node.name}"
+    client = MlflowClient(place.tracking_uri)
+    run = open_run(place, model, model, {}, {})
+    number = offer(run, place, offered("one", model))["version"]
+    source = client.get_model_version(model, number).source
+    if place.tracking_uri.startswith("http"):
+        assert source == f"runs:/{run.id}/checkpoint"
+        where = client.download_artifacts(run.id, "checkpoint/location.json")
+        assert json.loads(Path(where).read_text())["location"] == "/exports/one"
+    else:
+        assert source == "file:///exports/one"
+    uploaded = replace(offered("two", model), location="s3://bucket/two")
+    number = offer(run, place, uploaded)["version"]
+    assert client.get_model_version(model, number).source == "s3://bucket/two"
+
+
+def test_the_same_again_is_the_same_version(place, request):
+    model = f"again-{request.node.name}"
+    client = MlflowClient(place.tracking_uri)
+    run = open_run(place, model, model, {}, {})
+    first = offer(run, place, offered("one", model))
+    again = offer(run, place, offered("one", model))
+    assert (again["version"], again["champion"], again["gate"]) == ("1", True, "champion")
+    # the same work in another run, and with another limit: another decision about one version
+    other = open_run(place, f"{model} other", model, {}, {})
+    assert offer(other, place, offered("one", model))["version"] == first["version"]
+    strict = replace(offered("one", model), limits=LIMITS | {"max_kl": 0.001})
+    refused = offer(other, place, strict)
+    assert refused["gate"].startswith("refused: KL 0.04 is more than 0.001")
+    # nothing better is there
+    assert refused["champion"] is True and present(place, model) == "1"
+    assert len(client.search_model_versions(f"name = '{model}'")) == 1
+
+
+def test_a_decision_that_was_made_stays_when_its_message_comes_again(home):
+    place = place_in(home)
+    runs = [open_run(place, name, name, {}, {}) for name in "ab"]
+    offer(runs[0], place, offered("a"))
+    offer(runs[1], place, offered("b", kl=0.01))
+    again = offer(runs[0], place, offered("a"))
+    # it was champion, and is no longer: not decided once more
+    assert (again["gate"], again["champion"]) == ("champion", False)
+    assert present(place, "tiny-W4A16") == "2"
+
+
+@pytest.mark.parametrize("dies_at", ["set_registered_model_alias", "log_dict", "log_batch"])
+def test_a_message_whose_sending_was_cut_short_is_sent_again(home, monkeypatch, dies_at):
+    place = place_in(home)
+    run = open_run(place, "a", "a", {}, {})
+    with monkeypatch.context() as cut:
+        cut.setattr(MlflowClient, dies_at, lambda *_, **__: (_ for _ in ()).throw(OSError("cut")))
+        with pytest.raises(OSError, match="cut"):
+            offer(run, place, offered("a"))
+    found = offer(run, place, offered("a"))
+    assert found["version"] == "1" and found["gate"] == "champion"
+    assert present(place, "tiny-W4A16") == "1"
+    client = MlflowClient(place.tracking_uri)
+    assert client.get_run(run.id).data.tags["gate"] == "champion"
+    assert client.get_model_version("tiny-W4A16", "1").tags["gate"] == "champion"
+
+
+def test_a_champion_that_somebody_named_by_hand_is_not_replaced(home):
+    place = place_in(home)
+    client = MlflowClient(place.tracking_uri)
+    client.create_registered_model("tiny-W4A16")
+    client.create_model_version("tiny-W4A16", "file:///elsewhere", await_creation_for=0)
+    client.set_registered_model_alias("tiny-W4A16", "champion", "1")
+    found = offer(open_run(place, "a", "a", {}, {}), place, offered("a"))
+    assert "champion version 1 has no KL to compare with" in found["gate"]
+    assert present(place, "tiny-W4A16") == "1"
+    client.delete_registered_model_alias("tiny-W4A16", "champion")
+    assert champions(client) == []
+
+
+def test_two_at_once_leave_one_champion_the_better(home):
+    place = place_in(home)
+    script = """
+import json, sys
+from pathlib import Path
+from tests.tasks.engine.test_registry import offered, place_in
+from tasks.engine.registry import offer
+from tasks.engine.tracking import open_run
+place, name = place_in(Path(sys.argv[1])), sys.argv[2]
+run = open_run(place, name, name, {}, {})
+print("ready", flush=True)
+sys.stdin.readline()
+print(json.dumps(offer(run, place, offered(name, kl=float(sys.argv[3])))))
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(home), name, kl],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name, kl in (("better", "0.01"), ("worse", "0.02"))
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    with ThreadPoolExecutor(2) as both:
+        said = [text for text, _ in both.map(lambda p: p.communicate("go\n"), processes)]
+    better, _ = (json.loads(text) for text in said)
+    assert better["champion"] is True
+    assert present(place, "tiny-W4A16") == better["version"]
+    client = MlflowClient(place.tracking_uri)
+    assert len(client.search_model_versions("name = 'tiny-W4A16'")) == 2
+
+
+def test_what_was_served_elsewhere_later_is_decided_again(home):
+    place = place_in(home)
+    run = open_run(place, "a", "a", {}, {})
+    served = {"served": YES, "served_reason": "", "server_nll": 3.5, "server_nll_gap": 0.001}
+    assert served_later(run, place, served) is None
+    asked = replace(offered("a"), limits=LIMITS | {"require_served": True})
+    assert offer(run, place, asked)["champion"] is False
+    found = served_later(run, place, served)
+    assert found["champion"] is True and present(place, "tiny-W4A16") == "1"
+    version = MlflowClient(place.tracking_uri).get_model_version("tiny-W4A16", "1")
+    assert (version.tags["served"], version.tags["server_nll"]) == ("yes", "3.5")
+    # a champion that fails later is said so, and stays until another holds
+    found = served_later(run, place, {"served": FAILED, "served_reason": "it died"})
+    assert found["gate"].startswith("refused: it was not served as measured")
+    version = MlflowClient(place.tracking_uri).get_model_version("tiny-W4A16", "1")
+    assert version.tags["served"] == "failed" and present(place, "tiny-W4A16") == "1"
+
+
+# through the journal
+
+
+def test_the_decision_is_made_when_the_server_is_back(home, server, caplog):
+    with closing(socket.create_server(("127.0.0.1", 0))) as found:
+        away = place_in(home, f"http://127.0.0.1:{found.getsockname()[1]}")
+    model = "journal-away"
+    with told_run(away, "work") as run:
+        run.open("work", "a run", {}, {})
+        run.offer(offered("a", model))
+        run.finish()
+        assert told(run)["left"] == 3 and run.decision is None
+    # another became champion meanwhile: it is the one that is compared with
+    back = place_in(home, server)
+    offer(open_run(back, "other", "other", {}, {}), back, offered("b", model, kl=0.01))
+    (kept,) = journals(away.store)
+    caplog.set_level("INFO")
+    assert synchronize(kept, back) is None
+    assert f"{model} version 2: refused: KL 0.04 is more than 0.01" in caplog.text
+    assert present(back, model) == "1"
+    client = MlflowClient(server)
+    (run,) = [r for r in client.search_runs(["1"]) if r.info.run_name == "a run"]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["gate"].startswith("refused: KL 0.04")
+
+
+def test_a_registry_that_refuses_stops_nothing(home, caplog):
+    place = place_in(home)
+    with told_run(place, "work") as run:
+        run.open("work", "a run", {}, {})
+        run.offer(replace(offered("a"), model="no/name"))
+        run.finish()
+        assert told(run)["left"] == 0 and run.decision is None
+    assert "MLflow refuses a message (offer)" in caplog.text
+
+
+def test_the_decision_is_known_to_the_run(home, capfd):
+    place = place_in(home)
+    with told_run(place, "work") as run:
+        run.open("work", "a run", {}, {})
+        run.offer(offered("a"))
+        run.finish()
+        assert told(run)["left"] == 0
+        assert run.decision["champion"] is True and run.decision["version"] == "1"
+    assert capfd.readouterr().out == ""
+
+
+def test_an_offer_is_plain_json():
+    one = offered("a")
+    assert Offer(**json.loads(json.dumps(asdict(one)))) == one
+    assert one.digest != replace(one, limits=LIMITS | {"max_kl": 0.2}).digest
+
+
+def test_who_waits_too_long_for_another_keeps_its_message(home, monkeypatch):
+    from filelock import FileLock
+
+    monkeypatch.setattr(registry, "LOCK_S", 0.05)
+    place = place_in(home)
+    with told_run(place, "work") as run:
+        run.open("work", "a run", {}, {})
+        told(run)
+        with FileLock(place.store / "journal" / "registry.lock"):
+            run.offer(offered("a"))
+            assert told(run)["left"] == 1
+        assert told(run)["left"] == 0
+    assert journals_module.journals(place.store) == []
