@@ -23,15 +23,21 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-ops lint bench-env sglang-env clean
+.PHONY: help venv demo up down test test-ops ops-packages lint bench-env sglang-env clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(TEST_STAMP) ## make .venv with the test extra
 
 demo: $(RUNTIME_STAMP) ## quantize the demo model and show what it costs
 	@$(BIN)/blockquant demo
+
+up: $(RUNTIME_STAMP) ## start Prefect, MLflow and a worker on this machine, and print where they are
+	@$(BIN)/python -m flows.local_services up
+
+down: $(RUNTIME_STAMP) ## end what `make up` started
+	@$(BIN)/python -m flows.local_services down
 
 test: $(TEST_STAMP) ## all tests but the long operations tests
 	@$(BIN)/python -m pytest -m 'not ops'
@@ -44,6 +50,17 @@ lint: $(TEST_STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The tests say what is missing; installing needs root and Debian's apt-get.
+OPS_PACKAGES := postgresql chromium chromium-driver
+ops-packages: ## install what test-ops needs of Debian: PostgreSQL and a browser
+	@missing=; for name in $(OPS_PACKAGES); do \
+		dpkg-query -W -f '$${Status}' $$name 2>/dev/null | grep -q ' installed$$' || missing="$$missing $$name"; done; \
+	[ -n "$$missing" ] || exit 0; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "make: test-ops needs$$missing, which are not installed; install them" >&2; exit 1; fi; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	apt-get update -qq && apt-get install -qq --no-install-recommends $$missing >/dev/null
 
 sglang-env: $(SGLANG_STAMP) ## make .venv-sglang with SGLang, where there is a GPU
 

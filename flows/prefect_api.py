@@ -174,8 +174,8 @@ def _lock_before_reading() -> None:
     AioSqliteConfiguration.begin_transaction = immediate  # type: ignore[assignment]
 
 
-def _serve(listening: socket.socket, start_lock: Path) -> None:
-    """Serve until standard input ends: it does when the process that started us is gone.
+def serve_until_told(listening: socket.socket, start_lock: Path, watched: bool = False) -> None:
+    """Serve Prefect until a signal, or until standard input ends where that is ``watched``.
 
     Two servers that create or migrate one database at once fail: ``start_lock`` is held until this
     one is up. The server holds it, for it may outlive by seconds a command that is killed.
@@ -207,10 +207,12 @@ def _serve(listening: socket.socket, start_lock: Path) -> None:
         time.sleep(5)
         os._exit(0)
 
-    threading.Thread(target=watch, daemon=True).start()
+    # the command that started us is gone then
+    if watched:
+        threading.Thread(target=watch, daemon=True).start()
     lock.acquire()
     server.run(sockets=[listening])
 
 
 if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]))
+    serve_until_told(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]), watched=True)

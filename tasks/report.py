@@ -54,7 +54,7 @@ def make_report(
         "scheme": scheme_name(job.steps[-1].quant) if job.quantizes else "not quantized",
         "method": " then ".join(str(step.quant.method) for step in job.steps),
         "format": job.scheme.format if job.quantizes else None,
-        "recipe": _without_places(job.recipe.canonical()),
+        "recipe": without_places(job.recipe.canonical()),
         "source": {
             "name": job.source.name,
             "digest": job.source.digest(job.source.tensors),
@@ -91,11 +91,11 @@ def _described(entry: Entry) -> str:
     return f"{value['name']}, {value['windows']} windows of {value['window']} tokens"
 
 
-def _without_places(value: Any) -> Any:
-    """Keep the names of files, not the folders they lay in on this machine."""
+def without_places(value: Any) -> Any:
+    """Return a recipe with the names of its files, without the folders they lie in here."""
     if isinstance(value, dict):
         return {
-            k: Path(v).name if k == "path" and isinstance(v, str) else _without_places(v)
+            k: Path(v).name if k == "path" and isinstance(v, str) else without_places(v)
             for k, v in value.items()
         }
-    return [_without_places(v) for v in value] if isinstance(value, list) else value
+    return [without_places(v) for v in value] if isinstance(value, list) else value

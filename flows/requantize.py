@@ -1,0 +1,74 @@
+"""The nightly flow: quantize again where the source, the recipe or the code is new."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.states import Completed
+
+from configs.loading import load_recipe
+from flows.quantize_model import quantize_model
+from tasks.changes import news
+from tasks.check import Request, check, output_folder
+from tasks.engine.errors import InputError
+from tasks.engine.settings import settings
+
+
+@flow(name="requantize", flow_run_name="requantize with {recipe}", validate_parameters=False)
+def requantize(
+    recipe: str,
+    model: str | None = None,
+    output: str | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    memory: int | None = None,
+    store: str | None = None,
+    keep_incompatible: bool = False,
+) -> Any:
+    """Compare the published checkpoint's report with what would be made now; replace it if it must.
+
+    The old checkpoint stays until the new one takes its place by one rename.
+
+    Args:
+        recipe: a recipe file, or the name of one that ships.
+        model: a checkpoint folder or a hub id; the recipe's ``model.path`` where it is not given.
+        output: the folder to publish; the recipe's ``save.save_path`` where it is not given.
+        overrides: ``key.path=value`` each, over the recipe.
+        device: cpu, cuda or cuda:N.
+        memory: bytes that may be used on the device.
+        store: the folder of results; the user's own where it is not given.
+        keep_incompatible: leave linears unquantized whose sizes do not fit, instead of refusing.
+
+    Returns:
+        What quantize_model returns; a state Completed named Skipped where nothing is new.
+
+    Raises:
+        InputError: the request cannot be worked with, or the recipe publishes nothing.
+    """
+    loaded = load_recipe(recipe, overrides)
+    folder = output_folder(loaded, recipe, model, output)
+    if folder is None:
+        raise InputError("save: nothing is published, so there is nothing to compare with")
+    place = settings(Path(store) if store else None).store
+    asked = Request(loaded, model, folder, place, device, memory, keep_incompatible, overwrite=True)
+    job, _ = check(asked, download=True)
+    reason = news(job, folder)
+    if reason is None:
+        said = f"nothing to do: {folder} is of this source, this recipe and this version"
+        get_run_logger().info(said)
+        return Completed(name="Skipped", message=said, data={"checkpoint": str(folder)})
+    get_run_logger().info("quantizing into %s: %s", folder, reason)
+    return quantize_model(
+        recipe=recipe,
+        model=model,
+        output=str(folder),
+        overrides=overrides,
+        device=device,
+        memory=memory,
+        store=store,
+        keep_incompatible=keep_incompatible,
+        overwrite=True,
+    )

@@ -1,0 +1,164 @@
+"""Server, pool, deployments and worker as `make up` starts them: runs, retries, a schedule."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
+
+from tasks.engine.store import Entry, Store
+from tests.integration.resuming import contents
+from tests.models import make_checkpoint, make_text
+from tests.operations.services import Up, brought_up, eventually
+
+pytestmark = [pytest.mark.ops, pytest.mark.timeout(600)]
+
+RECIPE = """
+calib: {{name: text, path: {text}, n_samples: 4, seq_len: 64}}
+eval: {{name: text, path: {text}, windows: 2, seq_len: 64}}
+quant:
+  method: Identity
+  quant_out: true
+  weight: {{bit: 8, symmetric: true, granularity: per_channel}}
+  act: {{bit: 8, symmetric: true, granularity: per_token}}
+serving: {{smoke_test: false}}
+"""
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    with brought_up(tmp_path_factory.mktemp("up") / "home") as services:
+        yield services
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A recipe with a model of two blocks, each in shards of its own."""
+    folder = tmp_path_factory.mktemp("work")
+    model = make_checkpoint(folder / "model", shard_size="200KB")
+    recipe = folder / "recipe.yml"
+    recipe.write_text(RECIPE.format(text=make_text(folder / "words.txt", words=3000)))
+    return {"recipe": str(recipe), "model": str(model)}
+
+
+def entries(parameters: dict[str, Any]) -> dict[str, Entry]:
+    return {entry.key: entry for entry in Store(Path(parameters["store"])).entries()}
+
+
+def tracked(up: Up, output: str) -> Any:
+    """The one MLflow run that made an output."""
+    client = MlflowClient(up.mlflow)
+    experiment = client.get_experiment_by_name("blockquant")
+    (found,) = client.search_runs([experiment.experiment_id], f"params.output = '{output}'")
+    return found
+
+
+def test_a_second_up_changes_nothing(up: Up) -> None:
+    before = {p.pid for p in up.processes()}
+    # supervisor, two servers, a worker
+    assert len(before) == 4
+    again = up.run("up", module="flows.local_services")
+    assert again.stdout == f"Prefect: {up.prefect}\nMLflow: {up.mlflow}\n"
+    assert {p.pid for p in up.processes()} == before
+
+
+def test_a_deployment_is_run_to_completed(up: Up, work: dict[str, str], tmp_path: Path) -> None:
+    output, store = tmp_path / "deployed", tmp_path / "store"
+    parameters = work | {"output": str(output), "store": str(store)}
+    asked = [f"--param={name}={value}" for name, value in parameters.items()]
+    done = up.run("deployment", "run", "quantize/quantize", "--watch", *asked)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tracked(up, str(output)).info.status == "FINISHED"
+    # the command line makes the same of it, from nothing
+    here = ["--model", work["model"], "--output", tmp_path / "here", "--store", tmp_path / "other"]
+    ran = up.run("quantize", work["recipe"], *here, module="flows.cli")
+    assert ran.returncode == 0, ran.stderr
+    assert contents(output) == contents(tmp_path / "here")
+
+
+def test_a_failed_block_is_retried_alone(up: Up, work: dict[str, str], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(work["model"], tmp_path / "model"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    (shard,) = [p for p in model.glob("*.safetensors") if name in load_file(p)]
+    whole = shard.read_bytes()
+    damaged = load_file(shard)
+    damaged[name][3, 5] = float("nan")
+    save_file(damaged, shard, metadata={"format": "pt"})
+    output = str(tmp_path / "out")
+    parameters = {**work, "model": str(model), "output": output, "store": str(tmp_path / "store")}
+
+    run = up.submit("quantize/quantize", parameters)
+    failed = up.ended(run)
+    assert failed["state"]["type"] == "FAILED"
+    assert f"{name} holds NaN or Inf" in failed["state"]["message"]
+    of_mlflow = tracked(up, output)
+    assert of_mlflow.info.status == "FAILED" and name in of_mlflow.data.tags["failure"]
+    first = entries(parameters)
+    assert Counter(e.task for e in first.values())["quantize"] == 1
+
+    # still damaged: a retry by the command line gets no further, and makes nothing again
+    asked = up.run("flow-run", "retry", run)
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    assert up.ended(run, after=1)["state"]["type"] == "FAILED"
+    assert {k: e.created for k, e in entries(parameters).items()} == {
+        k: e.created for k, e in first.items()
+    }
+
+    shard.write_bytes(whole)
+    # as the page's button does
+    state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
+    up.api("POST", f"flow_runs/{run}/set_state", json={"state": state})
+    assert up.ended(run, after=2)["state"]["type"] == "COMPLETED"
+    then = entries(parameters)
+    kept = {k: e.created for k, e in then.items() if k in first}
+    assert {k: kept.get(k) for k in kept} == {k: first[k].created for k in kept}
+    made = Counter(e.task for k, e in then.items() if k not in first)
+    assert made == Counter(["transform", "quantize", "pack", "export", "verify", "evaluate"]), made
+    finished = tracked(up, output)
+    assert finished.info.run_id == of_mlflow.info.run_id
+    assert finished.info.status == "FINISHED" and "failure" not in finished.data.tags
+    client = MlflowClient(up.mlflow)
+    points = client.get_metric_history(finished.info.run_id, "weight_error.mean")
+    assert [point.step for point in points] == [0, 1]
+
+
+def test_the_schedule_fires_and_works_once(up: Up, work: dict[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "nightly"
+    parameters = work | {"output": str(output), "store": str(tmp_path / "store")}
+    nightly = up.api("GET", "deployments/name/requantize/nightly")
+    schedule = {"schedule": {"interval": 10}, "active": True, "parameters": parameters}
+    (made,) = up.api("POST", f"deployments/{nightly['id']}/schedules", json=[schedule])
+    try:
+        first = eventually(lambda: named(up, nightly, "Completed"), "a run that works")
+        before, files = entries(parameters), stamps(output)
+        second = eventually(lambda: named(up, nightly, "Skipped"), "a run that does nothing")
+    finally:
+        up.api("DELETE", f"deployments/{nightly['id']}/schedules/{made['id']}")
+    assert first["auto_scheduled"] and second["auto_scheduled"]
+    assert_logged(up, first, "nothing is published yet")
+    assert_logged(up, second, "nothing to do")
+    assert entries(parameters) == before and stamps(output) == files
+    assert tracked(up, str(output)).info.status == "FINISHED"
+
+
+def named(up: Up, deployment: dict[str, Any], state: str) -> dict[str, Any] | None:
+    body = {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}}}
+    body["flow_runs"]["state"] = {"name": {"any_": [state]}}
+    found = up.api("POST", "flow_runs/filter", json=body)
+    return found[0] if found else None
+
+
+def assert_logged(up: Up, run: dict[str, Any], words: str) -> None:
+    """Prefect sends logs in batches, some after the run's end."""
+    eventually(lambda: any(words in line for line in up.log(run["id"])) or None, words, 20)
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    marks = {str(p): p.stat() for p in folder.rglob("*")}
+    return {name: (mark.st_ino, mark.st_mtime_ns) for name, mark in marks.items()}
