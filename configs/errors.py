@@ -37,27 +37,32 @@ class RecipeError(ValueError):
     """A recipe that cannot be used; the text is one line, for the user."""
 
 
-def describe(error: ValidationError, data: Any) -> tuple[str, str]:
+def describe(error: ValidationError, data: Any, root: type[BaseModel] = Recipe) -> tuple[str, str]:
     """Return the place (dotted path) and the text of the error to report.
 
     An unknown key goes first: what else is missing is most often what it was meant to be.
+
+    Args:
+        error: what pydantic found.
+        data: what was read.
+        root: the section that ``data`` was to be.
     """
     # A default that could not be computed only repeats an error that is listed too.
     found = [e for e in error.errors() if e["type"] != "default_factory_not_called"]
     found.sort(key=lambda e: e["type"] not in _UNKNOWN)
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     first = found[0]
-    return ".".join(str(part) for part in first["loc"]), _text(first, data) + more
+    return ".".join(str(part) for part in first["loc"]), _text(first, data, root) + more
 
 
-def _text(error: ErrorDetails, data: Any) -> str:
+def _text(error: ErrorDetails, data: Any, root: type[BaseModel]) -> str:
     kind, location, context = error["type"], error["loc"], error.get("ctx", {})
     if kind in _UNKNOWN:
-        return _unknown_key(location, data)
+        return _unknown_key(location, data, root)
     if kind == "missing":
-        return f"missing{_give(location, data)}"
+        return f"missing{_give(location, data, root)}"
     if error["input"] is None:
-        return f"has no value{_give(location, data) or '; give one, or remove the key'}"
+        return f"has no value{_give(location, data, root) or '; give one, or remove the key'}"
     if kind == "value_error":
         return str(context["error"])
     for limit, words in _LIMITS.items():
@@ -75,8 +80,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _unknown_key(location: Location, data: Any) -> str:
-    key, section = str(location[-1]), _section(location[:-1], data)
+def _unknown_key(location: Location, data: Any, root: type[BaseModel]) -> str:
+    key, section = str(location[-1]), _section(location[:-1], data, root)
     known = list(section.model_fields) if section is not None else []
     if section is NoSpecial:
         return "unknown key; the method takes no special keys: remove it"
@@ -88,15 +93,17 @@ def _unknown_key(location: Location, data: Any) -> str:
     return f"unknown key; the nearest valid key is '{best}' of {', '.join(known)}"
 
 
-def _give(location: Location, data: Any) -> str:
-    section = _section(location[:-1], data)
+def _give(location: Location, data: Any, root: type[BaseModel]) -> str:
+    section = _section(location[:-1], data, root)
     field = section.model_fields.get(str(location[-1])) if section is not None else None
     return f"; give {field.description}" if field is not None and field.description else ""
 
 
-def _section(location: Sequence[int | str], data: Any) -> type[BaseModel] | None:
+def _section(
+    location: Sequence[int | str], data: Any, root: type[BaseModel]
+) -> type[BaseModel] | None:
     """Follow a location through the schema to the section that lies there."""
-    section: type[BaseModel] | None = Recipe
+    section: type[BaseModel] | None = root
     node = data
     for part in location:
         if isinstance(part, str):

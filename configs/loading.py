@@ -23,11 +23,14 @@ __all__ = [
     "ineffective_keys",
     "load_recipe",
     "parse_recipe",
+    "read_yaml",
     "shipped_names",
     "shipped_recipes",
 ]
 
 _SHIPPED = Path(__file__).resolve().parent
+# a folder of sweeps, which are no recipes
+SWEEPS = "sweeps"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: whatever is wrong, in one line.
     """
     source = str(path)
-    data = _read(_find(source), source)
+    data = read_yaml(_find(source), source)
     changes = [_parse_override(text) for text in overrides]
     for text, keys, value in changes:
         data = _with_value(data, keys, value, text)
@@ -80,8 +83,8 @@ def parse_recipe(data: Mapping[str, Any], source: str) -> Recipe:
 
 def shipped_names() -> list[str]:
     """Return the names of the recipes that come with the package, sorted."""
-    files = _SHIPPED.rglob("*.yml")
-    return sorted(file.relative_to(_SHIPPED).with_suffix("").as_posix() for file in files)
+    files = (file.relative_to(_SHIPPED) for file in _SHIPPED.rglob("*.yml"))
+    return sorted(f.with_suffix("").as_posix() for f in files if f.parts[0] != SWEEPS)
 
 
 def shipped_recipes() -> list[ShippedRecipe]:
@@ -135,7 +138,12 @@ def _offer(source: str) -> str:
     return f"shipped recipes: {', '.join(names)}"
 
 
-def _read(file: Path, source: str) -> Any:
+def read_yaml(file: Path, source: str) -> Any:
+    """Read a YAML file in which no key stands twice; ``source`` names it in errors.
+
+    Raises:
+        RecipeError: it cannot be read, or is no YAML.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -40,6 +40,7 @@ from flows.options import (
 from flows.serving_cli import serve, serve_check
 from flows.showing import mlflow_line, show_result
 from flows.store_cli import store_app
+from flows.sweep_cli import sweep
 from tasks.engine.errors import InputError, one_line
 
 app = typer.Typer(
@@ -51,6 +52,7 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 app.command()(serve)
 app.command()(serve_check)
+app.command()(sweep)
 
 
 def main() -> None:

@@ -11,6 +11,22 @@ from flows.options import err
 
 
 @contextmanager
+def keeping_log(path: Path) -> Iterator[Path]:
+    """Keep the log in a file, beside what else is kept or shown of it."""
+    logger = logging.getLogger("blockquant")
+    logger.setLevel(logging.DEBUG)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = logging.FileHandler(path, mode="w")
+    kept.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(kept)
+    try:
+        yield path
+    finally:
+        logger.removeHandler(kept)
+        kept.close()
+
+
+@contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Keep the run's log in a file, and show it where there is no progress bar."""
     logger = logging.getLogger("blockquant")

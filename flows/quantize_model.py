@@ -49,6 +49,8 @@ def quantize_model(
     keep_incompatible: bool = False,
     overwrite: bool = False,
     log_file: str | None = None,
+    parent: str | None = None,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Quantize a model block by block and publish it after it was reopened and measured.
 
@@ -63,6 +65,9 @@ def quantize_model(
         keep_incompatible: leave linears unquantized whose sizes do not fit, instead of refusing.
         overwrite: replace the output folder.
         log_file: a log to keep with the MLflow run.
+        parent: identity of the sweep that this is a part of; its output may be there already, if
+            this very work published it.
+        name: of the MLflow run; by default it is made of model and scheme.
 
     Returns:
         Where the checkpoint lies if it is published, its metrics, the MLflow run, and which steps
@@ -85,14 +90,15 @@ def quantize_model(
         log.info("%s has no effect here and is ignored", key)
     identity = work_identity(job, request.output)
     with alone(job.store, request.output or identity), told_run(place, identity) as run:
-        open_tracked(job, run, request)
+        open_tracked(job, run, request, parent, name)
         kept = Path(log_file) if log_file else None
         with failure_kept(run, kept):
             result = _quantize(job, run, request, kept)
             # after MLflow was told: killed before, the same command goes on
             result["mlflow"] = told(run)
             result["gate"] = run.decision
-            if request.output is not None:
+            # the work of a sweep stays begun: the sweep, run again, finds it
+            if request.output is not None and parent is None:
                 end(job.store.root, request.output)
             return result
 

@@ -21,8 +21,13 @@ from tasks.engine.tracking import flatten
 log = logging.getLogger("blockquant")
 
 
-def open_tracked(job: Job, run: ToldRun, request: Request) -> None:
-    """Open the run with what the recipe decides, or go on in the one that was not finished."""
+def open_tracked(
+    job: Job, run: ToldRun, request: Request, parent: str | None = None, name: str | None = None
+) -> None:
+    """Open the run with what the recipe decides, or go on in the one that was not finished.
+
+    A part of the work ``parent`` goes on in its own run there even if that was finished.
+    """
     identity = work_identity(job, request.output)
     parameters = flatten(job.recipe.model_dump(mode="json")) | {
         "source": str(job.source.path),
@@ -35,10 +40,11 @@ def open_tracked(job: Job, run: ToldRun, request: Request) -> None:
         "prefect.flow_run": str(flow_run.id or ""),
         **{f"version.{k}": v for k, v in job.fingerprint.items()},
     }
-    name = f"{job.source.name} {scheme_name(job.steps[-1].quant)}"
+    named = name or f"{job.source.name} {scheme_name(job.steps[-1].quant)}"
     output = request.output
     published = output is not None and begun(job.store.root, output) == identity
-    run.open(identity, name, parameters, tags, even_finished=published)
+    again = published or parent is not None
+    run.open(identity, named, parameters, tags, even_finished=again, parent=parent)
     # at once: a run that fails is to say of what recipe
     run.log_text(yaml.safe_dump(job.recipe.canonical(), sort_keys=False), "recipe.yml")
 

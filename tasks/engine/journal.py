@@ -165,7 +165,7 @@ def _send(journal: Journal, settings: Settings, message: Message) -> dict[str, s
     run = Run(settings.tracking_uri, journal.fact("run") or "", journal.fact("experiment") or "")
     if message.kind == "offer":
         return {DECISION: json.dumps(offer(run, settings, Offer(**body)))}
-    if message.kind in ("log_points", "log_first_points"):
+    if message.kind in ("log_points", "log_first_points", "log_changed_points"):
         body["points"] = [Point(**point) for point in body["points"]]
     if message.kind == "log_file":
         body["path"] = Path(body["path"])
@@ -204,8 +204,9 @@ class ToldRun:
         tags: Mapping[str, str],
         *,
         even_finished: bool = False,
+        parent: str | None = None,
     ) -> None:
-        """Open the run, or go on in the one that was not finished."""
+        """Open the run, or go on in the one that was not finished; in that of ``parent``."""
         self._add(
             "open",
             identity=identity,
@@ -213,6 +214,7 @@ class ToldRun:
             parameters=dict(parameters),
             tags=dict(tags),
             even_finished=even_finished,
+            parent=parent,
             time_ms=_now_ms(),
         )
 
@@ -223,6 +225,14 @@ class ToldRun:
     def log_first_points(self, points: Iterable[Point]) -> None:
         """Tell metric values that stay as they were told first."""
         self._add("log_first_points", points=[asdict(point) for point in points])
+
+    def log_changed_points(self, points: Iterable[Point]) -> None:
+        """Tell metric values that may have been told before."""
+        self._add("log_changed_points", points=[asdict(point) for point in points])
+
+    def adopt(self, identity: str) -> None:
+        """Tell that all runs that are parts of this work are nested in this one."""
+        self._add("adopt", identity=identity)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Tell tags."""

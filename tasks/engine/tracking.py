@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "blockquant"
 IDENTITY_TAG = "blockquant.identity"
+# the identity of the work that a run is a part of, and MLflow's own tag of it
+PARENT_TAG = "blockquant.parent"
+NESTED_TAG = "mlflow.parentRunId"
 FAILURE_TAG = "failure"
 LONGEST_PARAMETER = 6000
 LARGEST_BATCH = 100
@@ -69,6 +72,19 @@ class Run:
         """Send metric values of names that have none yet: times differ when a run goes on."""
         known = self.known_metrics()
         self.log_points(point for point in points if point.name not in known)
+
+    def log_changed_points(self, points: Iterable[Point]) -> None:
+        """Send metric values that differ from those told last: the same work may be done again."""
+        known = self.client().get_run(self.id).data.metrics
+        self.log_points(point for point in points if known.get(point.name) != point.value)
+
+    def adopt(self, identity: str) -> None:
+        """Nest the runs that were opened as parts of this work while its run was not known."""
+        client = self.client()
+        parts = client.search_runs([self.experiment], f"tags.`{PARENT_TAG}` = '{identity}'")
+        for part in parts:
+            if part.data.tags.get(NESTED_TAG) != self.id:
+                client.set_tag(part.info.run_id, NESTED_TAG, self.id)
 
     def known_metrics(self) -> set[str]:
         """Names of the metrics that the run has already."""
@@ -146,6 +162,7 @@ def open_run(
     tags: Mapping[str, str],
     *,
     even_finished: bool = False,
+    parent: str | None = None,
     time_ms: int | None = None,
 ) -> Run:
     """Open the run of one quantization, or go on in the one that was not finished.
@@ -157,6 +174,7 @@ def open_run(
         parameters: the recipe's values, flat.
         tags: versions and digests.
         even_finished: go on in the newest run even if it was: the flow died right after.
+        parent: identity of the work that this is a part of: the run is nested in that one's.
         time_ms: when it began, by default now.
     """
     from mlflow.entities import Param
@@ -166,10 +184,12 @@ def open_run(
     unfinished = client.search_runs(
         [experiment],
         f"tags.`{IDENTITY_TAG}` = '{identity}'"
+        + (f" and tags.`{PARENT_TAG}` = '{parent}'" if parent else "")
         + ("" if even_finished else " and attributes.status != 'FINISHED'"),
         max_results=1,
         order_by=["attributes.start_time DESC"],
     )
+    nested = {} if parent is None else _nested(client, experiment, parent)
     if unfinished:
         run_id = unfinished[0].info.run_id
         client.update_run(run_id, status="RUNNING")
@@ -177,7 +197,7 @@ def open_run(
             client.delete_tag(run_id, FAILURE_TAG)
     else:
         created = client.create_run(
-            experiment, time_ms, tags={IDENTITY_TAG: identity}, run_name=name
+            experiment, time_ms, tags={IDENTITY_TAG: identity, **nested}, run_name=name
         )
         run_id = created.info.run_id
     known = unfinished[0].data.params if unfinished else {}
@@ -188,8 +208,19 @@ def open_run(
     for start in range(0, len(listed), LARGEST_BATCH):
         client.log_batch(run_id, params=listed[start : start + LARGEST_BATCH])
     run = Run(settings.tracking_uri, run_id, experiment)
-    run.set_tags({**tags, **changed})
+    run.set_tags({**tags, **changed, **nested})
     return run
+
+
+def _nested(client: MlflowClient, experiment: str, parent: str) -> dict[str, str]:
+    """Tags of a part of the work ``parent``; without its run, as long as that is not known."""
+    found = client.search_runs(
+        [experiment],
+        f"tags.`{IDENTITY_TAG}` = '{parent}'",
+        max_results=1,
+        order_by=["attributes.start_time DESC"],
+    )
+    return {PARENT_TAG: parent, **({NESTED_TAG: found[0].info.run_id} if found else {})}
 
 
 def existing_run(settings: Settings, run_id: str) -> Run:

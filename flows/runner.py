@@ -1,0 +1,73 @@
+"""How the children of a sweep are to run: where, how many at once, with how much each."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from tasks.engine.errors import InputError
+
+LOCAL, RAY = "local", "ray"
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Where and how many children run.
+
+    Attributes:
+        kind: ``local`` or ``ray``.
+        address: a Ray cluster's; None for one that comes and goes with the sweep.
+        cores: of a child; None for this machine's, shared among those that run at once.
+        gpus: of a child, on Ray; None for one where the device is CUDA.
+        at_once: how many children run at once; on Ray None is as many as the cluster has room for.
+        device: of the children.
+    """
+
+    kind: str = LOCAL
+    address: str | None = None
+    cores: int | None = None
+    gpus: int | None = None
+    at_once: int | None = None
+    device: str = "cpu"
+
+    @property
+    def threads(self) -> int | None:
+        """Threads of a child; None for those of this process."""
+        if self.cores is not None:
+            return self.cores
+        if self.kind == LOCAL and (self.at_once or 1) == 1:
+            return None
+        return max(1, torch.get_num_threads() // (self.at_once or 1))
+
+    @property
+    def checked_on(self) -> str | None:
+        """The device to check children on, where workers elsewhere may have what we lack."""
+        away = self.kind == RAY and self.device.startswith("cuda")
+        return "cpu" if away and not torch.cuda.is_available() else None
+
+    @property
+    def gpus_of_child(self) -> int:
+        """GPUs that Ray sets aside for a child."""
+        return int(self.device.startswith("cuda")) if self.gpus is None else self.gpus
+
+
+def check_runner(runner: Runner) -> None:
+    """Check that children can be run so; nothing is started.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if runner.kind not in (LOCAL, RAY):
+        raise InputError(f"--runner {runner.kind}: not a runner; use {LOCAL} or {RAY}")
+    for option, value in (("--cores", runner.cores), ("--at-once", runner.at_once)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} {value}: give 1 or more")
+    if runner.kind == LOCAL:
+        for option, given in (("--address", runner.address), ("--gpus", runner.gpus)):
+            if given is not None:
+                raise InputError(f"{option} {given}: is for --runner ray; give both or none")
+        return
+    if importlib.util.find_spec("ray") is None or importlib.util.find_spec("prefect_ray") is None:
+        raise InputError("--runner ray: Ray is not installed: pip install 'blockquant[ray]'")
