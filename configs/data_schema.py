@@ -70,7 +70,8 @@ class Calibration(_Data):
 class Evaluation(_Data):
     """The text that perplexity is measured on; windows None means all there are.
 
-    report: whether pictures and a page of what was measured are made.
+    report: whether pictures and a page of what was measured are made; sample_tokens: how far the
+    beginnings of its sample text are continued.
     """
 
     name: Annotated[DataName, choice(DataName)] = DataName.SELF_GENERATED
@@ -85,6 +86,7 @@ class Evaluation(_Data):
     dtype: Annotated[EvaluationDtype, choice(EvaluationDtype)] = EvaluationDtype.AUTO
     type: Annotated[EvaluationType, choice(EvaluationType)] = EvaluationType.PPL
     report: Annotated[bool, _LOOKS] = True
+    sample_tokens: Annotated[Count, Field(ge=0), _LOOKS] = 16
     eval_pos: Annotated[
         tuple[str, ...] | None,
         BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),

@@ -12,6 +12,7 @@ from typing import Any
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State as PrefectState
 
+from flows.course import Course
 from tasks.check import Request
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun
@@ -22,10 +23,11 @@ from tasks.engine.store import Entry
 from tasks.engine.windows import read_tokens
 from tasks.evaluate import read_token_nll
 from tasks.gate import failed_serving
-from tasks.looks.log_looks import log_looks
+from tasks.looks.log_looks import Looked, log_looks
 from tasks.publish import QUANTIZED, TRANSFORMED, model_card, publish
 from tasks.register import error_rows, tell_failure
 from tasks.report import Product
+from tasks.sample_text import sample_text
 from tasks.smoke_test import smoke_test
 
 log = logging.getLogger("blockquant")
@@ -63,11 +65,12 @@ def serve(
     job: Job,
     run: ToldRun,
     location: str | None,
-    offered: Callable[[Mapping[str, Any]], None],
+    concluded: Callable[[Mapping[str, Any]], None],
 ) -> dict[str, Any]:
     """Try the published checkpoint on a real server; what came of it, or why there was none.
 
-    One that is not served as measured is ``offered`` with that: it is registered, not accepted.
+    One that is not served as measured is ``concluded`` with that: shown, and registered, but not
+    accepted.
     """
     serving = job.recipe.serving
     if not serving.smoke_test:
@@ -85,7 +88,7 @@ def serve(
         outcome = action(smoke_test)(Path(location), serving, job.device, log_file, job.source.path)
     except Exception as error:
         tell_failure(run, error)
-        offered(failed_serving(error))
+        concluded(failed_serving(error))
         raise
     finally:
         for kept in sorted(log_file.parent.glob(f"{log_file.stem}*")):
@@ -106,7 +109,18 @@ def show(job: Job, report: dict[str, Any], blocks: Sequence[Entry]) -> None:
     create_markdown_artifact(markdown=model_card(report), key="model-card")
 
 
-def look(job: Job, run: ToldRun, blocks: Sequence[Entry], decided: Sequence[Entry]) -> None:
-    """Leave pictures of what was measured in MLflow, unless the recipe wants none."""
+def look(job: Job, run: ToldRun, looked: Looked, served: Mapping[str, Any]) -> None:
+    """Leave pictures and a page of what was measured in MLflow, unless the recipe wants none."""
     if job.evaluation.report:
-        action(log_looks)(run, blocks, decided, len(job.blocks))
+        action(log_looks)(run, looked, served)
+
+
+def sample(
+    job: Job, course: Course, products: Mapping[str, Product], evaluated_on: Entry
+) -> dict[str, Any] | None:
+    """Text that source and checkpoint write, None where the recipe asks for none."""
+    section = job.evaluation
+    if not section.report or not section.sample_tokens:
+        return None
+    exported = next(iter(products.values())).exported.key
+    return course.run(sample_text, job, exported, evaluated_on.key, section).value

@@ -12,7 +12,7 @@ from prefect import flow
 
 from configs.loading import ineffective_keys, load_recipe
 from flows.course import Course
-from flows.finishing import look, publish_products, serve, show
+from flows.finishing import look, publish_products, sample, serve, show
 from flows.progress import reporter
 from flows.steps import State, apply, calibration, passes
 from flows.tracked import failure_kept, open_tracked
@@ -28,6 +28,7 @@ from tasks.evaluation_set import evaluation_set
 from tasks.export import export, export_transformed
 from tasks.gate import offer
 from tasks.load_model import load_model
+from tasks.looks.log_looks import Looked
 from tasks.publish import QUANTIZED, TRANSFORMED, launch_line
 from tasks.register import log_measured, register
 from tasks.report import Product, make_report
@@ -125,6 +126,7 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
         products[TRANSFORMED] = _measured(job, course, exported, None, sets)
     blocks = [q.entry for q in state.quantized] if job.quantizes else []
     report = make_report(job, blocks, products, sets)
+    sampled = sample(job, course, products, sets["evaluation"])
     location = publish_products(job, request, products, report, sets["evaluation"])
     show(job, report, blocks)
     decided = [d.entry for d in state.decided]
@@ -134,9 +136,14 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
     offered = partial(
         action(offer, name="gate"), job, run, identity, report, location, evaluated_on
     )
-    served = serve(job, run, location, offered)
-    look(job, run, blocks, decided)
-    offered(served)
+    looked = Looked(report, blocks, decided, len(job.blocks), sampled)
+
+    def concluded(served: Mapping[str, Any]) -> None:
+        look(job, run, looked, served)
+        offered(served)
+
+    served = serve(job, run, location, concluded)
+    concluded(served)
     action(register)(run, report, location, served, log_file)
     done = "measured" if location is None else f"published {location}"
     log.info("%s: %s", done, summary(report["metrics"]))

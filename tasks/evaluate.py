@@ -137,11 +137,19 @@ def measure_tokens(
 
 
 def likeliest(
-    checkpoint: Checkpoint, windows: Tensor, *, device: str = "cpu", dtype: str = "auto"
+    checkpoint: Checkpoint,
+    windows: Tensor,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    decoder: Decoder | None = None,
 ) -> Tensor:
-    """The token that a checkpoint finds likeliest after each of (W, T) tokens: int64 (W, T)."""
+    """The token that a checkpoint finds likeliest after each of (W, T) tokens: int64 (W, T).
+
+    A ``decoder`` that was built for the checkpoint's config and the device may be given.
+    """
     computing = _dtype(dtype, device)
-    decoder = build_decoder(checkpoint.source.config, device)
+    decoder = decoder or build_decoder(checkpoint.source.config, device)
     final = _final_hidden(checkpoint, decoder, windows, device, computing)
     head = checkpoint.head(computing, device)
     return torch.stack(

@@ -31,7 +31,10 @@ def quantized(
         if recipe == "w8a8_combin":
             places = ["steps.1.calib"]
         given = [f"{place}={text}" for place in places]
-        given += [f"eval={{name: text, path: {words}, windows: 2, seq_len: 128}}", *overrides]
+        given += [
+            f"eval={{name: text, path: {words}, windows: 2, seq_len: 128, report: false}}",
+            *overrides,
+        ]
         more = [part for override in given for part in ("--set", override)]
         arguments = ["quantize", recipe, "--model", tiny, "--output", tmp_path / output, "--json"]
         outcome = here(*arguments, *more)

@@ -15,6 +15,7 @@ from tests.conftest import Outcome
 Here = Callable[..., Outcome]
 
 SHORT = ("--set", "eval.name=self_generated", "--set", "eval.windows=1", "--set", "eval.seq_len=16")
+SHORT += ("--set", "eval.report=false")
 RECIPES = ("awq_w4a16", "smoothquant_w8a8", "os_plus_w8a8", "fp8/awq_fp8_static")
 
 
@@ -22,7 +23,7 @@ def options(words: Path, *more: str) -> list[str]:
     """Calibrate on a file, evaluate on next to nothing."""
     texts = ("calib.name=text", f"calib.path={words}", "calib.n_samples=4", "calib.seq_len=32")
     given = [word for text in (*texts, *more) for word in ("--set", text)]
-    return [*given, *SHORT]
+    return [*SHORT, *given]
 
 
 def edited(model: Path, name: str, edit: Callable[[torch.Tensor], object]) -> Path:
@@ -101,7 +102,7 @@ def test_decisions_are_artifacts(
 ) -> None:
     from mlflow import MlflowClient
 
-    arguments = ("--output", tmp_path / "out", *options(words), "--json")
+    arguments = ("--output", tmp_path / "out", *options(words, "eval.report=true"), "--json")
     outcome = here("quantize", "fp8/awq_fp8_static", "--model", tiny, *arguments)
     assert outcome.status == 0, outcome.err
     run = outcome.json["mlflow"]
@@ -125,3 +126,5 @@ def test_decisions_are_artifacts(
     kept = {Path(file.path).name for file in client.list_artifacts(run["run"], "looks")}
     drawn = {"errors", "weight-ranges", "input-ranges", "scale-search", "clip-search"}
     assert kept == {f"{name}.png" for name in drawn}
+    page = Path(client.download_artifacts(run["run"], "report.html", str(tmp_path))).read_text()
+    assert page.count("data:image/png;base64,") == len(drawn)

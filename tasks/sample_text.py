@@ -1,0 +1,104 @@
+"""The same beginnings of text, continued by the source and by what was exported of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.schema import Evaluation
+from tasks.engine.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
+from tasks.engine.decoder import build_decoder
+from tasks.engine.errors import InputError
+from tasks.engine.job import Job, require
+from tasks.engine.source import Source
+from tasks.engine.step import step
+from tasks.engine.store import Draft
+from tasks.engine.text import files_digest, load_tokenizer
+from tasks.engine.windows import read_tokens
+from tasks.evaluate import likeliest
+
+# beginnings that are continued: those of the first evaluation windows, of so many tokens
+BEGINNINGS = 3
+PROMPT = 16
+
+
+def _depends_on(job: Job, exported: str, tokens: str, section: Evaluation) -> dict[str, Any]:
+    return {
+        "exported": exported,
+        "source": job.source.digest(job.source.tensors),
+        "tokens": tokens,
+        "dtype": str(section.dtype),
+        "length": section.sample_tokens,
+        "tokenizer": files_digest(job.source),
+    }
+
+
+@step(depends_on=_depends_on, code=("quantizers.activations",), tags=("evaluate",))
+def sample_text(
+    job: Job, draft: Draft, exported: str, tokens: str, section: Evaluation
+) -> dict[str, Any]:
+    """Continue the beginnings of evaluation windows by the likeliest tokens, with both models.
+
+    The value holds, per beginning, its text (``prompt``), that of the source (``before``) and of
+    the export (``after``), and how many tokens they share until they part (``same``).
+    """
+    del draft
+    windows = read_tokens(require(job, tokens))[:BEGINNINGS]
+    # of short windows a half
+    long = windows.shape[1] >= PROMPT + section.sample_tokens
+    prompt = PROMPT if long else max(1, windows.shape[1] // 2)
+    windows = windows[:, : prompt + section.sample_tokens]
+    place: dict[str, Any] = {"device": job.device, "dtype": str(section.dtype)}
+    before = continued(checkpoint_of(job.source), windows, prompt, **place)
+    # what the source wrote is a good first guess
+    after = continued(open_checkpoint(require(job, exported).folder), before, prompt, **place)
+    text_of = _text_of(job.source)
+    return {
+        "tokens": windows.shape[1] - prompt,
+        "samples": [
+            {
+                "prompt": text_of(ours[:prompt]),
+                "before": text_of(theirs[prompt:]),
+                "after": text_of(ours[prompt:]),
+                "same": _shared(theirs[prompt:], ours[prompt:]),
+            }
+            for theirs, ours in zip(before.tolist(), after.tolist(), strict=True)
+        ],
+    }
+
+
+def continued(
+    checkpoint: Checkpoint, guess: Tensor, prompt: int, *, device: str = "cpu", dtype: str = "auto"
+) -> Tensor:
+    """Greedy continuations of the first ``prompt`` tokens of (W, T) windows: int64 (W, T).
+
+    Each pass through the model takes all tokens at once, and settles at least one more of each
+    window, all that were guessed right at best (Jacobi iteration, arXiv 2305.10427). A model that
+    is read block by block is read few times so.
+    """
+    tokens = guess.long()
+    decoder = build_decoder(checkpoint.source.config, device)
+    for _ in range(tokens.shape[1] - prompt + 1):
+        found = likeliest(checkpoint, tokens, device=device, dtype=dtype, decoder=decoder)
+        proposed = torch.cat([tokens[:, :prompt], found[:, prompt - 1 : -1]], dim=1)
+        if torch.equal(proposed, tokens):
+            break
+        tokens = proposed
+    return tokens
+
+
+def _text_of(source: Source) -> Callable[[Sequence[int]], str]:
+    """What tokens say; their numbers, where the model has no tokenizer."""
+    try:
+        tokenizer = load_tokenizer(source)
+    except InputError:
+        return lambda tokens: " ".join(map(str, tokens))
+    return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = enumerate(zip(one, other, strict=True))
+    return next((place for place, (a, b) in pairs if a != b), len(one))
