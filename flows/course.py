@@ -17,15 +17,20 @@ class Course:
     """What ran so far: which steps, found or made, and how long each kind took."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
+    _lean: Job | None = None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def run(self, step: Step[...], job: Job, *args: Any, **kwargs: Any) -> Result:
-        """Run a step, tell the reporter, and note it."""
+        """Run a step, tell the reporter, and note it.
+
+        Once the device was full, all later steps keep less on it.
+        """
         block = kwargs.get("block")
         label = step.name if block is None else f"{step.name}[block {block}]"
         reporter().begin(label)
         start = time.perf_counter()
-        result = step(job, *args, **kwargs)
+        result = step(self._lean or job, *args, **kwargs)
+        self._lean = result.lean or self._lean
         self.seconds[step.name] += time.perf_counter() - start
         self.steps.append({"step": label, "cached": result.cached})
         reporter().end(label, result.cached)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flows.options import err
@@ -37,6 +37,8 @@ def logging_to(path: Path) -> Iterator[None]:
         shown = logging.StreamHandler()
         shown.setLevel(logging.INFO)
         kept.append(shown)
+    # a disk that is full takes no log, and the error that ends the run says so
+    kept[0].handleError = lambda record: None  # type: ignore[assignment,method-assign]
     for handler in kept:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.addHandler(handler)
@@ -45,4 +47,5 @@ def logging_to(path: Path) -> Iterator[None]:
     finally:
         for handler in kept:
             logger.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):
+                handler.close()

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tasks.engine.disk import writing_to
 from tasks.engine.errors import InputError
 from tasks.engine.publication import REPORT, begin, publication_key
 from tasks.engine.served_windows import WINDOWS, ServedWindows, windows_text
@@ -45,11 +46,13 @@ def publish(
     Raises:
         InputError: ``output`` appeared meanwhile, and it may not be overwritten.
         OSError: a copy is not what was exported.
+        DiskFullError: the output's disk has no room.
     """
     output = output.absolute()
     with store.lock(publication_key(output)):
         try:
-            return _publish(store, identity, entries, report, output, overwrite, windows)
+            with writing_to(output.parent):
+                return _publish(store, identity, entries, report, output, overwrite, windows)
         except BaseException:
             shutil.rmtree(staging_folder(output), ignore_errors=True)
             raise

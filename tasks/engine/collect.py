@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from tasks.engine.decoder import InputHook, micro_batches, run_block
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job
 from tasks.engine.precision import search_products
+from tasks.engine.residency import one_by_one
 from tasks.engine.streams import Stream, Streams, block_arguments, hidden_states
 from tasks.engine.version import version_block
 
@@ -32,9 +34,14 @@ def block_statistics(job: Job, stream: Stream, block: int) -> Mapping[str, Input
     return job.memo.get("statistics", f"{stream.key} {block}", lambda: _collect(job, stream, block))
 
 
-def _collect(job: Job, stream: Stream, block: int) -> dict[str, InputStatistics]:
+def _collect(job: Job, stream: Stream, block: int) -> Mapping[str, InputStatistics]:
     tensors = version_block(job, stream.version, block)
-    return observe(job, stream, block, tensors, job.plan.architecture.groups)
+    groups = job.plan.architecture.groups
+    if not job.lean:
+        return observe(job, stream, block, tensors, groups)
+    # a pass for each: one group's Gram matrix at a time is on the device
+    passes = {g.name: partial(observe, job, stream, block, tensors, (g,)) for g in groups}
+    return one_by_one(passes, job.device)
 
 
 def observe(

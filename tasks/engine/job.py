@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,13 +19,19 @@ from tasks.engine.kernel_limits import Shapes, misfits
 from tasks.engine.memo import Memo
 from tasks.engine.plan import Plan, matrix_shape, plan_model
 from tasks.engine.precision import compute_dtype
+from tasks.engine.residency import OnHost
 from tasks.engine.source import Source
 from tasks.engine.store import Entry, Store
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One quantization: a recipe, a source checkpoint, and where and with what to work."""
+    """One quantization: a recipe, a source checkpoint, and where and with what to work.
+
+    A lean one keeps as little on the device as it can; its results are the same.
+    """
 
     recipe: Recipe
     source: Source
@@ -33,6 +40,7 @@ class Job:
     device: str
     memory: int
     keep_incompatible: bool = False
+    lean: bool = False
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -119,15 +127,27 @@ class Job:
         plan = self.plan.blocks[block]
         return self.source.digest(plan.full(plan.tensors))
 
-    def read_block(self, block: int) -> dict[str, torch.Tensor]:
+    def leaner(self) -> Job | None:
+        """The same job with less on the device, and room made there; None if there is none."""
+        self.memo.clear()
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
+        return None if self.lean else replace(self, lean=True)
+
+    def resident(self, values: Mapping[str, Value]) -> Mapping[str, Value]:
+        """Values that are kept between steps: where they are, or on the host where that is lean."""
+        return OnHost(values, self.device) if self.lean else values
+
+    def read_block(self, block: int) -> Mapping[str, torch.Tensor]:
         """The source's tensors of one block as stored, by their names in it, on the device."""
         plan = self.plan.blocks[block]
-        tensors = self.memo.get(
-            "source block",
-            f"{self.source.path} {block}",
-            lambda: self.source.read(plan.full(plan.tensors), self.device),
-        )
-        return {name.removeprefix(plan.prefix): tensor for name, tensor in tensors.items()}
+
+        def read() -> Mapping[str, torch.Tensor]:
+            place = "cpu" if self.lean else self.device
+            stored = self.source.read(plan.full(plan.tensors), place)
+            return self.resident({n.removeprefix(plan.prefix): t for n, t in stored.items()})
+
+        return self.memo.get("source block", f"{self.source.path} {block}", read)
 
 
 def require(job: Job, key: str) -> Entry:

@@ -23,6 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tasks.engine.disk import writing_to
 from tasks.engine.registry import Offer, offer
 from tasks.engine.settings import Settings
 from tasks.engine.store import link_or_copy
@@ -105,10 +106,10 @@ class Journal:
 
     def keep(self, path: Path) -> Path:
         """Keep a file until it is sent, under its name."""
-        self.files.mkdir(parents=True, exist_ok=True)
         folder = self.files / f"{time.time_ns():x}"
-        folder.mkdir()
-        return link_or_copy(path, folder / path.name)
+        with writing_to(self.path.parent):
+            folder.mkdir(parents=True)
+            return link_or_copy(path, folder / path.name)
 
     def drop(self) -> None:
         """Remove what is sent and ended."""
@@ -118,7 +119,11 @@ class Journal:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(self.path, timeout=60)) as database, database:
+        with (
+            writing_to(self.path.parent),
+            closing(sqlite3.connect(self.path, timeout=60)) as database,
+            database,
+        ):
             database.execute(
                 "CREATE TABLE IF NOT EXISTS message "
                 "(number INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT, body TEXT)"

@@ -7,7 +7,10 @@ is not whole, the task runs again whatever Prefect remembers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec
@@ -18,9 +21,14 @@ from prefect.serializers import JSONSerializer
 from prefect.tasks import exponential_backoff
 from safetensors import SafetensorError
 
+from tasks.engine.disk import writing_to
+from tasks.engine.errors import one_line
 from tasks.engine.job import Job
 from tasks.engine.lineage import code_digest, lineage_key, quantizer_imports
+from tasks.engine.residency import DeviceMemoryError, ran_out_of_memory
 from tasks.engine.store import Draft, Entry
+
+log = logging.getLogger("blockquant")
 
 Parameters = ParamSpec("Parameters")
 RETRIES = 2
@@ -29,10 +37,17 @@ FIRST_DELAY_S = 1
 
 @dataclass(frozen=True)
 class Result:
-    """A step's entry, and whether it was found instead of made."""
+    """A step's entry, whether it was found instead of made, and with how much on the device.
+
+    Attributes:
+        entry: in the store.
+        cached: whether it was found.
+        lean: the job that keeps less on the device, if the step had to be made with it.
+    """
 
     entry: Entry
     cached: bool
+    lean: Job | None = None
 
     @property
     def key(self) -> str:
@@ -65,22 +80,31 @@ class Step(Generic[Parameters]):
         )
 
     def __call__(self, job: Job, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        """Run the step under Prefect and return its entry."""
+        """Run the step under Prefect and return its entry.
+
+        Where the device has no room, it is tried again with less kept there: the same bytes.
+
+        Raises:
+            DeviceMemoryError: there was no room for that either.
+        """
         key = self.key(job, *args, **kwargs)
         records = job.store.root / "prefect"
         records.mkdir(parents=True, exist_ok=True)
         whole = job.store.get(key) is not None
         _drop_damaged_record(records / key, {"key": key, "step": self.name})
         ran: list[bool] = []
+        jobs = [job]
+        block = kwargs.get("block")
+        label = self.name if block is None else f"{self.name}[block {block}]"
 
         def body() -> dict[str, Any]:
-            return self._make(key, ran, job, *args, **kwargs)
+            with _out_of_memory(label, jobs):
+                return self._make(key, ran, jobs[-1], *args, **kwargs)
 
-        block = kwargs.get("block")
         task = Task(
             body,
             name=self.name,
-            task_run_name=self.name if block is None else f"{self.name}[block {block}]",
+            task_run_name=label,
             tags=list(self.tags),
             cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda *_: key),
             refresh_cache=not whole,
@@ -90,13 +114,13 @@ class Step(Generic[Parameters]):
             retries=RETRIES,
             retry_delay_seconds=exponential_backoff(FIRST_DELAY_S),
             retry_jitter_factor=0.5,
-            retry_condition_fn=is_transient,
+            retry_condition_fn=_passes_or_fits(jobs),
         )
         task()
         entry = job.store.get(key)
         if entry is None:
             raise OSError(f"store {job.store.root}: the entry {key} vanished while it was used")
-        return Result(entry, cached=not ran)
+        return Result(entry, cached=not ran, lean=jobs[-1] if jobs[1:] else None)
 
     def _make(
         self,
@@ -110,7 +134,7 @@ class Step(Generic[Parameters]):
             # another process may have made it while this one waited
             if job.store.get(key) is None:
                 ran.append(True)
-                with job.store.draft(key) as draft:
+                with writing_to(job.store.root), job.store.draft(key) as draft:
                     value = self.compute(job, draft, *args, **kwargs)
                     job.store.commit(key, self.name, draft, value)
         return {"key": key, "step": self.name}
@@ -155,6 +179,46 @@ def action(
         retry_delay_seconds=exponential_backoff(FIRST_DELAY_S),
         retry_condition_fn=is_transient,
     )
+
+
+@contextmanager
+def _out_of_memory(label: str, jobs: list[Job]) -> Iterator[None]:
+    """Where the device has no room, let go of what is there and put a leaner job behind the last.
+
+    Raises:
+        DeviceMemoryError: in place of torch's error, whose frames would keep tensors alive.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        said = one_line(error)
+        traceback.clear_frames(error.__traceback__)
+    else:
+        return
+    leaner = jobs[-1].leaner()
+    if leaner is None:
+        raise DeviceMemoryError(
+            f"{label}: {jobs[-1].device} has too little memory for one block even with all else "
+            f"on the host; use a device with more, or a shorter calib.seq_len ({said})"
+        )
+    jobs.append(leaner)
+    log.warning("%s: %s is full; tried again with less kept on it", label, leaner.device)
+    raise DeviceMemoryError(f"{label}: {leaner.device} is full ({said})")
+
+
+def _passes_or_fits(jobs: list[Job]) -> Callable[[Any, Any, Any], bool]:
+    """A failure that may pass by itself, or one of memory for which there is a leaner job."""
+    tried = [len(jobs)]
+
+    def condition(task: Any, task_run: Any, state: Any) -> bool:
+        if len(jobs) > tried[0]:
+            tried[0] = len(jobs)
+            return True
+        return is_transient(task, task_run, state)
+
+    return condition
 
 
 def is_transient(task: Any, task_run: Any, state: Any) -> bool:

@@ -62,7 +62,7 @@ def version_block(job: Job, version: Version, block: int) -> Mapping[str, Tensor
             tensors = rotated_block(tensors, job.plan.architecture, rotation)
         for key in version.of_block(block):
             tensors = _transformed(job, tensors, key)
-        return tensors
+        return job.resident(tensors)
 
     return job.memo.get("version block", f"{block} {version.lineage(job, block)}", compute)
 
@@ -84,7 +84,7 @@ def transformed_block(
     return job.memo.get(
         "transformed block",
         f"{decision} {block} {version.lineage(job, block)}",
-        lambda: _transformed(job, tensors, decision),
+        lambda: job.resident(_transformed(job, tensors, decision)),
     )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import errno
+import gc
 import json
+import logging
 import os
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +21,10 @@ from safetensors import SafetensorError
 
 import tasks.engine.step as module
 from tasks.engine import lineage
+from tasks.engine.disk import DiskFullError
 from tasks.engine.errors import InputError, NonFiniteWeightError, RunError
 from tasks.engine.lineage import code_digest
+from tasks.engine.residency import DeviceMemoryError
 from tasks.engine.step import Step, action, step
 from tasks.engine.store import MANIFEST, Draft, Store, load_tensors
 
@@ -36,6 +42,11 @@ class Work:
     fingerprint: dict[str, str] = field(default_factory=lambda: {"device": "cpu"})
     computed: list[int] = field(default_factory=list)
     failures: list[BaseException] = field(default_factory=list)
+    device: str = "cuda:0"
+    leaner_jobs: list[Work] = field(default_factory=list)
+
+    def leaner(self) -> Work | None:
+        return self.leaner_jobs.pop(0) if self.leaner_jobs else None
 
 
 @step(depends_on=lambda job, number: {"number": number})
@@ -175,8 +186,8 @@ def test_what_may_pass_is_tried_again(work: Work, failure: BaseException) -> Non
 
 
 def test_it_is_not_tried_for_ever(work: Work) -> None:
-    work.failures = [OSError(28, "No space left on device")] * 9
-    with pytest.raises(OSError, match="No space left on device"):
+    work.failures = [OSError(errno.EIO, "Input/output error")] * 9
+    with pytest.raises(OSError, match="Input/output error"):
         square(work, 3)
     assert len(work.computed) == 1 + module.RETRIES
     assert_nothing_left(work)
@@ -188,7 +199,7 @@ def test_it_is_not_tried_for_ever(work: Work) -> None:
     "failure",
     [
         *(ValueError("wrong"), RunError("wrong"), InputError("wrong")),
-        *(NonFiniteWeightError("wrong"), KeyError("wrong"), MemoryError("wrong")),
+        *(NonFiniteWeightError("wrong"), KeyError("wrong")),
         *(FileNotFoundError(2, "wrong"), PermissionError(13, "wrong")),
     ],
     ids=lambda failure: type(failure).__name__,
@@ -284,3 +295,68 @@ def test_a_key_covers_code_and_not_its_comments(work: Work, packing: Path) -> No
     code_digest.cache_clear()
     assert packs.key(work, 3) != before[0]
     assert square.key(work, 3) == before[1]
+
+
+def full() -> BaseException:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_out_of_memory_is_tried_again_with_less_on_the_device(
+    work: Work, caplog: pytest.LogCaptureFixture
+) -> None:
+    lean = Work(work.store)
+    work.leaner_jobs, work.failures = [lean], [full()]
+    caplog.set_level(logging.WARNING)
+    made = square(work, 3)
+    assert (work.computed, lean.computed) == ([3], [3])
+    assert (made.value, made.cached, made.lean) == ({"square": 9}, False, lean)
+    assert "square: cuda:0 is full; tried again with less kept on it" in caplog.text
+    assert square(work, 3).lean is None
+
+
+def test_out_of_memory_with_nothing_left_to_move_is_one_line(work: Work) -> None:
+    lean = Work(work.store, failures=[full()])
+    work.leaner_jobs, work.failures = [lean], [full()]
+    with pytest.raises(DeviceMemoryError) as raised:
+        square(work, 3)
+    assert (work.computed, lean.computed) == ([3], [3])
+    assert str(raised.value) == (
+        "square: cuda:0 has too little memory for one block even with all else on the host; use a "
+        "device with more, or a shorter calib.seq_len "
+        "(OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.)"
+    )
+
+
+def test_what_a_full_device_held_is_let_go_before_the_next_try(work: Work) -> None:
+    held: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    @step(depends_on=lambda job: {})
+    def fill(job: Any, draft: Draft) -> dict[str, Any]:
+        del draft
+        if not held:
+            tensor = torch.zeros(8)
+            held.append(weakref.ref(tensor))
+            raise full()
+        gc.collect()
+        alive.append(held[0]() is not None)
+        return {}
+
+    work.leaner_jobs = [Work(work.store)]
+    fill(work)
+    assert alive == [False]
+
+
+def test_a_transient_fault_after_one_of_memory_is_tried_again_too(work: Work) -> None:
+    lean = Work(work.store, failures=[OSError("Input/output error")])
+    work.leaner_jobs, work.failures = [lean], [full()]
+    assert square(work, 3).value == {"square": 9}
+    assert (work.computed, lean.computed) == ([3], [3, 3])
+
+
+def test_a_full_disk_is_not_tried_again(work: Work) -> None:
+    work.failures = [OSError(errno.ENOSPC, "No space left on device")]
+    with pytest.raises(DiskFullError, match="no room is left on its disk"):
+        square(work, 3)
+    assert work.computed == [3]
+    assert not list((work.store.root / "staging").iterdir())
