@@ -287,7 +287,7 @@ def _wrap_publish(recorder: Recorder) -> None:
     publishing.shutil = Stand(publishing.shutil, rmtree=removed)  # type: ignore[assignment]
     publishing.os = _moves(recorder, publishing.os)  # type: ignore[assignment]
     acting = {
-        flow: ("check", "open_tracked", "log_measured", "register"),
+        flow: ("check", "open_tracked", "log_measured", "offer", "register"),
         finishing: ("publish",),
     }
     for module, names in acting.items():
@@ -300,7 +300,8 @@ def _wrap_tracking(recorder: Recorder) -> None:
     from tasks.engine import journal
     from tasks.engine.journal import ToldRun
 
-    names = ("open", "log_points", "set_tags", "log_file", "log_table", "log_input", "finish")
+    names = ("open", "log_points", "set_tags", "log_file", "log_table", "log_input")
+    names += ("offer", "finish")
     for name in names:
         setattr(ToldRun, name, _followed(recorder, getattr(ToldRun, name)))
     send = journal._send

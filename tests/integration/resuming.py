@@ -99,6 +99,11 @@ def assert_tracked(home: Path, runs: int = 1) -> list[Curves]:
     experiment = client.get_experiment_by_name("blockquant")
     found = client.search_runs([experiment.experiment_id])
     assert [r.info.status for r in found] == ["FINISHED"] * runs
+    versions = client.search_model_versions()
+    assert sorted(v.run_id for v in versions) == sorted(r.info.run_id for r in found)
+    for version in versions:
+        (run,) = [r for r in found if r.info.run_id == version.run_id]
+        assert run.data.tags["gate"] == version.tags["gate"] != ""
     curves: list[Curves] = []
     for tracked in found:
         assert "failure" not in tracked.data.tags

@@ -123,6 +123,7 @@ def test_one_kill_of_each_kind(w8a8: Case) -> None:
         "open_tracked: open told",
         "open sent",
         "set_tags sent",
+        "offer sent",
         "log_first_points sent",
         "finish sent",
         "transform[block 0]: digests torn",
@@ -145,6 +146,7 @@ def test_one_kill_of_each_kind(w8a8: Case) -> None:
         "publish: before rename to out",
         "publish: .out.blockquant-old removed",
         "log_measured: log_points told",
+        "offer: offer told",
         "register: finish told",
     )
     kill_each(w8a8, points, "kind")
