@@ -16,6 +16,7 @@ from rich.table import Table
 
 from configs.loading import RecipeError, load_recipe, shipped_recipes
 from configs.vocabulary import EvaluationDtype
+from flows.gate_cli import champion
 from flows.logs import logging_to
 from flows.options import (
     BAD_INPUT,
@@ -50,6 +51,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(store_app, name="store")
+app.command()(champion)
 app.command()(serve)
 app.command()(serve_check)
 app.command()(sweep)

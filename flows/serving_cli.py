@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import typer
 from rich.table import Table
 
+from flows.gate_cli import show_gate
 from flows.options import DONE, CheckpointArgument, DeviceOption, JsonOption, ParallelOption, out
 
 PythonOption = Annotated[
@@ -89,7 +90,6 @@ def serve_check(
     from tasks.check import check_device
     from tasks.engine.errors import RunError
     from tasks.engine.settings import settings
-    from tasks.register import served_points, served_tags, tell_failure
     from tasks.smoke_test import NotServedError, serve_and_compare
     from tasks.verify import require_served
 
@@ -103,7 +103,7 @@ def serve_check(
         arguments=arguments,
     )
     place = check_device(device)
-    known = _known_run(run)
+    known, decided = _known_run(run), None
     name = f"serve-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     log_file = settings().store / "logs" / name
     try:
@@ -111,21 +111,44 @@ def serve_check(
             checkpoint.absolute(), serving, place, log_file, source, server_url
         )
         if known is not None:
-            known.log_points(served_points(served, int(time.time() * 1000)))
-            known.set_tags(served_tags(served))
+            decided = _tell_served(known, served)
     except RunError as error:
         if known is not None and not isinstance(error, NotServedError):
-            tell_failure(known, error)
+            _tell_failed(known, error)
         raise
     finally:
         for kept in sorted(log_file.parent.glob(f"{log_file.stem}*")):
             if known is not None:
                 known.log_file(kept)
     if as_json:
-        print(json.dumps(served))
+        print(json.dumps(served if known is None else served | {"gate": decided}))
         return DONE
     show_served(served)
+    show_gate(decided)
     return DONE
+
+
+def _tell_served(run: Any, served: dict[str, Any]) -> dict[str, Any] | None:
+    """Tell a run what came of serving its checkpoint; what the gate says now of its version."""
+    from tasks.engine.registry import served_later
+    from tasks.engine.settings import settings
+    from tasks.gate import served_figures
+    from tasks.register import served_points, served_tags
+
+    run.log_points(served_points(served, int(time.time() * 1000)))
+    run.set_tags(served_tags(served))
+    return served_later(run, settings(), served_figures(served))
+
+
+def _tell_failed(run: Any, error: Exception) -> None:
+    """Tell a run and its version that the checkpoint was not served as measured."""
+    from tasks.engine.registry import served_later
+    from tasks.engine.settings import settings
+    from tasks.gate import failed_serving, served_figures
+    from tasks.register import tell_failure
+
+    tell_failure(run, error)
+    served_later(run, settings(), served_figures(failed_serving(error)))
 
 
 def _serving(arguments: list[str] | None, **keys: Any) -> Any:

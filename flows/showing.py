@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from flows.gate_cli import show_gate
 from flows.options import out
 from flows.serving_cli import show_served
 
@@ -37,17 +38,6 @@ def show_result(result: dict[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
-
-
-def show_gate(decided: dict[str, Any] | None) -> None:
-    """Say in a line whether a checkpoint is champion, and why not; nothing while not known."""
-    if decided is None:
-        return
-    name = f"{decided['model']} version {decided['version']}"
-    line = f"champion: {'yes' if decided['champion'] else 'no'}, {name}"
-    if decided["gate"] != "champion":
-        line += f" {decided['gate']}"
-    out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def mlflow_line(uri: str) -> str:

@@ -45,6 +45,11 @@ def newest_run(home: Path):
     return client, run
 
 
+def version_of(client: MlflowClient, run):
+    """The model version that a run registered."""
+    return client.get_model_version(run.data.tags["model.name"], run.data.tags["model.version"])
+
+
 def server_logs(client: MlflowClient, run) -> list[str]:
     """Names of the server's logs among a run's artifacts."""
     kept = [file.path for file in client.list_artifacts(run.info.run_id)]
@@ -76,7 +81,12 @@ def test_a_flow_whose_replayed_server_computes_something_else_fails(
     assert "of the published report" in run.data.tags["failure"]
     assert "of the published report" in run.data.tags["served.reason"]
     assert run.data.metrics["served.nll_gap"] == pytest.approx(0.1967, abs=1e-3)
+    assert run.data.metrics["eval.kl"] > 0
     assert server_logs(client, run)
+    # it is registered as what it is
+    version = version_of(client, run)
+    assert version.tags["served"] == "failed"
+    assert "it was not served as measured: " in version.tags["gate"] == run.data.tags["gate"]
     # with the server mended it goes on: in the same run, with nothing computed again
     again = quantized(*served_by(replayed()))
     assert again.status == 0, again.err
@@ -86,6 +96,9 @@ def test_a_flow_whose_replayed_server_computes_something_else_fails(
     assert (mended.info.status, mended.data.tags["served"]) == ("FINISHED", "yes")
     assert "failure" not in mended.data.tags
     assert mended.data.tags["served.reason"] == ""
+    assert version_of(client, mended).version == version.version
+    assert version_of(client, mended).tags["served"] == "yes"
+    assert "not served" not in mended.data.tags["gate"]
 
 
 def test_a_flow_whose_replayed_server_does_not_start_shows_why(quantized, replayed, recording):
@@ -149,10 +162,14 @@ def test_serve_check_tells_a_run(quantized, here, replayed, recorded_checkpoint,
     assert run.data.tags["served"] == "yes"
     assert run.data.metrics["served.nll"] == outcome.json["nll"]
     assert run.data.tags["served.reason"] == ""
+    assert outcome.json["gate"]["model"] == run.data.tags["model.name"]
+    assert version_of(client, run).tags["served"] == "yes"
+    assert version_of(client, run).tags["server_nll"] == repr(outcome.json["nll"])
     failed = here("serve-check", recorded_checkpoint, "--python", replayed("wrong"), *bound)
     assert failed.status == 1
     _, run = newest_run(home)
     assert run.data.tags["served"] == "failed"
+    assert version_of(client, run).tags["served"] == "failed"
     logs = [file.path for file in client.list_artifacts(run_id) if file.path.startswith("serve-")]
     assert len(logs) == 2
     said = "--run 0123: the tracking server has no such run"
