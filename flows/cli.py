@@ -18,6 +18,7 @@ from configs.loading import RecipeError, load_recipe, shipped_recipes
 from configs.vocabulary import EvaluationDtype
 from flows.gate_cli import champion
 from flows.logs import logging_to
+from flows.looking_cli import compare, status
 from flows.options import (
     BAD_INPUT,
     DONE,
@@ -55,6 +56,8 @@ app.command()(champion)
 app.command()(serve)
 app.command()(serve_check)
 app.command()(sweep)
+app.command()(compare)
+app.command()(status)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flows.progress import reporter
+from flows.progress_artifact import ProgressArtifact
 from tasks.engine.job import Job
 from tasks.engine.step import Result, Step
 
@@ -19,6 +20,18 @@ class Course:
     steps: list[dict[str, Any]] = field(default_factory=list)
     _lean: Job | None = None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    progress: ProgressArtifact = field(default_factory=lambda: ProgressArtifact(0))
+
+    def plan(self, blocks: int) -> None:
+        """Say how many blocks there will be, those of all passes together."""
+        reporter().plan(blocks)
+        self.progress = ProgressArtifact(blocks)
+        self.progress.begin()
+
+    def block_done(self, block: int) -> None:
+        """Say that a pass is through with a block."""
+        reporter().block_done(block)
+        self.progress.block_done()
 
     def run(self, step: Step[...], job: Job, *args: Any, **kwargs: Any) -> Result:
         """Run a step, tell the reporter, and note it.

@@ -13,7 +13,6 @@ from prefect import flow
 from configs.loading import ineffective_keys, load_recipe
 from flows.course import Course
 from flows.finishing import look, publish_products, sample, serve, show
-from flows.progress import reporter
 from flows.steps import State, apply, calibration, passes
 from flows.tracked import failure_kept, open_tracked
 from tasks.check import Request, check, output_folder
@@ -107,7 +106,7 @@ def quantize_model(
 def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -> dict[str, Any]:
     course = Course()
     described = course.run(load_model, job)
-    reporter().plan(described.value["blocks"] * sum(passes(job)))
+    course.plan(described.value["blocks"] * sum(passes(job)))
     sets: dict[str, Entry] = {}
     # before the blocks: a text that cannot be had is better found now
     sets["evaluation"] = course.run(evaluation_set, job, job.evaluation).entry

@@ -9,7 +9,6 @@ from configs.schema import ResolvedStep
 from configs.special_keys import GptqSpecial
 from configs.vocabulary import Method
 from flows.course import Course
-from flows.progress import reporter
 from tasks.advance import advance
 from tasks.calibration_set import calibration_set
 from tasks.clip import clip, has_clip
@@ -149,7 +148,7 @@ def _blocks(
             if floats is not None:
                 unquantized = course.run(advance, job, floats, None, block=block)
                 floats = floats.after(unquantized.key, None)
-        reporter().block_done(block)
+        course.block_done(block)
     for passed_on in (stream, floats):
         if passed_on is not None:
             drop_boundaries(job, passed_on)
