@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 from prefect.futures import PrefectFuture, as_completed
@@ -42,7 +41,8 @@ def run_children(children: Sequence[Child], runner: Runner, place: Surroundings)
     elif (runner.at_once or 1) == 1:
         for child in children:
             with shown(err):
-                outcome = _outcome(partial(run_child, **_arguments(child, place)))
+                ended = run_child(**_arguments(child, place), return_state=True)
+            outcome = _outcome(ended.result)
             yield child, *outcome
     else:
         yield from _in_processes(children, runner, place)

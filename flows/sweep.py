@@ -22,7 +22,7 @@ from flows.children import Checked, Child, checked_sweep
 from flows.options import err
 from flows.ray_cluster import handed_over
 from flows.run_children import run_children
-from flows.runner import Runner
+from flows.runner import RAY, Runner
 from flows.tracked import failure_kept
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job
@@ -154,7 +154,7 @@ def _run(checked: Checked, runner: Runner, store: Path) -> list[Outcome]:
         str(Path.cwd()),
         str(logs),
         runner.threads,
-        handed_over() if runner.address is not None else {},
+        handed_over() if runner.kind == RAY else {},
     )
     children = [_of(checked.identity, child) for child in checked.children]
     outcomes: dict[str, Outcome] = {}

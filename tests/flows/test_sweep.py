@@ -1,0 +1,192 @@
+"""Sweeps: what their children are, what is refused, and how children are run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.sweep_schema import load_sweep
+from flows.child_run import Surroundings, surrounded
+from flows.children import check_children, expand
+from flows.runner import Runner, check_runner
+from tasks.engine.errors import InputError
+from tests.conftest import Outcome
+from tests.flows.conftest import tree
+
+Here = Callable[..., Outcome]
+
+COMMON: dict[str, Any] = {
+    "overrides": ["serving.check_kernels=false"],
+    "device": "cpu",
+    "memory": None,
+    "store": None,
+    "keep_incompatible": False,
+    "overwrite": False,
+}
+
+
+def sweep_file(folder: Path, text: str) -> Path:
+    path = folder / "mine.yml"
+    path.write_text(text)
+    return path
+
+
+def test_children_are_every_recipe_on_every_model_with_every_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    text = """
+models: [here, org/there]
+recipes: [rtn_w4a16, fp8/rtn_fp8]
+overrides: [eval.windows=1, {name: two, set: eval.windows=2}]
+set: [eval.windows=3]
+"""
+    children = expand(load_sweep(sweep_file(tmp_path, text)), COMMON, "out")
+    assert [child.name for child in children] == [
+        f"{model}-{recipe}-{overrides}"
+        for model in ("here", "there")
+        for recipe in ("rtn_w4a16", "fp8-rtn_fp8")
+        for overrides in ("windows-1", "two")
+    ]
+    last = children[-1]
+    assert (last.model, last.recipe, last.overrides) == (
+        "there",
+        "fp8-rtn_fp8",
+        ("eval.windows=2",),
+    )
+    assert last.parameters == {
+        **COMMON,
+        "recipe": "fp8/rtn_fp8",
+        "model": "org/there",
+        "output": str(tmp_path / "out" / last.name),
+        # the sweep's, the command line's, the child's own
+        "overrides": ["eval.windows=3", "serving.check_kernels=false", "eval.windows=2"],
+        "name": last.name,
+    }
+    # a worker may run in another folder
+    assert children[0].parameters["model"] == str(tmp_path / "here")
+
+
+def test_names_without_sets_of_overrides_are_short(tmp_path: Path) -> None:
+    sweep = load_sweep(sweep_file(tmp_path, "models: [a]\nrecipes: [rtn_w4a16]"))
+    (child,) = expand(sweep, COMMON)
+    assert child.name == "a-rtn_w4a16"
+    assert child.parameters["output"] == str(Path("exports/mine/a-rtn_w4a16").absolute())
+
+
+@pytest.fixture
+def twice(tiny: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The model at two places of one name."""
+    return tiny, Path(shutil.copytree(tiny, tmp_path / "other" / "tiny"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "models: [{0}, {1}]\nrecipes: [rtn_w4a16]",
+            "sweep mine: two children would publish at OUT/tiny-rtn_w4a16; give their models, "
+            "recipes or overrides names that differ",
+        ),
+        (
+            "models: [{0}, {{name: two, path: {0}}}]\nrecipes: [rtn_w4a16]",
+            "sweep mine: children tiny-rtn_w4a16 and two-rtn_w4a16 are the same work; remove one",
+        ),
+        (
+            "models: [{0}]\nrecipes: [rtn_w4a16]\n"
+            "overrides: [{{name: a}}, {{name: b, set: quant.weight.bit=4}}]",
+            "sweep mine: children tiny-rtn_w4a16-a and tiny-rtn_w4a16-b are the same work; remove",
+        ),
+        (
+            "models: [{0}]\nrecipes: [rtn_w4a16]\noverrides: [quant.weight.bits=4]",
+            "child tiny-rtn_w4a16: override 'quant.weight.bits=4': quant.weight.bits: "
+            "unknown key; did you mean 'bit'?",
+        ),
+        (
+            "models: [{0}, /nowhere/model]\nrecipes: [rtn_w4a16]",
+            "child model-rtn_w4a16: model /nowhere/model",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_child_is_found_before_any_work(
+    here: Here, twice: tuple[Path, Path], tmp_path: Path, text: str, says: str
+) -> None:
+    path = sweep_file(tmp_path, text.format(*twice))
+    before = tree(tmp_path)
+    refused = here("sweep", path, "--output", tmp_path / "OUT")
+    assert (refused.status, refused.out) == (2, "")
+    (line,) = refused.err.splitlines()
+    assert line.startswith(f"blockquant: {says.replace('OUT', str(tmp_path / 'OUT'))}"), line
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--runner", "dask"), "--runner dask: not a runner; use local or ray"),
+        (("--gpus", "1"), "--gpus 1: is for --runner ray; give both or none"),
+        (("--address", "h:1"), "--address h:1: is for --runner ray; give both or none"),
+        (("--at-once", "0"), "Invalid value for '--at-once'"),
+    ],
+)
+def test_what_is_wrong_with_a_runner(
+    here: Here, tiny: Path, tmp_path: Path, options: tuple[str, ...], says: str
+) -> None:
+    path = sweep_file(tmp_path, f"models: [{tiny}]\nrecipes: [rtn_w4a16]")
+    refused = here("sweep", path, *options)
+    assert (refused.status, refused.out) == (2, "")
+    assert refused.err.startswith(f"blockquant: {says}") and len(refused.err.splitlines()) == 1
+
+
+def test_ray_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"Ray is not installed: pip install 'blockquant\[ray\]'"):
+        check_runner(Runner("ray"))
+
+
+def test_the_same_children_are_the_same_work_in_any_order(tiny: Path, tmp_path: Path) -> None:
+    def identity(recipes: str) -> str:
+        path = sweep_file(tmp_path, f"models: [{tiny}]\nrecipes: {recipes}")
+        children = expand(load_sweep(path), COMMON, str(tmp_path / "out"))
+        return check_children("mine", children).identity
+
+    one, other = identity("[rtn_w4a16, rtn_w8a16]"), identity("[rtn_w8a16, rtn_w4a16]")
+    assert one == other != identity("[rtn_w4a16]")
+
+
+def test_cores_are_shared_among_children_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert Runner().threads is None
+    assert Runner(at_once=3).threads == 2
+    assert Runner(at_once=20).threads == 1
+    assert Runner("ray").threads == 8
+    assert Runner("ray", at_once=4, cores=3).threads == 3
+    assert Runner("ray").gpus_of_child == 0
+    assert Runner("ray", device="cuda").gpus_of_child == 1
+    assert Runner("ray", device="cuda", gpus=2).gpus_of_child == 2
+
+
+def test_surroundings_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    import torch
+
+    monkeypatch.setenv("ONE", "before")
+    monkeypatch.delenv("TWO", raising=False)
+    before = (Path.cwd(), torch.get_num_threads())
+    place = Surroundings(str(tmp_path), "logs", 1, {"ONE": "secret", "TWO": "2"})
+    assert "secret" not in repr(place)
+    with surrounded(place):
+        assert (Path.cwd(), torch.get_num_threads()) == (tmp_path, 1)
+        assert (os.environ["ONE"], os.environ["TWO"]) == ("secret", "2")
+    assert (Path.cwd(), torch.get_num_threads()) == before
+    assert (os.environ["ONE"], os.environ.get("TWO")) == ("before", None)
