@@ -46,11 +46,13 @@ class Checked:
     Attributes:
         children: as they are worked at, one model after the other.
         identity: what makes two sweeps the same work.
+        works: what makes the work of each child, by its name.
         jobs: one per model, whose weights' digests are to be known before children start.
     """
 
     children: tuple[Child, ...]
     identity: str
+    works: Mapping[str, str]
     jobs: tuple[Job, ...]
 
 
@@ -139,24 +141,25 @@ def check_children(name: str, children: Sequence[Child], device: str | None = No
         InputError: what is wrong with which child, or two of them are the same work.
     """
     jobs: dict[str, Job] = {}
+    known: dict[str, str] = {}
     works: dict[str, str] = {}
-    identities = []
     for child in children:
         try:
             job, output = _check(child, device)
         except ValueError as error:
             raise InputError(f"child {child.name}: {error}") from error
-        identities.append(work_identity(job, output))
+        works[child.name] = work_identity(job, output)
         # whatever its output is
         work = work_identity(job, None)
-        if (other := works.get(work)) is not None:
+        if (other := known.get(work)) is not None:
             raise InputError(
                 f"sweep {name}: children {other} and {child.name} are the same work; remove one"
             )
-        works[work] = child.name
+        known[work] = child.name
         jobs.setdefault(str(job.source.path), job)
-    whole = hashlib.sha256(json.dumps([name, sorted(identities)]).encode()).hexdigest()[:32]
-    return Checked(tuple(children), whole, tuple(jobs.values()))
+    whole = json.dumps([name, sorted(works.values())])
+    identity = hashlib.sha256(whole.encode()).hexdigest()[:32]
+    return Checked(tuple(children), identity, works, tuple(jobs.values()))
 
 
 def _check(child: Child, device: str | None) -> tuple[Job, Path | None]:

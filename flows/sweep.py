@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import Timeout
 from prefect import flow
 from prefect.artifacts import create_image_artifact, create_table_artifact
 from prefect.runtime import flow_run
@@ -26,9 +27,9 @@ from flows.runner import RAY, Runner
 from flows.tracked import failure_kept
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job
-from tasks.engine.journal import ToldRun, told, told_run
+from tasks.engine.journal import Journal, ToldRun, told, told_run
 from tasks.engine.publication import alone
-from tasks.engine.settings import settings
+from tasks.engine.settings import Settings, settings
 from tasks.engine.step import action
 from tasks.engine.store import Store
 from tasks.engine.tracking import Point
@@ -103,15 +104,20 @@ def sweep(
     }
     loaded, checked = action(checked_sweep)(sweep, output, common, asked)
     place = settings(Path(store) if store else None)
+    return _sweep(loaded, checked, asked, place, Path(log_file) if log_file else None)
+
+
+def _sweep(
+    loaded: Sweep, checked: Checked, runner: Runner, place: Settings, log_file: Path | None
+) -> dict[str, Any]:
     folder = str(Path(checked.children[0].parameters["output"]).parent)
     alone_here = alone(Store(place.store), folder)
     with alone_here, told_run(place, checked.identity) as run:
-        _open(run, loaded, checked, asked, folder)
-        kept = Path(log_file) if log_file else None
-        with failure_kept(run, kept):
+        _open(run, loaded, checked, runner, folder)
+        with failure_kept(run, log_file):
             know_sources(checked.jobs)
-            outcomes = _run(checked, asked, place.store)
-            result = _ended(run, loaded, outcomes, folder, kept)
+            outcomes = _run(checked, runner, place)
+            result = _ended(run, loaded, checked.identity, outcomes, folder, log_file)
             if result["failed"]:
                 raise SweepError(_failure_line(loaded, outcomes), result)
             return result
@@ -147,10 +153,10 @@ def _open(run: ToldRun, loaded: Sweep, checked: Checked, runner: Runner, folder:
     run.flush()
 
 
-def _run(checked: Checked, runner: Runner, store: Path) -> list[Outcome]:
+def _run(checked: Checked, runner: Runner, place: Settings) -> list[Outcome]:
     """Run all children; what came of each, in their order."""
-    logs = store / "logs" / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    place = Surroundings(
+    logs = place.store / "logs" / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    surroundings = Surroundings(
         str(Path.cwd()),
         str(logs),
         runner.threads,
@@ -158,14 +164,28 @@ def _run(checked: Checked, runner: Runner, store: Path) -> list[Outcome]:
     )
     children = [_of(checked.identity, child) for child in checked.children]
     outcomes: dict[str, Outcome] = {}
-    for child, result, reason in run_children(children, runner, place):
+    for child, result, reason in run_children(children, runner, surroundings):
         outcome = Outcome(child.name, child.model, child.recipe, child.overrides, result, reason)
         outcomes[child.name] = outcome
+        if reason is not None:
+            _end_lost(place, checked.works[child.name], reason)
         line = f"{len(outcomes)} of {len(children)}: {_line(outcome)}"
         log.info(line)
         if err.is_terminal:
             err.print(line, markup=False, highlight=False, soft_wrap=True)
     return [outcomes[child.name] for child in children]
+
+
+def _end_lost(place: Settings, work: str, reason: str) -> None:
+    """Keep the MLflow run of a child as failed whose process died before it could say so."""
+    journal = Journal(place.store / "journal" / f"{work}.sqlite")
+    if not journal.path.exists() or journal.fact("run") is None:
+        return
+    try:
+        with told_run(place, work) as lost:
+            lost.fail(reason)
+    except Timeout:
+        log.warning("MLflow is not told of a failure: another process tells of that run")
 
 
 def _of(identity: str, child: Child) -> Child:
@@ -184,7 +204,12 @@ def _line(outcome: Outcome) -> str:
 
 
 def _ended(
-    run: ToldRun, loaded: Sweep, outcomes: Sequence[Outcome], folder: str, log_file: Path | None
+    run: ToldRun,
+    loaded: Sweep,
+    identity: str,
+    outcomes: Sequence[Outcome],
+    folder: str,
+    log_file: Path | None,
 ) -> dict[str, Any]:
     """Tell MLflow and Prefect what came of the sweep, and return it."""
     rows = sweep_rows(outcomes)
@@ -192,6 +217,8 @@ def _ended(
     failed = [o for o in outcomes if o.result is None]
     run.log_changed_points(_points(outcomes, int(time.time() * 1000)))
     run.log_table(rows, TABLE)
+    # those that were opened while the sweep's own run was not known
+    run.adopt(identity)
     title = f"sweep {loaded.name}: size against KL"
     with tempfile.TemporaryDirectory() as aside:
         drawn = Path(aside) / PLOT

@@ -132,6 +132,13 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     out.print(
         f"look at it: {mlflow_line(result['mlflow']['uri'])}", highlight=False, soft_wrap=True
     )
+    if result["mlflow"]["left"]:
+        out.print(
+            f"MLflow was not told all: {result['mlflow']['left']} messages are kept; when its "
+            "server is back: blockquant sync",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -190,3 +190,27 @@ def test_surroundings_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert (os.environ["ONE"], os.environ["TWO"]) == ("secret", "2")
     assert (Path.cwd(), torch.get_num_threads()) == before
     assert (os.environ["ONE"], os.environ.get("TWO")) == ("before", None)
+
+
+def test_a_child_that_died_is_kept_as_failed(home: Path) -> None:
+    from flows.sweep import _end_lost
+    from tasks.engine.journal import told_run
+    from tasks.engine.settings import settings
+
+    place = settings()
+    # nothing was told of it, or its journal was sent to the end
+    _end_lost(place, "work", "its worker died")
+    assert not (place.store / "journal" / "work.sqlite").exists()
+    with told_run(place, "work") as run:
+        run.open("work", "a run", {}, {})
+        run.flush()
+        # what a killed process leaves
+        journal = run.journal.path
+        left = journal.read_bytes()
+        known = run.id
+    journal.write_bytes(left)
+    _end_lost(place, "work", "its worker died")
+    from mlflow import MlflowClient
+
+    found = MlflowClient(place.tracking_uri).get_run(known)
+    assert (found.info.status, found.data.tags["failure"]) == ("FAILED", "its worker died")

@@ -24,7 +24,7 @@ from tests.conftest import ROOT
 from tests.integration.resuming import contents
 from tests.models import make_checkpoint, make_text
 
-pytestmark = [pytest.mark.ops, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.ops, pytest.mark.timeout(600)]
 
 RECIPE = """
 calib: {{name: text, path: {text}, n_samples: 4, seq_len: 64}}
