@@ -16,7 +16,7 @@ from rich.table import Table
 
 from configs.loading import RecipeError, load_recipe, shipped_recipes
 from configs.vocabulary import EvaluationDtype
-from flows.gate_cli import champion
+from flows.gate_cli import champion, show_gate
 from flows.logs import logging_to
 from flows.looking_cli import compare, status
 from flows.options import (
@@ -295,16 +295,21 @@ def sync(store: StoreOption = None, as_json: JsonOption = False) -> int:
 
     place = settings(store)
     check_uri(place.tracking_uri)
-    left = {}
+    left, decided = {}, []
     found = journals(place.store)
     for journal in found:
-        if (reason := synchronize(journal, place)) is not None:
-            left[journal.path.stem] = {"messages": journal.count(), "reason": reason}
+        sent_now = synchronize(journal, place)
+        if sent_now.reason is not None:
+            left[journal.path.stem] = {"messages": journal.count(), "reason": sent_now.reason}
+        elif sent_now.decision is not None:
+            decided.append(sent_now.decision)
     sent = len(found) - len(left)
     if as_json:
-        print(json.dumps({"sent": sent, "left": left}))
+        print(json.dumps({"sent": sent, "left": left, "gate": decided}))
         return FAILED if left else DONE
     out.print(f"{sent} journals sent" if found else "nothing is left to send")
+    for decision in decided:
+        show_gate(decision)
     for name, kept in left.items():
         line = f"{name}: {kept['messages']} messages are kept: {kept['reason']}"
         out.print(line, highlight=False, soft_wrap=True)

@@ -44,6 +44,8 @@ _REFUSALS = (
     "RESOURCE_DOES_NOT_EXIST",
     "MALFORMED_REQUEST",
 )
+# what one says that has no registry, or lets nobody write there: its runs are told all the same
+_NO_REGISTRY = ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "FEATURE_DISABLED", "PERMISSION_DENIED")
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,13 @@ def journals(store: Path) -> list[Journal]:
     return [Journal(path) for path in found]
 
 
+def decision_in(journal: Journal) -> dict[str, Any] | None:
+    """What the gate decided last of what a journal told, as ``registry.offer`` gives it."""
+    found = journal.fact(DECISION)
+    decided: dict[str, Any] | None = None if found is None else json.loads(found)
+    return decided
+
+
 class Away(Exception):
     """The server did not take a message for now."""
 
@@ -155,7 +164,7 @@ def deliver(journal: Journal, settings: Settings) -> None:
         try:
             facts = _send(journal, settings, message)
         except Exception as error:
-            if not _is_refusal(error):
+            if not _is_refusal(error, message.kind):
                 raise Away(f"{type(error).__name__}") from error
             log.warning("MLflow refuses a message (%s): %s", message.kind, _line(error))
             facts = {}
@@ -178,8 +187,9 @@ def _send(journal: Journal, settings: Settings, message: Message) -> dict[str, s
     return {}
 
 
-def _is_refusal(error: Exception) -> bool:
-    return getattr(error, "error_code", None) in _REFUSALS
+def _is_refusal(error: Exception, kind: str) -> bool:
+    code = getattr(error, "error_code", None)
+    return code in _REFUSALS or (kind == "offer" and code in _NO_REGISTRY)
 
 
 def _line(error: Exception) -> str:
@@ -269,10 +279,8 @@ class ToldRun:
 
     @property
     def decision(self) -> dict[str, Any] | None:
-        """What the gate decided, None as long as that is not known."""
-        found = self.journal.fact(DECISION)
-        decided: dict[str, Any] | None = None if found is None else json.loads(found)
-        return decided
+        """What the gate decided, None as long as all is not sent: another decision may wait."""
+        return None if self.journal.count() else decision_in(self.journal)
 
     def finish(self) -> None:
         """Tell that the run is done."""
@@ -341,17 +349,31 @@ def told(run: ToldRun) -> dict[str, Any]:
     return {"uri": run.settings.tracking_uri, "run": run.id, "left": left}
 
 
-def synchronize(journal: Journal, settings: Settings) -> str | None:
-    """Send what a journal has left; None where all is sent, else why not."""
+@dataclass(frozen=True)
+class Sent:
+    """What came of sending a journal's rest.
+
+    Attributes:
+        reason: why not all is sent, None where it is.
+        decision: what the gate decided, None where nothing was offered to it.
+    """
+
+    reason: str | None
+    decision: dict[str, Any] | None = None
+
+
+def synchronize(journal: Journal, settings: Settings) -> Sent:
+    """Send what a journal has left."""
     try:
         with journal.lock().acquire(timeout=0):
             deliver(journal, settings)
+            decision = decision_in(journal)
             journal.drop()
-            return None
+            return Sent(None, decision)
     except Timeout:
-        return "a run sends it right now"
+        return Sent("a run sends it right now")
     except Away as error:
-        return str(error)
+        return Sent(str(error))
 
 
 def _now_ms() -> int:

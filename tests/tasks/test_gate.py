@@ -7,8 +7,10 @@ import pytest
 from configs.gate_schema import usual_limits
 from configs.loading import RecipeError, load_recipe, shipped_names
 from tasks.engine.gate import FAILED, NO, YES
+from tasks.engine.journal import Journal, ToldRun
 from tasks.engine.publication import work_identity
-from tasks.gate import failed_serving, figures_of, limits_of, model_name, served_figures
+from tasks.engine.settings import Settings
+from tasks.gate import failed_serving, figures_of, limits_of, model_name, offer, served_figures
 from tasks.smoke_test import GapError
 
 # docs/quality.md and the demo: NLL increase, KL, top-1 agreement of recipes measured here
@@ -123,3 +125,22 @@ def test_what_came_of_serving():
     assert (failed["served"], failed["server_nll_gap"]) == (FAILED, 6.0)
     assert failed["served_reason"] == "the server's NLL is 9"
     assert served_figures(failed_serving(OSError("no room")))["served_reason"] == "OSError: no room"
+
+
+@pytest.mark.parametrize(
+    ("override", "location", "reason"),
+    [
+        ("gate.registry=false", "/exports/one", "gate.registry is false"),
+        ("save.save_sgl=false", None, "no quantized checkpoint is published"),
+        ("save={save_trans: true}", "/exports/one", "no quantized checkpoint is published"),
+    ],
+)
+def test_what_is_not_registered_says_why(job_of, demo_model, tmp_path, override, location, reason):
+    job = job_of(demo_model, "awq_w4a16" if "trans" in override else "rtn_w4a16", override)
+    place = Settings(tmp_path / "store", "http://127.0.0.1:9", tmp_path / "a", tmp_path / "p")
+    run = ToldRun(place, Journal(tmp_path / "journal.sqlite"))
+    offer(job, run, "work", {}, location, None, {"served": False, "reason": "no GPU"})
+    message = run.journal.first()
+    assert message.kind == "set_tags"
+    assert message.body == {"tags": {"gate": f"not registered: {reason}"}}
+    run.close()

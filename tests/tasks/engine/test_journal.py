@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tasks.engine import journal as journals_module
-from tasks.engine.journal import Journal, journals, synchronize, told, told_run
+from tasks.engine.journal import Journal, Sent, journals, synchronize, told, told_run
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import Point
 
@@ -96,9 +96,9 @@ def test_a_server_that_is_away_is_told_later(place, home, away, tmp_path, caplog
     assert caplog.text.count("MLflow does not answer") == 1
     assert "10 messages to MLflow are kept; send them with: blockquant sync" in caplog.text
     (kept,) = journals(place.store)
-    assert synchronize(kept, elsewhere) is not None and kept.count() == 10
+    assert synchronize(kept, elsewhere).reason is not None and kept.count() == 10
     # no server was heard yet: any may take it
-    assert synchronize(kept, place) is None
+    assert synchronize(kept, place) == Sent(None)
     require_told_once(place)
     assert journals(place.store) == []
 
@@ -160,7 +160,7 @@ def test_a_journal_that_is_being_sent_is_left_alone(place, tmp_path):
         run.open("work", "a run", {}, {})
         told(run)
         run.journal.add("set_tags", {"tags": {"later": "yes"}})
-        assert synchronize(Journal(run.journal.path), place) == "a run sends it right now"
+        assert synchronize(Journal(run.journal.path), place).reason == "a run sends it right now"
 
 
 def test_messages_outlive_a_killed_process(place, home, away, tmp_path):
@@ -179,7 +179,7 @@ with told_run(place_in(Path(sys.argv[1]), sys.argv[2]), "work") as run:
     assert done.returncode == -9
     (kept,) = journals(place.store)
     assert kept.count() == 10
-    assert synchronize(kept, place) is None
+    assert synchronize(kept, place) == Sent(None)
     require_told_once(place)
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos import databricks_pb2
 
 from tasks.engine import journal as journals_module
 from tasks.engine import registry
@@ -85,9 +87,16 @@ def server(tmp_path_factory: pytest.TempPathFactory, prepared_home: Path):
     command += ["--backend-store-uri", f"sqlite:///{database}", "--workers", "1"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            # its background jobs take seconds to start, and nothing here has any
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
-        for _ in range(600):
+        for _ in range(1800):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
                 break
@@ -308,13 +317,28 @@ def test_the_decision_is_made_when_the_server_is_back(home, server, caplog):
     offer(open_run(back, "other", "other", {}, {}), back, offered("b", model, kl=0.01))
     (kept,) = journals(away.store)
     caplog.set_level("INFO")
-    assert synchronize(kept, back) is None
+    sent = synchronize(kept, back)
+    assert sent.reason is None
+    assert (sent.decision["version"], sent.decision["champion"]) == ("2", False)
     assert f"{model} version 2: refused: KL 0.04 is more than 0.01" in caplog.text
     assert present(back, model) == "1"
     client = MlflowClient(server)
     (run,) = [r for r in client.search_runs(["1"]) if r.info.run_name == "a run"]
     assert run.info.status == "FINISHED"
     assert run.data.tags["gate"].startswith("refused: KL 0.04")
+
+
+@pytest.mark.parametrize("code", ["ENDPOINT_NOT_FOUND", "PERMISSION_DENIED"])
+def test_a_server_without_a_registry_is_told_of_the_run(home, monkeypatch, code):
+    def refuse(*_, **__):
+        raise MlflowException("no registry", error_code=getattr(databricks_pb2, code))
+
+    monkeypatch.setattr(MlflowClient, "create_registered_model", refuse)
+    with told_run(place_in(home), "work") as run:
+        run.open("work", "a run", {}, {})
+        run.offer(offered("a"))
+        run.finish()
+        assert told(run)["left"] == 0 and run.decision is None
 
 
 def test_a_registry_that_refuses_stops_nothing(home, caplog):
