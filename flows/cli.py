@@ -35,6 +35,7 @@ from flows.options import (
     RecipeArgument,
     SetOption,
     StoreOption,
+    UploadOption,
     bytes_of,
     err,
     out,
@@ -111,6 +112,7 @@ def quantize(
     memory: MemoryOption = None,
     keep_incompatible: KeepOption = False,
     overwrite: OverwriteOption = False,
+    upload: UploadOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model, publish and measure it."""
@@ -125,6 +127,7 @@ def quantize(
             "store": str(store) if store else None,
             "keep_incompatible": keep_incompatible,
             "overwrite": overwrite,
+            "upload": upload,
         }
     )
     if as_json:
@@ -165,6 +168,7 @@ def check(
     memory: MemoryOption = None,
     keep_incompatible: KeepOption = False,
     overwrite: OverwriteOption = False,
+    upload: UploadOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check everything that a run needs, and predict what it costs; no work is done."""
@@ -181,6 +185,7 @@ def check(
             "store": str(store) if store else None,
             "keep_incompatible": keep_incompatible,
             "overwrite": overwrite,
+            "upload": upload,
         }
     )
     described = describe(job, prediction)
@@ -207,6 +212,7 @@ def _check(parameters: dict[str, Any]) -> tuple[Any, Any]:
             parameters["memory"],
             parameters["keep_incompatible"],
             parameters["overwrite"],
+            parameters.get("upload"),
         )
     )
 

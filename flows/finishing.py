@@ -29,6 +29,7 @@ from tasks.register import error_rows, tell_failure
 from tasks.report import Product
 from tasks.sample_text import sample_text
 from tasks.smoke_test import smoke_test
+from tasks.upload import upload
 
 log = logging.getLogger("blockquant")
 
@@ -98,6 +99,15 @@ def serve(
     if not served["served"]:
         log.warning("not served: %s", served["reason"])
     return served
+
+
+def uploaded(run: ToldRun, location: str | None, url: str | None) -> dict[str, Any] | None:
+    """Copy the published folder to where it is asked for; None where it is not."""
+    if location is None or url is None:
+        return None
+    found: dict[str, Any] = action(upload)(Path(location), url)
+    run.set_tags({"uploaded": url})
+    return found
 
 
 def show(job: Job, report: dict[str, Any], blocks: Sequence[Entry]) -> None:

@@ -32,6 +32,9 @@ KeepOption = Annotated[
     typer.Option("--keep-incompatible", help="Leave linears unquantized whose sizes do not fit."),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
+UploadOption = Annotated[
+    str | None, typer.Option("--upload", help="Copy the output to s3://BUCKET/FOLDER or the like.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 ParallelOption = Annotated[
     int | None, typer.Option("--tensor-parallel", min=1, help="GPUs to spread the model over.")

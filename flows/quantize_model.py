@@ -12,7 +12,7 @@ from prefect import flow
 
 from configs.loading import ineffective_keys, load_recipe
 from flows.course import Course
-from flows.finishing import look, publish_products, sample, serve, show
+from flows.finishing import look, publish_products, sample, serve, show, uploaded
 from flows.steps import State, apply, calibration, passes
 from flows.tracked import failure_kept, open_tracked
 from tasks.check import Request, check, output_folder
@@ -48,6 +48,7 @@ def quantize_model(
     store: str | None = None,
     keep_incompatible: bool = False,
     overwrite: bool = False,
+    upload: str | None = None,
     log_file: str | None = None,
     parent: str | None = None,
     name: str | None = None,
@@ -64,6 +65,7 @@ def quantize_model(
         store: the folder of results; the user's own where it is not given.
         keep_incompatible: leave linears unquantized whose sizes do not fit, instead of refusing.
         overwrite: replace the output folder.
+        upload: where to copy the published folder to, such as ``s3://bucket/folder``.
         log_file: a log to keep with the MLflow run.
         parent: identity of the sweep that this is a part of; its output may be there already, if
             this very work published it.
@@ -84,6 +86,7 @@ def quantize_model(
         memory,
         keep_incompatible,
         overwrite,
+        upload,
     )
     job, _ = action(check)(request, download=True)
     for key in ineffective_keys(loaded):
@@ -142,6 +145,7 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
         offered(served)
 
     served = serve(job, run, location, concluded)
+    copied = uploaded(run, location, request.upload)
     concluded(served)
     action(register)(run, report, location, served, log_file)
     done = "measured" if location is None else f"published {location}"
@@ -156,6 +160,7 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
         "launch": None if location is None else launch_line(Path(location), report),
         "unserved": report["unserved"],
         "served": served,
+        "uploaded": copied,
     }
 
 

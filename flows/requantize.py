@@ -27,6 +27,7 @@ def requantize(
     memory: int | None = None,
     store: str | None = None,
     keep_incompatible: bool = False,
+    upload: str | None = None,
 ) -> Any:
     """Compare the published checkpoint's report with what would be made now; replace it if it must.
 
@@ -41,6 +42,7 @@ def requantize(
         memory: bytes that may be used on the device.
         store: the folder of results; the user's own where it is not given.
         keep_incompatible: leave linears unquantized whose sizes do not fit, instead of refusing.
+        upload: where to copy the published folder to, such as ``s3://bucket/folder``.
 
     Returns:
         What quantize_model returns; a state Completed named Skipped where nothing is new.
@@ -53,7 +55,7 @@ def requantize(
     if folder is None:
         raise InputError("save: nothing is published, so there is nothing to compare with")
     place = settings(Path(store) if store else None).store
-    asked = Request(loaded, model, folder, place, device, memory, keep_incompatible, overwrite=True)
+    asked = Request(loaded, model, folder, place, device, memory, keep_incompatible, True, upload)
     job, _ = check(asked, download=True)
     reason = news(job, folder)
     if reason is None:
@@ -71,4 +73,5 @@ def requantize(
         store=store,
         keep_incompatible=keep_incompatible,
         overwrite=True,
+        upload=upload,
     )

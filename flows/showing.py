@@ -27,6 +27,9 @@ def show_result(result: dict[str, Any]) -> None:
     if result["launch"]:
         out.print(f"serve it: {result['launch']}", highlight=False, soft_wrap=True)
     show_served(result["served"])
+    if result["uploaded"]:
+        line = "copied to {url} ({sent} files sent, {kept} there already)"
+        out.print(line.format(**result["uploaded"]), highlight=False, soft_wrap=True)
     show_gate(result["gate"])
     out.print(
         f"look at it: {mlflow_line(result['mlflow']['uri'])}", highlight=False, soft_wrap=True

@@ -30,6 +30,7 @@ from tasks.engine.store import Store
 from tasks.engine.tracking import check_uri
 from tasks.engine.windows import check_section
 from tasks.publish import staging_folder
+from tasks.upload import check_upload
 
 log = logging.getLogger("blockquant")
 
@@ -50,6 +51,7 @@ class Request:
     memory: int | None = None
     keep_incompatible: bool = False
     overwrite: bool = False
+    upload: str | None = None
 
 
 def output_folder(recipe: Recipe, name: str, model: str | None, output: str | None) -> Path | None:
@@ -87,6 +89,7 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
     _check_recipe(request.recipe)
     _check_serving(request.recipe)
     _check_places(request)
+    check_upload(request.upload)
     check_uri(settings().tracking_uri)
     device = check_device(request.device)
     source = _open_model(request)

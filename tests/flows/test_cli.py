@@ -172,7 +172,7 @@ def test_first_run_for_a_machine(made: Made, tiny: Path) -> None:
     result = made.result
     assert set(result) == {
         *("checkpoint", "metrics", "bytes", "scheme", "seconds", "steps", "mlflow", "launch"),
-        *("unserved", "served", "gate"),
+        *("unserved", "served", "gate", "uploaded"),
     }
     assert result["unserved"] is None
     assert result["served"]["served"] is False
