@@ -8,6 +8,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flows.options import err
+from tasks.engine.errors import masked
+
+
+class MaskedLines(logging.Formatter):
+    """Lines of a log, tracebacks among them, whose addresses bear no passwords."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record."""
+        return masked(super().format(record))
 
 
 @contextmanager
@@ -17,7 +26,7 @@ def keeping_log(path: Path) -> Iterator[Path]:
     logger.setLevel(logging.DEBUG)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = logging.FileHandler(path, mode="w")
-    kept.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    kept.setFormatter(MaskedLines("%(asctime)s %(message)s"))
     logger.addHandler(kept)
     try:
         yield path
@@ -40,7 +49,7 @@ def logging_to(path: Path) -> Iterator[None]:
     # a disk that is full takes no log, and the error that ends the run says so
     kept[0].handleError = lambda record: None  # type: ignore[assignment,method-assign]
     for handler in kept:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        handler.setFormatter(MaskedLines("%(asctime)s %(message)s"))
         logger.addHandler(handler)
     try:
         yield

@@ -13,6 +13,7 @@ from prefect.runtime import flow_run
 
 from configs.schemes import scheme_name
 from tasks.check import Request
+from tasks.engine.errors import masked
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun
 from tasks.engine.publication import begun, work_identity
@@ -59,7 +60,7 @@ def failure_kept(run: ToldRun, log_file: Path | None = None) -> Any:
         try:
             if log_file is not None and log_file.is_file():
                 run.log_file(log_file)
-            run.fail(f"{type(error).__name__}: {error}")
+            run.fail(masked(f"{type(error).__name__}: {error}"))
         except Exception as unsaid:
             log.warning("MLflow is not told of the failure: %s", type(unsaid).__name__)
         raise

@@ -24,6 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tasks.engine.disk import writing_to
+from tasks.engine.errors import masked
 from tasks.engine.registry import Offer, offer
 from tasks.engine.settings import Settings
 from tasks.engine.store import link_or_copy
@@ -157,7 +158,7 @@ def deliver(journal: Journal, settings: Settings) -> None:
     Raises:
         Away: one could not be sent; it and those after it are kept.
     """
-    server = hashlib.sha256(settings.tracking_uri.encode()).hexdigest()
+    server = hashlib.sha256(masked(settings.tracking_uri).encode()).hexdigest()
     if journal.fact("server") not in (None, server):
         raise Away("it belongs to another tracking server; set MLFLOW_TRACKING_URI to that")
     while (message := journal.first()) is not None:
@@ -193,7 +194,7 @@ def _is_refusal(error: Exception, kind: str) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return masked(" ".join(str(error).split()))[:300]
 
 
 @dataclass
@@ -346,7 +347,7 @@ def told(run: ToldRun) -> dict[str, Any]:
     ``run`` is None, and ``left`` more than 0, as long as the server is away.
     """
     left = run.flush()
-    return {"uri": run.settings.tracking_uri, "run": run.id, "left": left}
+    return {"uri": masked(run.settings.tracking_uri), "run": run.id, "left": left}
 
 
 @dataclass(frozen=True)

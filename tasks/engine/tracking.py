@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from tasks.engine.errors import InputError
+from tasks.engine.errors import InputError, masked
 from tasks.engine.settings import Settings
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def check_uri(uri: str) -> None:
     dialect, separator, _ = uri.partition("://")
     if uri != "databricks" and not (separator and dialect.split("+")[0] in SCHEMES):
         raise InputError(
-            f"MLFLOW_TRACKING_URI: {uri} is no server or database that MLflow knows; write "
+            f"MLFLOW_TRACKING_URI: {masked(uri)} is no server or database that MLflow knows; write "
             "http://HOST:PORT or sqlite:////FOLDER/mlflow.db, or unset it"
         )
 

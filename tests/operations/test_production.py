@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 from tasks.upload import MANIFEST
 from tests.integration.resuming import contents
 from tests.models import make_checkpoint, make_text
-from tests.operations.postgres import postgres
+from tests.operations.postgres import PASSWORD, postgres
 from tests.operations.services import Up, brought_up
 from tests.operations.test_deployments import RECIPE
 
@@ -148,3 +148,7 @@ def test_both_servers_keep_all_in_postgresql(up: Up, databases: str) -> None:
             cursor.execute(f"SELECT count(*) FROM {table}")
             assert cursor.fetchone()[0] >= RUNS
     assert not list(up.home.rglob("*.db"))
+    # no file of the services holds a password
+    secrets = [PASSWORD.encode(), KEYS["AWS_SECRET_ACCESS_KEY"].encode()]
+    files = [path for path in up.home.rglob("*") if path.is_file()]
+    assert [p for p in files for secret in secrets if secret in p.read_bytes()] == []
