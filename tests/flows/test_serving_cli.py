@@ -83,6 +83,8 @@ def test_a_flow_whose_replayed_server_computes_something_else_fails(
     assert run.data.metrics["served.nll_gap"] == pytest.approx(0.1967, abs=1e-3)
     assert run.data.metrics["eval.kl"] > 0
     assert server_logs(client, run)
+    page = Path(client.download_artifacts(run.info.run_id, "report.html", str(tmp_path)))
+    assert "failed: " in page.read_text() and "served by SGLang" not in page.read_text()
     # it is registered as what it is
     version = version_of(client, run)
     assert version.tags["served"] == "failed"
@@ -99,6 +101,8 @@ def test_a_flow_whose_replayed_server_computes_something_else_fails(
     assert version_of(client, mended).version == version.version
     assert version_of(client, mended).tags["served"] == "yes"
     assert "not served" not in mended.data.tags["gate"]
+    page = Path(client.download_artifacts(run.info.run_id, "report.html", str(tmp_path)))
+    assert "failed: " not in page.read_text() and "served by SGLang" in page.read_text()
 
 
 def test_a_flow_whose_replayed_server_does_not_start_shows_why(quantized, replayed, recording):
