@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from configs.fields import Count, NoEffect, NotHashed, Section, Seed, choice
 from configs.vocabulary import DataName, EvaluationDtype, EvaluationType
 
-__all__ = ["Calibration", "Evaluation"]
+__all__ = ["Calibration", "Evaluation", "TaskScores"]
 
 _FETCHING = NotHashed("how text is fetched does not change it")
 _MEMORY = NotHashed("it changes nothing but memory")
@@ -67,11 +67,25 @@ class Calibration(_Data):
         return both and self.seed == evaluation.seed
 
 
+class TaskScores(Section):
+    """Tasks of lm-evaluation-harness: names that it knows, or YAML files that describe one each.
+
+    limit: so many documents of each task, None means all; num_fewshot: examples before each
+    question, None means what the task says.
+    """
+
+    tasks: Annotated[
+        tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
+    ] = ()
+    limit: Annotated[Count, Field(ge=1)] | None = None
+    num_fewshot: Annotated[Count, Field(ge=0)] | None = None
+
+
 class Evaluation(_Data):
     """The text that perplexity is measured on; windows None means all there are.
 
     report: whether pictures and a page of what was measured are made; sample_tokens: how far the
-    beginnings of its sample text are continued.
+    beginnings of its sample text are continued; lm_eval: tasks that are scored too.
     """
 
     name: Annotated[DataName, choice(DataName)] = DataName.SELF_GENERATED
@@ -87,6 +101,7 @@ class Evaluation(_Data):
     type: Annotated[EvaluationType, choice(EvaluationType)] = EvaluationType.PPL
     report: Annotated[bool, _LOOKS] = True
     sample_tokens: Annotated[Count, Field(ge=0), _LOOKS] = 16
+    lm_eval: Annotated[TaskScores, _LOOKS] = TaskScores()
     eval_pos: Annotated[
         tuple[str, ...] | None,
         BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),

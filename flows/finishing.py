@@ -25,10 +25,11 @@ from tasks.evaluate import read_token_nll
 from tasks.gate import failed_serving
 from tasks.looks.log_looks import Looked, log_looks
 from tasks.publish import QUANTIZED, TRANSFORMED, model_card, publish
-from tasks.register import error_rows, tell_failure
+from tasks.register import error_rows, log_scores, tell_failure
 from tasks.report import Product
 from tasks.sample_text import sample_text
 from tasks.smoke_test import smoke_test
+from tasks.task_scores import MISSING, is_installed, score_metrics, task_scores
 from tasks.upload import upload
 
 log = logging.getLogger("blockquant")
@@ -123,6 +124,23 @@ def look(job: Job, run: ToldRun, looked: Looked, served: Mapping[str, Any]) -> N
     """Leave pictures and a page of what was measured in MLflow, unless the recipe wants none."""
     if job.evaluation.report:
         action(log_looks)(run, looked, served)
+
+
+def scored(
+    job: Job, run: ToldRun, course: Course, products: Mapping[str, Product]
+) -> dict[str, float]:
+    """Scores of the tasks that the recipe asks for, told to MLflow; else it is told why not."""
+    section = job.evaluation
+    if not section.lm_eval.tasks:
+        return {}
+    if not is_installed():
+        log.warning("no tasks are scored: %s", MISSING)
+        log_scores(run, None, MISSING)
+        return {}
+    exported = next(iter(products.values())).exported.key
+    found = course.run(task_scores, job, exported, section)
+    log_scores(run, found.entry, "")
+    return score_metrics(found.value)
 
 
 def sample(

@@ -12,7 +12,7 @@ from prefect import flow
 
 from configs.loading import ineffective_keys, load_recipe
 from flows.course import Course
-from flows.finishing import look, publish_products, sample, serve, show, uploaded
+from flows.finishing import look, publish_products, sample, scored, serve, show, uploaded
 from flows.steps import State, apply, calibration, passes
 from flows.tracked import failure_kept, open_tracked
 from tasks.check import Request, check, output_folder
@@ -133,6 +133,7 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
     show(job, report, blocks)
     decided = [d.entry for d in state.decided]
     action(log_measured)(run, report, blocks, decided, sets, dict(course.seconds))
+    scores = scored(job, run, course, products)
     identity = work_identity(job, request.output)
     evaluated_on = sets["evaluation"]
     offered = partial(
@@ -161,6 +162,7 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
         "unserved": report["unserved"],
         "served": served,
         "uploaded": copied,
+        "scores": scores,
     }
 
 

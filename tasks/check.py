@@ -30,6 +30,7 @@ from tasks.engine.store import Store
 from tasks.engine.tracking import check_uri
 from tasks.engine.windows import check_section
 from tasks.publish import staging_folder
+from tasks.task_scores import require_tasks
 from tasks.upload import check_upload
 
 log = logging.getLogger("blockquant")
@@ -125,6 +126,7 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
         if step.calib is not None:
             check_section(source, step.calib)
     check_section(source, job.evaluation)
+    require_tasks(job.evaluation.lm_eval)
     if job.quantizes and job.unserved:
         log.warning(job.unserved)
     prediction = predict(job)

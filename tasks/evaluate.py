@@ -117,7 +117,7 @@ def measure_tokens(
     dtype: str = "auto",
 ) -> tuple[dict[str, Any], Tensor]:
     """``measure``, and the NLL of each predicted token: float32 (W, T - 1), on the host."""
-    computing = _dtype(dtype, device)
+    computing = computing_dtype(dtype, device)
     models = [checkpoint] if reference is None else [checkpoint, reference]
     decoders = [build_decoder(model.source.config, device) for model in models]
     width = int(checkpoint.source.config["hidden_size"])
@@ -125,7 +125,7 @@ def measure_tokens(
     scores, token_nll = Scores(), []
     for part in windows.split(max(1, STREAM_BYTES // per_window)):
         finals = [
-            _final_hidden(model, decoder, part, device, computing)
+            final_hidden(model, decoder, part, device, computing)
             for model, decoder in zip(models, decoders, strict=True)
         ]
         heads = [model.head(computing, device) for model in models]
@@ -148,9 +148,9 @@ def likeliest(
 
     A ``decoder`` that was built for the checkpoint's config and the device may be given.
     """
-    computing = _dtype(dtype, device)
+    computing = computing_dtype(dtype, device)
     decoder = decoder or build_decoder(checkpoint.source.config, device)
-    final = _final_hidden(checkpoint, decoder, windows, device, computing)
+    final = final_hidden(checkpoint, decoder, windows, device, computing)
     head = checkpoint.head(computing, device)
     return torch.stack(
         [
@@ -165,13 +165,14 @@ def likeliest(
     )
 
 
-def _dtype(asked: str, device: str) -> torch.dtype:
+def computing_dtype(asked: str, device: str) -> torch.dtype:
+    """The dtype that a model is run in: the one asked for, or what suits the device."""
     if asked in DTYPES:
         return DTYPES[asked]
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
-def _final_hidden(
+def final_hidden(
     model: Checkpoint, decoder: Decoder, windows: Tensor, device: str, dtype: torch.dtype
 ) -> Tensor:
     """Hidden states after the final norm: (W, T, D) on the host."""

@@ -12,6 +12,7 @@ from tasks.engine.publication import REPORT
 from tasks.engine.store import Entry
 from tasks.engine.tracking import Point, Run
 from tasks.report import report_text
+from tasks.task_scores import score_metrics
 
 
 def block_points(block: int, entry: Entry) -> list[Point]:
@@ -114,6 +115,16 @@ def register(
         }
     )
     run.finish()
+
+
+def log_scores(run: ToldRun, scored: Entry | None, reason: str) -> None:
+    """Send scores of tasks, or the reason why there are none."""
+    if scored is None:
+        run.set_tags({"lm_eval": reason})
+        return
+    time_ms = int(scored.created * 1000)
+    found = sorted(score_metrics(scored.value).items())
+    run.log_points([Point(name, value, 0, time_ms) for name, value in found])
 
 
 def served_points(served: Mapping[str, Any], time_ms: int) -> list[Point]:
