@@ -20,6 +20,7 @@ from tasks.engine.publication import work_identity
 from tasks.engine.served_windows import WINDOWS, served_windows
 from tasks.engine.step import action
 from tasks.engine.store import Entry
+from tasks.engine.task_list import MISSING, is_installed
 from tasks.engine.windows import read_tokens
 from tasks.evaluate import read_token_nll
 from tasks.gate import failed_serving
@@ -29,7 +30,7 @@ from tasks.register import error_rows, log_scores, tell_failure
 from tasks.report import Product
 from tasks.sample_text import sample_text
 from tasks.smoke_test import smoke_test
-from tasks.task_scores import MISSING, is_installed, score_metrics, task_scores
+from tasks.task_scores import score_metrics, task_scores
 from tasks.upload import upload
 
 log = logging.getLogger("blockquant")

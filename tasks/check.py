@@ -27,10 +27,10 @@ from tasks.engine.publication import REPORT, begun, work_identity
 from tasks.engine.settings import settings
 from tasks.engine.source import Source, free_bytes, open_source
 from tasks.engine.store import Store
+from tasks.engine.task_list import require_tasks
 from tasks.engine.tracking import check_uri
 from tasks.engine.windows import check_section
 from tasks.publish import staging_folder
-from tasks.task_scores import require_tasks
 from tasks.upload import check_upload
 
 log = logging.getLogger("blockquant")

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cache
 from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from configs.data_schema import TaskScores
 from configs.schema import Evaluation
@@ -25,73 +21,15 @@ from tasks.engine.errors import InputError
 from tasks.engine.job import Job, require
 from tasks.engine.step import step
 from tasks.engine.store import Draft
+from tasks.engine.task_list import task_manager, task_of
 from tasks.engine.text import files_digest, load_tokenizer
 from tasks.evaluate import computing_dtype, final_hidden
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-MISSING = "lm-eval is not installed: pip install 'blockquant[lm-eval]'"
-SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
-_FILES = (".yml", ".yaml")
-
 # context and continuation, as tokens
 Request = tuple[Sequence[int], Sequence[int]]
-
-
-def is_installed() -> bool:
-    """Whether lm-evaluation-harness is here."""
-    return find_spec("lm_eval") is not None
-
-
-def require_tasks(section: TaskScores) -> None:
-    """Refuse tasks that there are none of, or that have text written.
-
-    Raises:
-        InputError: names the task.
-    """
-    if not section.tasks or not is_installed():
-        return
-    for task in section.tasks:
-        if task.endswith(_FILES):
-            kind = _read_task(task).get("output_type", "generate_until")
-        else:
-            kind = _known_kind(task)
-        if kind not in SCORED:
-            raise InputError(
-                f"eval.lm_eval.tasks: {task} has text written ({kind}); name tasks that score "
-                f"given answers ({', '.join(SCORED)})"
-            )
-
-
-def _known_kind(task: str) -> str:
-    """The output type of a task that lm-eval ships, or of the first of a group."""
-    manager = _manager(defaults=True)
-    if task not in manager.all_tasks:
-        raise InputError(f"eval.lm_eval.tasks: lm-eval has no task {task}; see: lm-eval ls tasks")
-    config = manager._index[task].cfg or {}
-    # a group says nothing of it, and its members are seen when they are loaded
-    return str(config.get("output_type", SCORED[0]))
-
-
-@cache
-def _manager(defaults: bool) -> Any:
-    """What knows of tasks; those that lm-eval ships take seconds to list."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=defaults)
-
-
-def _read_task(file: str) -> dict[str, Any]:
-    """A task described in a file; its tags run nothing."""
-    try:
-        described = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise InputError(f"eval.lm_eval.tasks: {file}: not readable as YAML ({said})") from error
-    if not isinstance(described, dict) or "task" not in described:
-        raise InputError(f"eval.lm_eval.tasks: {file}: describes no task; it needs the key task")
-    return described
 
 
 def _depends_on(job: Job, exported: str, section: Evaluation) -> dict[str, Any]:
@@ -101,7 +39,7 @@ def _depends_on(job: Job, exported: str, section: Evaluation) -> dict[str, Any]:
         "source": job.source.digest(job.source.tensors),
         "tokenizer": files_digest(job.source),
         "dtype": str(section.dtype),
-        "tasks": [_read_task(t) if t.endswith(_FILES) else t for t in asked.tasks],
+        "tasks": [task_of(t) for t in asked.tasks],
         "limit": asked.limit,
         "fewshot": asked.num_fewshot,
         "lm_eval": version("lm-eval"),
@@ -134,7 +72,7 @@ def scores(model: LM, section: TaskScores) -> dict[str, dict[str, float]]:
     from lm_eval.evaluator import simple_evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tasks = [_read_task(t) if t.endswith(_FILES) else t for t in section.tasks]
+    tasks = [task_of(t) for t in section.tasks]
     results = simple_evaluate(
         model=model,
         tasks=tasks,
@@ -142,7 +80,7 @@ def scores(model: LM, section: TaskScores) -> dict[str, dict[str, float]]:
         limit=section.limit,
         bootstrap_iters=0,
         log_samples=False,
-        task_manager=_manager(defaults=not all(isinstance(task, dict) for task in tasks)),
+        task_manager=task_manager(defaults=not all(isinstance(task, dict) for task in tasks)),
     )
     assert results is not None
     return {

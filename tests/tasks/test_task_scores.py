@@ -17,10 +17,9 @@ from flows.quantize_model import quantize_model
 from tasks.engine.checkpoint import checkpoint_of
 from tasks.engine.errors import InputError
 from tasks.engine.source import open_source
+from tasks.engine.task_list import MISSING, require_tasks
 from tasks.task_scores import (
-    MISSING,
     continuation_scores,
-    require_tasks,
     scores,
     scoring_model,
 )
