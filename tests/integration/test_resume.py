@@ -232,9 +232,10 @@ def empty(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """Change the last digit or byte: the file still reads as what it was."""
+    """Change a number's first digit or the last byte: the file still reads as what it was."""
     data = bytearray(path.read_bytes())
-    digits = [i for i, byte in enumerate(data) if byte in b"0123456789"]
+    # the last of many digits may stand for the same number
+    digits = [i for i, byte in enumerate(data) if byte in b"0123456789" and data[i - 1] in b' "']
     place = digits[len(digits) // 2] if path.suffix == ".json" else len(data) - 1
     data[place] ^= 1
     replace(path, bytes(data))
