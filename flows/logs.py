@@ -22,39 +22,42 @@ class MaskedLines(logging.Formatter):
 @contextmanager
 def keeping_log(path: Path) -> Iterator[Path]:
     """Keep the log in a file, beside what else is kept or shown of it."""
-    logger = logging.getLogger("blockquant")
-    logger.setLevel(logging.DEBUG)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = logging.FileHandler(path, mode="w")
-    kept.setFormatter(MaskedLines("%(asctime)s %(message)s"))
-    logger.addHandler(kept)
-    try:
+    with _handled(_file(path, mode="w")):
         yield path
-    finally:
-        logger.removeHandler(kept)
-        kept.close()
 
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Keep the run's log in a file, and show it where there is no progress bar."""
-    logger = logging.getLogger("blockquant")
-    logger.setLevel(logging.DEBUG)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept: list[logging.Handler] = [logging.FileHandler(path, delay=True)]
+    handlers: list[logging.Handler] = [_file(path, delay=True)]
     if not err.is_terminal:
         shown = logging.StreamHandler()
         shown.setLevel(logging.INFO)
-        kept.append(shown)
+        handlers.append(shown)
+    with _handled(*handlers):
+        yield
+
+
+def _file(path: Path, mode: str = "a", delay: bool = False) -> logging.FileHandler:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = logging.FileHandler(path, mode=mode, delay=delay)
     # a disk that is full takes no log, and the error that ends the run says so
-    kept[0].handleError = lambda record: None  # type: ignore[assignment,method-assign]
-    for handler in kept:
+    kept.handleError = lambda record: None  # type: ignore[assignment,method-assign]
+    return kept
+
+
+@contextmanager
+def _handled(*handlers: logging.Handler) -> Iterator[None]:
+    """Hand all lines of the log to handlers."""
+    logger = logging.getLogger("blockquant")
+    logger.setLevel(logging.DEBUG)
+    for handler in handlers:
         handler.setFormatter(MaskedLines("%(asctime)s %(message)s"))
         logger.addHandler(handler)
     try:
         yield
     finally:
-        for handler in kept:
+        for handler in handlers:
             logger.removeHandler(handler)
             with suppress(OSError):
                 handler.close()

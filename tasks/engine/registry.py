@@ -88,7 +88,7 @@ def _offer(run: Run, client: MlflowClient, offered: Offer) -> dict[str, Any]:
     mark = f"{run.id} {offered.digest}"
     if version.tags.get(DECIDED_TAG) == mark:
         # sent again after its answer was lost
-        return _kept(run, version, champion)
+        return _kept(version, champion)
     is_champion = champion is not None and str(champion.version) == number
     compared = None if is_champion else champion
     decision = _decision(offered, compared, is_champion)
@@ -155,7 +155,7 @@ def _described(version: ModelVersion) -> dict[str, Any]:
     return {"version": str(version.version), "figures": as_values(_figures(version))}
 
 
-def _kept(run: Run, version: ModelVersion, champion: ModelVersion | None) -> dict[str, Any]:
+def _kept(version: ModelVersion, champion: ModelVersion | None) -> dict[str, Any]:
     return {
         "model": version.name,
         "version": str(version.version),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tasks.engine.store import Entry, Store
 from tests.integration.resuming import contents
 from tests.models import make_checkpoint, make_text
-from tests.operations.services import Up, brought_up, eventually
+from tests.operations.services import Up, eventually
 
 pytestmark = [pytest.mark.ops, pytest.mark.timeout(600)]
 
@@ -29,12 +28,6 @@ quant:
   act: {{bit: 8, symmetric: true, granularity: per_token}}
 serving: {{smoke_test: false}}
 """
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    with brought_up(tmp_path_factory.mktemp("up") / "home") as services:
-        yield services
 
 
 @pytest.fixture(scope="module")

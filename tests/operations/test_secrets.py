@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tasks.engine.errors import InputError
 from tasks.engine.source import open_source
 from tests.models import edit_config, make_checkpoint, make_text
-from tests.operations.services import Up, brought_up
+from tests.operations.services import Up
 
 pytestmark = [pytest.mark.ops, pytest.mark.timeout(600)]
 
@@ -39,12 +39,6 @@ quant:
   act: {{bit: 8, symmetric: true, granularity: per_token}}
 serving: {{smoke_test: false}}
 """
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    with brought_up(tmp_path_factory.mktemp("up") / "home") as services:
-        yield services
 
 
 @contextmanager
