@@ -62,7 +62,9 @@ def search(
         refine: whether to halve the step around the best ratio of each version, twice.
     """
     sizes = importance(problem.statistics, measure)
-    weights = weight_importance(problem.stacked(), problem.weight_scheme)
+    weights = None
+    if AwqVersion.V1 in versions:
+        weights = weight_importance(problem.stacked(), problem.weight_scheme)
     trials: list[Trial] = []
 
     def scale(version: AwqVersion, ratio: float) -> Tensor:
@@ -70,19 +72,20 @@ def search(
 
     for version in versions:
 
-        def attempt(ratio: float, version: AwqVersion = version) -> None:
-            error = output_error(problem, ChannelTransform(scale(version, ratio)))
-            trials.append(Trial(version.value, ratio, float(error)))
+        def attempt(tried: list[float], version: AwqVersion = version) -> None:
+            transforms = [ChannelTransform(scale(version, ratio)) for ratio in tried]
+            # the device is waited for once
+            errors = torch.stack([output_error(problem, t) for t in transforms]).tolist()
+            found = zip(tried, errors, strict=True)
+            trials.extend(Trial(version.value, ratio, error) for ratio, error in found)
 
-        for step in range(ratios):
-            attempt(step / ratios)
+        attempt([step / ratios for step in range(ratios)])
         width = 1 / ratios
         for _ in range(_REFINEMENTS if refine else 0):
             width /= 2
             best = _best([trial for trial in trials if trial.version == version.value])
-            for ratio in (best.ratio - width, best.ratio + width):
-                if 0 <= ratio <= 1:
-                    attempt(ratio)
+            beside = (best.ratio - width, best.ratio + width)
+            attempt([ratio for ratio in beside if 0 <= ratio <= 1])
     best = _best(trials)
     return ChannelTransform(scale(AwqVersion(best.version), best.ratio)), trials
 
@@ -111,7 +114,9 @@ def weight_importance(weight: Tensor, scheme: WeightScheme) -> Tensor:
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def candidate_scale(sizes: Tensor, weights: Tensor, version: AwqVersion, ratio: float) -> Tensor:
+def candidate_scale(
+    sizes: Tensor, weights: Tensor | None, version: AwqVersion, ratio: float
+) -> Tensor:
     """Factors of one ratio, clamped at 1e-4 and divided by sqrt(largest * smallest).
 
     A channel whose inputs were always zero says nothing of itself: it is taken as the smallest
@@ -119,7 +124,7 @@ def candidate_scale(sizes: Tensor, weights: Tensor, version: AwqVersion, ratio: 
 
     Args:
         sizes: (K,) the inputs' sizes.
-        weights: (K,) the weights' sizes, for V1.
+        weights: (K,) the weights' sizes, for V1 only.
         version: the formula.
         ratio: r in [0, 1].
 
@@ -131,6 +136,8 @@ def candidate_scale(sizes: Tensor, weights: Tensor, version: AwqVersion, ratio: 
     sizes = torch.where(seen, sizes, torch.where(least.isfinite(), least, torch.ones_like(least)))
     scale = sizes.pow(ratio)
     if version is AwqVersion.V1:
+        if weights is None:
+            raise ValueError("version v1 needs the weights' sizes")
         scale = scale / weights.clamp(min=_SMALLEST).pow(1 - ratio)
     scale = scale.clamp(min=_SMALLEST)
     return scale / (scale.amax() * scale.amin()).sqrt()

@@ -6,6 +6,7 @@ As AWQ's (arXiv 2306.00978, appendix), but from the Gram matrix instead of the i
 import torch
 from torch import Tensor
 
+from quantizers.devices import compiles_kernels
 from quantizers.losses import row_errors
 from quantizers.number_formats import NumberFormat
 from quantizers.rounding import (
@@ -27,6 +28,8 @@ __all__ = [
 
 _CPU_ENTRIES = 1 << 20
 _DEVICE_ENTRIES = 1 << 26
+# Columns of the widest group whose block of the Gram matrix a kernel holds.
+_KERNEL_COLUMNS = 128
 
 
 def clip_factors(steps: int = 10, shrink: float = 0.5) -> Tensor:
@@ -93,6 +96,9 @@ def search_clip_curve(
         raise ValueError(f"{len(factors)} clip factors: their numbers are stored in a byte")
     if scheme.granularity in (Granularity.TENSOR, Granularity.BLOCK):
         return _search(weight, gram, scheme, factors)
+    grouped = scheme.granularity is Granularity.GROUP and scheme.width(columns) <= _KERNEL_COLUMNS
+    if gram is not None and grouped and compiles_kernels(weight):
+        return _search_groups(weight, gram, scheme, factors)
     entries = _CPU_ENTRIES if weight.device.type == "cpu" else _DEVICE_ENTRIES
     parts = torch.split(weight, max(1, entries // columns))
     found = [_search(part, gram, scheme, factors) for part in parts]
@@ -144,6 +150,36 @@ def _search(
         least = torch.where(better, error, least)
         chosen = torch.where(better, torch.full_like(chosen, number), chosen)
     return chosen, torch.stack(curve)
+
+
+def _search_groups(
+    weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """_search of groups by a kernel, which reads a weight once for all factors."""
+    from quantizers.search_kernel import clip_errors, group_extremes
+
+    columns = weight.shape[1]
+    width = scheme.width(columns)
+    weight = weight.contiguous()
+    extremes = group_extremes(weight, None, width)
+    ends = [torch.full_like(extremes[0], factor) for factor in factors.tolist()]
+    found = [scales_of(extremes, scheme, clip_low=end, clip_high=end) for end in ends]
+    zeros = [zero for _, zero in found if zero is not None]
+    blocks = gram.reshape(columns // width, width, columns // width, width)
+    errors = clip_errors(
+        weight,
+        blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous(),
+        torch.stack([scale for scale, _ in found]),
+        torch.stack(zeros) if zeros else None,
+        scheme.number_format,
+    )
+    least = torch.full_like(errors[0], torch.inf)
+    chosen = torch.zeros(least.shape, dtype=torch.uint8, device=weight.device)
+    for number, error in enumerate(errors):
+        better = error < least
+        least = torch.where(better, error, least)
+        chosen = torch.where(better, torch.full_like(chosen, number), chosen)
+    return chosen, errors.sum((1, 2), dtype=torch.float64)
 
 
 def _errors(difference: Tensor, gram: Tensor | None, scheme: WeightScheme) -> Tensor:

@@ -7,13 +7,13 @@ codes of the paper's algorithm 1, whose factor of the inverse of H is the invers
 inverse is never formed, and the error of a block of columns is passed on by one product.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from quantizers.devices import compiles_kernels
 from quantizers.number_formats import NumberFormat
 from quantizers.rounding import QuantizedWeight, weight_scales
 from quantizers.schemes import Granularity, WeightScheme
@@ -184,7 +184,7 @@ def round_columns(
     number: NumberFormat,
 ) -> tuple[Tensor, Tensor]:
     """round_columns_plainly, on a GPU with a compiler as one kernel, whose last bits differ."""
-    if weight.is_cuda and importlib.util.find_spec("triton") is not None:
+    if compiles_kernels(weight):
         from quantizers.gptq_kernel import round_columns_at_once
 
         return round_columns_at_once(weight, carried, unit, scale, zero_point, number)

@@ -8,7 +8,7 @@ from torch import Tensor
 __all__ = ["relative_output_error", "relative_weight_error", "row_errors"]
 
 # columns of a Gram matrix that are multiplied at once
-_BLOCK = 512
+_CPU_BLOCK, _DEVICE_BLOCK = 512, 2048
 
 
 def relative_weight_error(weight: Tensor, restored: Tensor) -> float:
@@ -59,10 +59,11 @@ def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
         gram: (K, K) float32, symmetric.
     """
     errors = torch.zeros(len(difference), device=difference.device)
-    for start in range(0, difference.shape[1], _BLOCK):
-        block = slice(start, start + _BLOCK)
+    step = _CPU_BLOCK if difference.device.type == "cpu" else _DEVICE_BLOCK
+    for start in range(0, difference.shape[1], step):
+        block = slice(start, start + step)
         product = torch.mm(difference[:, block], gram[block, start:])
-        product.mul_(difference[:, start:])[:, _BLOCK:].mul_(2.0)
+        product.mul_(difference[:, start:])[:, step:].mul_(2.0)
         errors += product.sum(1)
     return errors
 

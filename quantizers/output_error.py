@@ -25,9 +25,10 @@ from quantizers.channel_transform import (
     transformed_rows,
     transformed_sample,
 )
+from quantizers.devices import compiles_kernels
 from quantizers.input_scales import InputRange, static_input_scale
 from quantizers.losses import row_errors
-from quantizers.rounding import quantize_dequantize_weight, weight_scales
+from quantizers.rounding import quantize_dequantize_weight, scales_of, weight_scales
 from quantizers.schemes import ActivationScheme, Granularity, WeightScheme
 from quantizers.statistics import InputStatistics, weighted_rows
 
@@ -36,6 +37,8 @@ __all__ = ["GroupProblem", "group_input_scale", "output_error"]
 # Entries worked on at once: rows that stay in a CPU's cache are tried several times faster.
 _CPU_ENTRIES = 1 << 20
 _DEVICE_ENTRIES = 1 << 27
+# Columns of a product: a Gram matrix's blocks left of the diagonal are not multiplied.
+_PRODUCT_COLUMNS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,19 @@ class GroupProblem:
     def _stacked(self) -> Tensor:
         return torch.cat([weight.to(torch.float32) for weight in self.weights])
 
+    @functools.cached_property
+    def as_stored(self) -> Tensor:
+        """All weights as one (N, K) in their own dtype."""
+        return torch.cat(list(self.weights)) if len(self.weights) > 1 else self.weights[0]
+
+    @functools.cached_property
+    def one_sided_gram(self) -> Tensor:
+        """H in bfloat16 (K, K), what lies right of a diagonal block doubled: see row_errors."""
+        gram = self.statistics.gram_mean().mul_(2.0)
+        for block in _column_blocks(self.columns):
+            gram[block, block] *= 0.5
+        return gram.to(torch.bfloat16)
+
 
 def output_error(problem: GroupProblem, transform: ChannelTransform) -> Tensor:
     """Mean over tokens of the squared error of all outputs, estimated as the module says.
@@ -78,6 +94,8 @@ def output_error(problem: GroupProblem, transform: ChannelTransform) -> Tensor:
     Returns:
         scalar, float64, on the device of the statistics.
     """
+    if _weights_alone(problem, transform) and compiles_kernels(problem.weights[0]):
+        return _error_of_weights(problem, transform.scale)
     gram = transformed_gram(problem.statistics, transform)
     rows = lost = weights = None
     if problem.activation_scheme is not None:
@@ -97,6 +115,40 @@ def output_error(problem: GroupProblem, transform: ChannelTransform) -> Tensor:
             added = by_inputs.mul(by_weights.mul_(2.0).add_(by_inputs)).sum(1)
             error += added.mul_(weights).to(torch.float64).sum() / problem.statistics.tokens
     return error
+
+
+def _weights_alone(problem: GroupProblem, transform: ChannelTransform) -> bool:
+    """Whether only weights are rounded, row by row, and nothing is shifted."""
+    by_row = problem.weight_scheme.granularity in (Granularity.GROUP, Granularity.CHANNEL)
+    return problem.activation_scheme is None and transform.shift is None and by_row
+
+
+def _error_of_weights(problem: GroupProblem, factor: Tensor) -> Tensor:
+    """output_error of weights alone, by kernels: bfloat16 factors, float32 sums.
+
+    With D = (R - W') / factor the error is tr(D H D^T), H as it was collected: what the factor
+    does to H is not computed for every factor.
+    """
+    from quantizers.search_kernel import group_extremes, rounding_loss, row_dots
+
+    scheme, columns = problem.weight_scheme, problem.columns
+    width, factor = scheme.width(columns), factor.contiguous()
+    error = torch.zeros((), dtype=torch.float64, device=factor.device)
+    for part in torch.split(problem.as_stored, max(1, _DEVICE_ENTRIES // columns)):
+        scale, zero = scales_of(group_extremes(part, factor, width), scheme)
+        lost = rounding_loss(part, factor, scale, zero, width, scheme.number_format)
+        for block in _column_blocks(columns):
+            known = slice(0, block.stop)
+            product = torch.mm(
+                lost[:, known], problem.one_sided_gram[known, block], out_dtype=torch.float32
+            )
+            error += row_dots(product, lost[:, block]).to(torch.float64).sum()
+    return error
+
+
+def _column_blocks(columns: int) -> list[slice]:
+    starts = range(0, columns, _PRODUCT_COLUMNS)
+    return [slice(start, min(start + _PRODUCT_COLUMNS, columns)) for start in starts]
 
 
 def _scaled_parts(problem: GroupProblem, transform: ChannelTransform) -> Iterator[Tensor]:

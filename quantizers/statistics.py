@@ -5,14 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantizers.devices import compiles_kernels
 from quantizers.errors import NonFiniteError
 
 __all__ = ["InputStatistics", "WeightedRows", "add_batch", "empty_statistics", "weighted_rows"]
 
 # Rows kept to see how inputs are rounded.
 _ROWS = 1024
-# Channels of a Gram matrix's blocks: large enough for fast products.
-_BLOCK = 512
+# Channels of a Gram matrix's blocks, and rows of a product: large enough for fast products.
+_BLOCK = {"cpu": 512, "cuda": 2048}
+_CHUNK = {"cpu": 2048, "cuda": 16384}
 # Entries summed at once on a CPU.
 _CPU_ENTRIES = 1 << 18
 
@@ -105,13 +107,13 @@ def add_batch(
     *,
     keep: Tensor | None = None,
     draw: bool = True,
-    chunk: int = 2048,
+    chunk: int | None = None,
 ) -> InputStatistics:
     """Statistics with a batch added; the argument stays as it is.
 
     Rows are taken chunk by chunk, each from the batch's start, and summed in float32, so equal
     batches and an equal chunk give equal bits. On CUDA, bf16 and fp16 rows are multiplied in
-    their own dtype with float32 sums. Waits for the device once.
+    their own dtype with float32 sums, and a kernel sums windows. Waits for the device once.
 
     Args:
         statistics: what was seen before.
@@ -119,13 +121,14 @@ def add_batch(
             (T, K) is a window.
         keep: int64, numbers of the rows of this batch that are kept as a sample.
         draw: whether rows are drawn for weighted_rows, which searches of weights alone do not ask.
-        chunk: rows per product, part of what decides the last bits.
+        chunk: rows per product, part of what decides the last bits; by the device where None.
 
     Raises:
         NonFiniteError: x holds NaN or infinity, or a sum overflows float32.
         ValueError: x is not floating point or has another number of channels; chunk < 1.
     """
     columns = statistics.total.shape[0]
+    chunk = _CHUNK.get(x.device.type, _CHUNK["cpu"]) if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}: use at least one row")
     if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] != columns:
@@ -145,6 +148,7 @@ def add_batch(
     gram = statistics.gram.clone()
     for part in torch.split(factors, chunk):
         _add_product_(gram, part)
+    _mirror_(gram)
     # A finite diagonal bounds the whole matrix: (x_i x_j)^2 <= x_i^2 x_j^2, summed.
     if not bool(torch.cat((sums, gram.diagonal())).isfinite().all()):
         raise NonFiniteError(f"inputs of shape {tuple(x.shape)} hold NaN, infinity or overflow")
@@ -223,6 +227,15 @@ def _sums_(
         chunk: rows at most.
     """
     count, length, columns = windows.shape
+    if compiles_kernels(windows):
+        from quantizers.search_kernel import window_sums
+
+        by_window, sizes, low, high = window_sums(windows.contiguous())
+        total += by_window.sum(0)
+        sums += sizes.sum(0)
+        if factors.data_ptr() != windows.data_ptr():
+            factors.copy_(windows.reshape(factors.shape))
+        return low, high
     if windows.device.type != "cpu":
         for part in torch.split(windows.reshape(factors.shape), chunk):
             total += part.sum(0, dtype=torch.float32)
@@ -248,14 +261,20 @@ def _sums_(
 
 
 def _add_product_(gram: Tensor, rows: Tensor) -> None:
-    """Add rows^T rows to a gram in place, float32.
+    """Add rows^T rows to a gram in place, float32; what is left of its diagonal blocks stays."""
+    for block in _blocks(gram):
+        _addmm_(gram[block, block.start :], rows[:, block], rows[:, block.start :])
 
-    What lies left of a block on the diagonal is mirrored, not computed.
-    """
-    for start in range(0, gram.shape[0], _BLOCK):
-        block = slice(start, start + _BLOCK)
-        _addmm_(gram[block, start:], rows[:, block], rows[:, start:])
-        gram[start + _BLOCK :, block] = gram[block, start + _BLOCK :].t()
+
+def _mirror_(gram: Tensor) -> None:
+    """Write what lies right of the diagonal blocks to the left of them."""
+    for block in _blocks(gram):
+        gram[block.stop :, block] = gram[block, block.stop :].t()
+
+
+def _blocks(gram: Tensor) -> list[slice]:
+    step = _BLOCK.get(gram.device.type, _BLOCK["cpu"])
+    return [slice(start, start + step) for start in range(0, gram.shape[0], step)]
 
 
 def _addmm_(out: Tensor, left: Tensor, right: Tensor) -> None:

@@ -28,6 +28,7 @@ from tasks.engine.errors import RunError
 from tasks.engine.job import Job, require
 from tasks.engine.step import step
 from tasks.engine.store import Draft, Entry, load_tensors
+from tasks.engine.weights import Weights, weights_of
 from tasks.engine.windows import read_tokens
 
 # rows whose logits are held at once
@@ -123,12 +124,14 @@ def measure_tokens(
     width = int(checkpoint.source.config["hidden_size"])
     per_window = windows.shape[1] * width * computing.itemsize * len(models)
     scores, token_nll = Scores(), []
-    for part in windows.split(max(1, STREAM_BYTES // per_window)):
+    parts = windows.split(max(1, STREAM_BYTES // per_window))
+    loaded = [weights_of(model, device, computing, passes=len(parts)) for model in models]
+    for part in parts:
         finals = [
-            final_hidden(model, decoder, part, device, computing)
-            for model, decoder in zip(models, decoders, strict=True)
+            final_hidden(weights, decoder, part)
+            for weights, decoder in zip(loaded, decoders, strict=True)
         ]
-        heads = [model.head(computing, device) for model in models]
+        heads = [weights.head for weights in loaded]
         for row, nll in _score(decoders, finals, heads, part, device):
             scores = scores.plus(row)
             token_nll.append(nll.float().cpu())
@@ -136,27 +139,14 @@ def measure_tokens(
     return _means(scores, reference is not None), torch.cat(token_nll).reshape(shape)
 
 
-def likeliest(
-    checkpoint: Checkpoint,
-    windows: Tensor,
-    *,
-    device: str = "cpu",
-    dtype: str = "auto",
-    decoder: Decoder | None = None,
-) -> Tensor:
-    """The token that a checkpoint finds likeliest after each of (W, T) tokens: int64 (W, T).
-
-    A ``decoder`` that was built for the checkpoint's config and the device may be given.
-    """
-    computing = computing_dtype(dtype, device)
-    decoder = decoder or build_decoder(checkpoint.source.config, device)
-    final = final_hidden(checkpoint, decoder, windows, device, computing)
-    head = checkpoint.head(computing, device)
+def likeliest(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:
+    """The token that a checkpoint finds likeliest after each of (W, T) tokens: int64 (W, T)."""
+    final, head = final_hidden(weights, decoder, windows), weights.head
     return torch.stack(
         [
             torch.cat(
                 [
-                    decoder.logits(rows.to(device), head).argmax(-1).cpu()
+                    decoder.logits(rows.to(weights.device), head).argmax(-1).cpu()
                     for rows in window.split(HEAD_ROWS)
                 ]
             )
@@ -172,11 +162,10 @@ def computing_dtype(asked: str, device: str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
-def final_hidden(
-    model: Checkpoint, decoder: Decoder, windows: Tensor, device: str, dtype: torch.dtype
-) -> Tensor:
+def final_hidden(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:
     """Hidden states after the final norm: (W, T, D) on the host."""
-    embedding = model.outside(model.architecture.embedding, dtype, device)
+    model, device = weights.checkpoint, weights.device
+    embedding = weights.outside(model.architecture.embedding)
     batches, arguments = [], []
     shapes: dict[torch.Size, Any] = {}
     for batch in micro_batches(windows, device):
@@ -184,16 +173,16 @@ def final_hidden(
         batches.append(hidden.cpu())
         arguments.append(shapes.setdefault(batch.shape, per_block))
     for block in range(model.blocks):
-        weights = model.block_weights(block, dtype, device)
+        tensors = weights.block(block)
         hook = model.input_hook(block, device)
         linears = model.quantized(block)
         batches = [
             run_block(
-                decoder.blocks[block], weights, hidden.to(device), given[block], linears, hook
+                decoder.blocks[block], tensors, hidden.to(device), given[block], linears, hook
             ).cpu()
             for hidden, given in zip(batches, arguments, strict=True)
         ]
-    norm = {"weight": model.outside(model.architecture.final_norm, dtype, device)}
+    norm = {"weight": weights.outside(model.architecture.final_norm)}
     with torch.no_grad():
         finals = [
             torch.func.functional_call(decoder.final_norm, norm, (hidden.to(device),)).cpu()

@@ -17,8 +17,9 @@ from tasks.engine.source import Source
 from tasks.engine.step import step
 from tasks.engine.store import Draft
 from tasks.engine.text import files_digest, load_tokenizer
+from tasks.engine.weights import weights_of
 from tasks.engine.windows import read_tokens
-from tasks.evaluate import likeliest
+from tasks.evaluate import computing_dtype, likeliest
 
 # beginnings that are continued: those of the first evaluation windows, of so many tokens
 BEGINNINGS = 3
@@ -81,8 +82,9 @@ def continued(
     """
     tokens = guess.long()
     decoder = build_decoder(checkpoint.source.config, device)
+    weights = weights_of(checkpoint, device, computing_dtype(dtype, device))
     for _ in range(tokens.shape[1] - prompt + 1):
-        found = likeliest(checkpoint, tokens, device=device, dtype=dtype, decoder=decoder)
+        found = likeliest(weights, decoder, tokens)
         proposed = torch.cat([tokens[:, :prompt], found[:, prompt - 1 : -1]], dim=1)
         if torch.equal(proposed, tokens):
             break

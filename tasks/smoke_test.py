@@ -20,6 +20,7 @@ from torch import Tensor
 
 from configs.serving_schema import Serving
 from tasks.engine.checkpoint import Checkpoint, open_checkpoint
+from tasks.engine.decoder import build_decoder
 from tasks.engine.errors import InputError, RunError
 from tasks.engine.export_format import Scheme
 from tasks.engine.publication import REPORT
@@ -34,7 +35,8 @@ from tasks.engine.serving.server import (
     running_server,
 )
 from tasks.engine.serving.speed import measure_speed, prompts_of
-from tasks.evaluate import likeliest
+from tasks.engine.weights import weights_of
+from tasks.evaluate import computing_dtype, likeliest
 
 log = logging.getLogger("blockquant")
 
@@ -181,7 +183,9 @@ def compared(
     scores = [value for row in asked.nll for value in row]
     mean = sum(scores) / len(scores)
     whole = torch.cat([asked.prompts, asked.continued], dim=1)
-    found = likeliest(checkpoint, whole[:, :-1], device=device)[:, asked.prompts.shape[1] - 1 :]
+    weights = weights_of(checkpoint, device, computing_dtype("auto", device), passes=1)
+    decoder = build_decoder(checkpoint.source.config, device)
+    found = likeliest(weights, decoder, whole[:, :-1])[:, asked.prompts.shape[1] - 1 :]
     same = found == asked.continued
     return {
         "nll": mean,

@@ -23,6 +23,7 @@ from tasks.engine.step import step
 from tasks.engine.store import Draft
 from tasks.engine.task_list import task_manager, task_of
 from tasks.engine.text import files_digest, load_tokenizer
+from tasks.engine.weights import weights_of
 from tasks.evaluate import computing_dtype, final_hidden
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def continuation_scores(
     """
     computing = computing_dtype(dtype, device)
     decoder = build_decoder(checkpoint.source.config, device)
-    head = checkpoint.head(computing, device)
+    weights = weights_of(checkpoint, device, computing)
     cut = [([*context, *answer][-(length + 1) :], len(answer)) for context, answer in requests]
     order = sorted(range(len(cut)), key=lambda number: len(cut[number][0]))
     found: dict[int, tuple[float, bool]] = {}
@@ -175,11 +176,11 @@ def continuation_scores(
         numbers = order[start : start + together]
         rows = [torch.tensor(cut[number][0][:-1]) for number in numbers]
         windows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        finals = final_hidden(checkpoint, decoder, windows, device, computing)
+        finals = final_hidden(weights, decoder, windows)
         for number, row, final in zip(numbers, rows, finals, strict=True):
             answer = torch.tensor(cut[number][0][-cut[number][1] :], device=device)
             asked = final[len(row) - len(answer) : len(row)].to(device)
-            logs = torch.log_softmax(decoder.logits(asked, head).float(), dim=-1)
+            logs = torch.log_softmax(decoder.logits(asked, weights.head).float(), dim=-1)
             each = logs.gather(1, answer[:, None])
             greedy = bool((logs.argmax(-1) == answer).all())
             found[number] = (float(each.double().sum()), greedy)

@@ -67,7 +67,8 @@ def verify(
         whole: load models of up to 512 MiB whole with transformers too.
     """
     del draft
-    return verify_folder(require(job, exported).folder, digests, whole, digests is not None)
+    folder, quantized = require(job, exported).folder, digests is not None
+    return verify_folder(folder, digests, whole, quantized, device=job.device)
 
 
 def verify_folder(
@@ -75,12 +76,15 @@ def verify_folder(
     digests: Mapping[str, str] | None = None,
     whole: bool = True,
     quantized: bool = True,
+    *,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Check a checkpoint folder, one that is ``quantized`` or one that is not.
 
     Every tensor's name, dtype and shape; finite values; compressed-tensors' own schema and its
     own decompression of every linear against ours; the codes' digests where they are known; and
-    the logits of transformers' own loader where the model is small enough.
+    the logits of transformers' own loader where the model is small enough. Tensors are compared on
+    ``device``.
 
     Raises:
         InputError: not an exported checkpoint.
@@ -98,7 +102,7 @@ def verify_folder(
     linears = 0
     expected: set[str] = set()
     for block, module in enumerate(decoder.blocks):
-        stored = checkpoint.stored_block(block)
+        stored = checkpoint.stored_block(block, device)
         expected |= set(checkpoint.names(block).values())
         _check_untouched(checkpoint, decoder, block, stored)
         for linear in checkpoint.quantized(block):
@@ -111,7 +115,7 @@ def verify_folder(
             if digests is not None:
                 _check_digest(name, members, scheme, digests)
             linears += 1
-    _check_outside(checkpoint, decoder, expected)
+    _check_outside(checkpoint, decoder, expected, device)
     report: dict[str, Any] = {"linears": linears, "tensors": len(checkpoint.source.tensors)}
     if whole and _float32_bytes(checkpoint, decoder) <= WHOLE_MODEL_BYTES:
         report["logit_difference"] = _compare_logits(checkpoint, decoder)
@@ -280,7 +284,7 @@ def _check_digest(
         raise VerificationError(f"{name}: other codes or scales than the run computed")
 
 
-def _check_outside(checkpoint: Checkpoint, decoder: Decoder, inside: set[str]) -> None:
+def _check_outside(checkpoint: Checkpoint, decoder: Decoder, inside: set[str], device: str) -> None:
     architecture = checkpoint.architecture
     names = outside_shapes(checkpoint.source.config, architecture, decoder, checkpoint.tied)
     found = set(checkpoint.source.tensors) - inside
@@ -293,7 +297,7 @@ def _check_outside(checkpoint: Checkpoint, decoder: Decoder, inside: set[str]) -
     for name, shape in names.items():
         _require(name, checkpoint.source.tensors[name], checkpoint.dtype, shape)
         # reading refuses NaN and Inf
-        checkpoint.source.read([name])
+        checkpoint.source.read([name], device)
 
 
 def _float32_bytes(checkpoint: Checkpoint, decoder: Decoder) -> int:

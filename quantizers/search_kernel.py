@@ -1,0 +1,376 @@
+"""Kernels of the searches, for devices that have Triton's compiler.
+
+Each does in one pass over a weight, or over inputs, what takes torch many: a search over scales or
+clip factors waits for memory, not for arithmetic. The scales themselves come from
+:func:`quantizers.rounding.scales_of` in all cases, so there is one place that says what they are.
+Nothing here adds in an order that changes from run to run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantizers.number_formats import NumberFormat
+
+__all__ = ["clip_errors", "group_extremes", "rounding_loss", "row_dots", "window_sums"]
+
+# entries of a tile: what one program holds at once
+_TILE = 8192
+_ROWS = 32
+# columns of inputs that one program sums, and rows it takes at a time
+_SUM_COLUMNS, _SUM_ROWS = 64, 64
+
+
+def group_extremes(weight: Tensor, factor: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest entry of each group of a weight whose columns are multiplied, 0 too.
+
+    Args:
+        weight: (N, K), floating point, contiguous.
+        factor: (K,) float32, what columns are multiplied with; None: nothing.
+        width: columns of a group; divides K.
+
+    Returns:
+        low and high, (N, K / width) float32.
+    """
+    rows, columns = weight.shape
+    groups = columns // width
+    low = torch.empty(rows, groups, device=weight.device)
+    high = torch.empty_like(low)
+    block = min(triton.next_power_of_2(width), _TILE)
+    tall = max(1, _TILE // block)
+    _group_extremes[(triton.cdiv(rows, tall), groups)](
+        weight,
+        weight if factor is None else factor,
+        low,
+        high,
+        rows,
+        columns,
+        width,
+        FACTOR=factor is not None,
+        ROWS=tall,
+        BLOCK=block,
+    )
+    return low, high
+
+
+def rounding_loss(
+    weight: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    width: int,
+    number: NumberFormat,
+) -> Tensor:
+    """(Q(W f) - W f) / f: what rounding loses, seen from the inputs as they were.
+
+    Args:
+        weight: (N, K), floating point, contiguous.
+        factor: (K,) float32, f.
+        scale: (N, K / width), the stored dtype.
+        zero_point: int8, likewise; None if symmetric.
+        width: columns that share a scale; divides K.
+        number: the format.
+
+    Returns:
+        (N, K) bfloat16.
+    """
+    rows, columns = weight.shape
+    lost = torch.empty(rows, columns, dtype=torch.bfloat16, device=weight.device)
+    block = min(triton.next_power_of_2(width), 1024)
+    tall = max(1, _TILE // block)
+    _rounding_loss[(triton.cdiv(rows, tall), columns // width)](
+        weight,
+        factor,
+        scale,
+        scale if zero_point is None else zero_point,
+        lost,
+        rows,
+        columns,
+        width,
+        float(number.qmin),
+        float(number.qmax),
+        FORMAT=_kind(number),
+        SYMMETRIC=zero_point is None,
+        ROWS=tall,
+        BLOCK=block,
+    )
+    return lost
+
+
+def row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """The products of equal rows: (N,) float32 of (N, K) float32 and (N, K) bfloat16.
+
+    Args:
+        left: rows may lie apart.
+        right: likewise.
+    """
+    rows, columns = left.shape
+    out = torch.empty(rows, device=left.device)
+    block = min(triton.next_power_of_2(columns), 1024)
+    tall = max(1, _TILE // block)
+    _row_dots[(triton.cdiv(rows, tall),)](
+        left,
+        right,
+        out,
+        rows,
+        columns,
+        left.stride(0),
+        right.stride(0),
+        ROWS=tall,
+        BLOCK=block,
+    )
+    return out
+
+
+def clip_errors(
+    weight: Tensor,
+    gram: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    number: NumberFormat,
+) -> Tensor:
+    """The error d H_gg d^T of every row's group under each of several scales.
+
+    With d what rounding loses. Products of 19 bit factors (TF32), sums in float32.
+
+    Args:
+        weight: (N, K), floating point, contiguous.
+        gram: (groups, g, g) float32, the blocks of the Gram matrix, g = K / groups <= 128.
+        scales: (S, N, groups), the stored dtype.
+        zero_points: int8, likewise; None if symmetric.
+        number: the format.
+
+    Returns:
+        (S, N, groups) float32.
+    """
+    rows, columns = weight.shape
+    steps, _, groups = scales.shape
+    width = columns // groups
+    errors = torch.empty(steps, rows, groups, device=weight.device)
+    _clip_errors[(triton.cdiv(rows, _ROWS), groups)](
+        weight,
+        gram,
+        scales,
+        scales if zero_points is None else zero_points,
+        errors,
+        rows,
+        columns,
+        width,
+        steps,
+        float(number.qmin),
+        float(number.qmax),
+        FORMAT=_kind(number),
+        SYMMETRIC=zero_points is None,
+        ROWS=_ROWS,
+        BLOCK=max(16, triton.next_power_of_2(width)),
+    )
+    return errors
+
+
+def window_sums(windows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum of x, sum of |x|, smallest and largest x of each window and channel, in one pass.
+
+    Args:
+        windows: (W, T, K), floating point, contiguous.
+
+    Returns:
+        four of (W, K) float32.
+    """
+    count, length, columns = windows.shape
+    sums = tuple(torch.empty(count, columns, device=windows.device) for _ in range(4))
+    _window_sums[(triton.cdiv(columns, _SUM_COLUMNS), count)](
+        windows, *sums, length, columns, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS
+    )
+    return sums  # type: ignore[return-value]
+
+
+def _kind(number: NumberFormat) -> str:
+    return str(number.code_dtype) if number.is_float else "int"
+
+
+@triton.jit
+def _restored(value, scale, zero, qmin, qmax, FORMAT: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """What is left of values after rounding to the format; all float32."""
+    level = tl.div_rn(value, scale)
+    if FORMAT == "int":
+        # far outside every format; within it, adding 1.5 * 2^23 rounds to nearest even
+        level = tl.minimum(tl.maximum(level, -65536.0), 65536.0)
+        level = (level + 12582912.0) - 12582912.0
+        if SYMMETRIC:
+            level = tl.minimum(tl.maximum(level, qmin), qmax)
+        else:
+            level = tl.minimum(tl.maximum(level + zero, qmin), qmax) - zero
+    else:
+        level = tl.minimum(tl.maximum(level, qmin), qmax)
+        if FORMAT == "torch.float8_e4m3fn":
+            level = level.to(tl.float8e4nv, fp_downcast_rounding="rtne").to(tl.float32)
+        else:
+            level = level.to(tl.float8e5, fp_downcast_rounding="rtne").to(tl.float32)
+    return level * scale
+
+
+@triton.jit
+def _group_extremes(
+    weight,
+    factor,
+    low,
+    high,
+    rows,
+    columns,
+    width,
+    FACTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    # zero is counted in
+    least = tl.zeros((ROWS,), tl.float32)
+    most = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, width, BLOCK):
+        inside = start + tl.arange(0, BLOCK) < width
+        column = group * width + start + tl.arange(0, BLOCK)
+        on = (row < rows)[:, None] & inside[None, :]
+        place = row[:, None].to(tl.int64) * columns + column[None, :]
+        value = tl.load(weight + place, on, 0.0).to(tl.float32)
+        if FACTOR:
+            value = value * tl.load(factor + column, inside, 0.0)[None, :]
+        least = tl.minimum(least, tl.min(value, 1))
+        most = tl.maximum(most, tl.max(value, 1))
+    place = row.to(tl.int64) * (columns // width) + group
+    tl.store(low + place, least, row < rows)
+    tl.store(high + place, most, row < rows)
+
+
+@triton.jit
+def _rounding_loss(
+    weight,
+    factor,
+    scale,
+    zero_point,
+    lost,
+    rows,
+    columns,
+    width,
+    qmin,
+    qmax,
+    FORMAT: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    own = row.to(tl.int64) * (columns // width) + group
+    step = tl.load(scale + own, row < rows, 1.0).to(tl.float32)[:, None]
+    zero = step
+    if not SYMMETRIC:
+        zero = tl.load(zero_point + own, row < rows, 0).to(tl.float32)[:, None]
+    for start in range(0, width, BLOCK):
+        inside = start + tl.arange(0, BLOCK) < width
+        column = group * width + start + tl.arange(0, BLOCK)
+        on = (row < rows)[:, None] & inside[None, :]
+        place = row[:, None].to(tl.int64) * columns + column[None, :]
+        by = tl.load(factor + column, inside, 1.0)[None, :]
+        value = tl.load(weight + place, on, 0.0).to(tl.float32) * by
+        left = _restored(value, step, zero, qmin, qmax, FORMAT, SYMMETRIC)
+        tl.store(lost + place, ((left - value) / by).to(tl.bfloat16), on)
+
+
+@triton.jit
+def _row_dots(
+    left,
+    right,
+    out,
+    rows,
+    columns,
+    left_stride,
+    right_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        on = (row < rows)[:, None] & (column < columns)[None, :]
+        a = tl.load(left + row[:, None].to(tl.int64) * left_stride + column[None, :], on, 0.0)
+        b = tl.load(right + row[:, None].to(tl.int64) * right_stride + column[None, :], on, 0.0)
+        total += tl.sum(a * b.to(tl.float32), 1)
+    tl.store(out + row, total, row < rows)
+
+
+@triton.jit
+def _clip_errors(
+    weight,
+    gram,
+    scales,
+    zero_points,
+    errors,
+    rows,
+    columns,
+    width,
+    steps,
+    qmin,
+    qmax,
+    FORMAT: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    groups = columns // width
+    lane = tl.arange(0, BLOCK)
+    on = (row < rows)[:, None] & (lane < width)[None, :]
+    value = tl.load(
+        weight + row[:, None].to(tl.int64) * columns + group * width + lane[None, :], on, 0.0
+    ).to(tl.float32)
+    square = (lane < width)[:, None] & (lane < width)[None, :]
+    within = lane[:, None] * width + lane[None, :]
+    inputs = tl.load(gram + group.to(tl.int64) * width * width + within, square, 0.0)
+    for number in range(steps):
+        own = (number * rows + row.to(tl.int64)) * groups + group
+        step = tl.load(scales + own, row < rows, 1.0).to(tl.float32)[:, None]
+        zero = step
+        if not SYMMETRIC:
+            zero = tl.load(zero_points + own, row < rows, 0).to(tl.float32)[:, None]
+        lost = _restored(value, step, zero, qmin, qmax, FORMAT, SYMMETRIC) - value
+        product = tl.dot(lost, inputs, input_precision="tf32")
+        tl.store(errors + own, tl.sum(product * lost, 1), row < rows)
+
+
+@triton.jit
+def _window_sums(
+    windows,
+    total,
+    absolute,
+    low,
+    high,
+    length,
+    columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    window = tl.program_id(1)
+    own = column < columns
+    summed = tl.zeros((COLUMNS,), tl.float32)
+    size = tl.zeros((COLUMNS,), tl.float32)
+    least = tl.full((COLUMNS,), float("inf"), tl.float32)
+    most = tl.full((COLUMNS,), float("-inf"), tl.float32)
+    for start in range(0, length, ROWS):
+        row = start + tl.arange(0, ROWS)
+        on = (row < length)[:, None] & own[None, :]
+        place = (window.to(tl.int64) * length + row[:, None]) * columns + column[None, :]
+        value = tl.load(windows + place, on, 0.0).to(tl.float32)
+        summed += tl.sum(value, 0)
+        size += tl.sum(tl.abs(value), 0)
+        least = tl.minimum(least, tl.min(tl.where(on, value, float("inf")), 0))
+        most = tl.maximum(most, tl.max(tl.where(on, value, float("-inf")), 0))
+    place = window * columns + column
+    tl.store(total + place, summed, own)
+    tl.store(absolute + place, size, own)
+    tl.store(low + place, least, own)
+    tl.store(high + place, most, own)

@@ -1,0 +1,83 @@
+"""What a checkpoint computes with, for passes that come back to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tasks.engine.checkpoint import Checkpoint
+
+# share of a device's free memory that weights are kept in
+KEPT_SHARE = 0.4
+
+Read = TypeVar("Read", Tensor, Mapping[str, Tensor])
+
+
+@dataclass
+class Weights:
+    """Weights in one dtype on one device: read when asked for, kept for the next pass if they fit.
+
+    Blocks are asked for in turn, so the first ones stay: of those that were used last, none would
+    ever be found.
+
+    Attributes:
+        checkpoint: where they are read.
+        device: where they are wanted.
+        dtype: what they are wanted in.
+        budget: bytes that may be kept.
+    """
+
+    checkpoint: Checkpoint
+    device: str
+    dtype: torch.dtype
+    budget: int = 0
+    _kept: dict[str, Tensor | Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
+
+    def block(self, number: int) -> Mapping[str, Tensor]:
+        """The weights of a block, by their names in it."""
+        return self._get(
+            f"block {number}",
+            lambda: self.checkpoint.block_weights(number, self.dtype, self.device),
+        )
+
+    def outside(self, name: str) -> Tensor:
+        """A tensor outside of the blocks."""
+        return self._get(
+            f"outside {name}", lambda: self.checkpoint.outside(name, self.dtype, self.device)
+        )
+
+    @property
+    def head(self) -> Tensor:
+        """The output head (V, D)."""
+        tied, architecture = self.checkpoint.tied, self.checkpoint.architecture
+        return self.outside(architecture.embedding if tied else architecture.head)
+
+    def _get(self, name: str, read: Callable[[], Read]) -> Read:
+        if name in self._kept:
+            return self._kept[name]  # type: ignore[return-value]
+        value = read()
+        tensors = [value] if isinstance(value, Tensor) else value.values()
+        size = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+        if size <= self.budget:
+            self.budget -= size
+            self._kept[name] = value
+        return value
+
+
+def weights_of(
+    checkpoint: Checkpoint, device: str, dtype: torch.dtype, *, passes: int = 2
+) -> Weights:
+    """Weights for some passes: kept in a GPU's free memory where there is more than one.
+
+    On a CPU files are mapped, and read again.
+    """
+    place = torch.device(device)
+    if place.type != "cuda" or passes < 2:
+        return Weights(checkpoint, device, dtype)
+    unused = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+    free = torch.cuda.mem_get_info(place)[0] + unused
+    return Weights(checkpoint, device, dtype, int(KEPT_SHARE * free))

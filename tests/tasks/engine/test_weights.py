@@ -1,0 +1,53 @@
+"""Weights that are kept between passes, and those that are read again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tasks.engine.checkpoint import open_checkpoint
+from tasks.engine.source import Source
+from tasks.engine.weights import Weights, weights_of
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tensors each read of files asked for."""
+    asked: list[int] = []
+    real = Source.read
+
+    def read(source: Source, names: object, device: str = "cpu") -> dict[str, torch.Tensor]:
+        wanted = list(names)  # type: ignore[call-overload]
+        asked.append(len(wanted))
+        return real(source, wanted, device)
+
+    monkeypatch.setattr(Source, "read", read)
+    return asked
+
+
+def test_they_are_the_checkpoint_s(tiny: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    weights = Weights(checkpoint, "cpu", torch.float32, budget=1 << 30)
+    for _ in range(2):
+        expected = checkpoint.block_weights(1, torch.float32)
+        assert weights.block(1).keys() == expected.keys()
+        assert all(torch.equal(weights.block(1)[name], expected[name]) for name in expected)
+        assert torch.equal(weights.head, checkpoint.head(torch.float32))
+
+
+def test_what_fits_is_read_once_and_the_rest_each_time(tiny: Path, reads: list[int]) -> None:
+    checkpoint = open_checkpoint(tiny)
+    block = checkpoint.block_weights(0, torch.float32)
+    size = sum(tensor.numel() * 4 for tensor in block.values())
+    reads.clear()
+    weights = Weights(checkpoint, "cpu", torch.float32, budget=size)
+    for _ in range(3):
+        weights.block(0)
+        weights.block(1)
+    assert reads == [len(block)] * 4
+
+
+def test_on_a_cpu_nothing_is_kept(tiny: Path) -> None:
+    assert weights_of(open_checkpoint(tiny), "cpu", torch.float32, passes=9).budget == 0
