@@ -40,18 +40,21 @@ class Task:
     method: str
     # a preset of compressed-tensors: W4A16 (groups of 128, symmetric), W8A8 or FP8_DYNAMIC
     scheme: str
+    # where the checkpoint is saved; nowhere if empty
     output: str
     # safetensors with ``tokens`` int (W, T); None for rtn
     tokens: str | None
     # where the figures go, as JSON
     report: str
     dtype: str = "auto"
+    device: str = "cpu"
 
 
 def main(task: Task) -> None:
     """Quantize, save the checkpoint, and report the seconds that ``oneshot`` took."""
-    # without a GPU there is no memory to pin, and torch refuses
-    IntermediatesCache.pin_memory = lambda self, batch_index, input_names=None: None
+    if task.device == "cpu":
+        # without a GPU there is no memory to pin, and torch refuses
+        IntermediatesCache.pin_memory = lambda self, batch_index, input_names=None: None
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype=task.dtype)
     tokenizer = AutoTokenizer.from_pretrained(task.model)
     modifier = GPTQModifier if task.method == "gptq" else QuantizationModifier
@@ -61,10 +64,12 @@ def main(task: Task) -> None:
     start, start_cpu = time.perf_counter(), time.process_time()
     oneshot(model=model, processor=tokenizer, recipe=recipe, **_calibration(task.tokens))
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
-    model.save_pretrained(task.output, save_compressed=True)
-    tokenizer.save_pretrained(task.output)
+    if task.output:
+        model.save_pretrained(task.output, save_compressed=True)
+        tokenizer.save_pretrained(task.output)
     report = {
         "seconds": seconds,
+        "peak_device": torch.cuda.max_memory_allocated() if task.device != "cpu" else 0,
         "cpu_seconds": cpu_seconds,
         "versions": {name: version(name) for name in ("llmcompressor", "torch", "transformers")},
         "dtype": str(model.dtype).removeprefix("torch."),

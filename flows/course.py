@@ -15,9 +15,19 @@ from tasks.engine.step import Result, Step
 
 @dataclass
 class Course:
-    """What ran so far: which steps, found or made, and how long each kind took."""
+    """What ran so far: which steps, found or made, and how long each kind took.
+
+    Attributes:
+        steps: in their order.
+        seconds: by kind of step.
+        marks: seconds from the start until something was reached.
+        block_ends: seconds from the start until a pass was through with a block, in their order.
+    """
 
     steps: list[dict[str, Any]] = field(default_factory=list)
+    marks: dict[str, float] = field(default_factory=dict)
+    block_ends: list[float] = field(default_factory=list)
+    _began: float = field(default_factory=time.perf_counter)
     _lean: Job | None = None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     progress: ProgressArtifact = field(default_factory=lambda: ProgressArtifact(0))
@@ -30,8 +40,16 @@ class Course:
 
     def block_done(self, block: int) -> None:
         """Say that a pass is through with a block."""
+        self.block_ends.append(self._since())
         reporter().block_done(block)
         self.progress.block_done()
+
+    def mark(self, reached: str) -> None:
+        """Note when something was reached."""
+        self.marks[reached] = self._since()
+
+    def _since(self) -> float:
+        return round(time.perf_counter() - self._began, 4)
 
     def run(self, step: Step[...], job: Job, *args: Any, **kwargs: Any) -> Result:
         """Run a step, tell the reporter, and note it.

@@ -19,6 +19,7 @@ from tasks.check import Request, check, output_folder
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun, told, told_run
 from tasks.engine.publication import alone, end, work_identity
+from tasks.engine.residency import forget_peaks, peaks
 from tasks.engine.settings import settings
 from tasks.engine.step import Result, action
 from tasks.engine.store import Entry
@@ -115,8 +116,12 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
     sets["evaluation"] = course.run(evaluation_set, job, job.evaluation).entry
     calibrated = [calibration(job, course, step, sets) for step in job.steps]
     state = State()
+    forget_peaks(job.device)
+    course.mark("first block")
     for step, tokens in zip(job.steps, calibrated, strict=True):
         state = apply(job, run, course, step, tokens, state)
+    course.mark("last block")
+    taken = peaks(job.device)
     products: dict[str, Product] = {}
     if job.quantizes:
         packed = tuple(p.key for p in state.packed)
@@ -130,6 +135,7 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
     report = make_report(job, blocks, products, sets)
     sampled = sample(job, course, products, sets["evaluation"])
     location = publish_products(job, request, products, report, sets["evaluation"])
+    course.mark("published")
     show(job, report, blocks)
     decided = [d.entry for d in state.decided]
     action(log_measured)(run, report, blocks, decided, sets, dict(course.seconds))
@@ -157,6 +163,9 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
         "bytes": report["bytes"],
         "scheme": report["scheme"],
         "seconds": {name: round(s, 3) for name, s in course.seconds.items()},
+        "marks": course.marks,
+        "block_ends": course.block_ends,
+        "peaks": taken,
         "steps": course.steps,
         "launch": None if location is None else launch_line(Path(location), report),
         "unserved": report["unserved"],

@@ -6,6 +6,7 @@ Where something waits decides no bits: values are moved, never computed in anoth
 from __future__ import annotations
 
 import dataclasses
+import resource
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar, cast
 
@@ -65,3 +66,17 @@ def ran_out_of_memory(error: BaseException) -> bool:
         return True
     # torch raises the host's as a plain RuntimeError
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def forget_peaks(device: str) -> None:
+    """Begin to note anew how much of a GPU's memory was taken at most."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peaks(device: str) -> dict[str, int]:
+    """Bytes that this process took at most: of the host, since it began, and of a GPU."""
+    found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.device(device).type == "cuda":
+        found["device"] = torch.cuda.max_memory_allocated(device)
+    return found

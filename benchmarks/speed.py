@@ -1,0 +1,277 @@
+"""How long blocks take on this machine, beside llm-compressor where that is there.
+
+    python benchmarks/speed.py WORK --device cuda --blocks 4
+    python benchmarks/speed.py WORK --device cuda --blocks 32 --recipes awq_w4a16 --no-peer
+
+A model of random weights in a given shape (Llama 3 8B's by default) is made in WORK, where it stays
+for the next call. Each recipe is run by this project's command line and by llm-compressor's
+``oneshot``, in turn, ``--repeat`` times, each time from nothing. Figures:
+
+- s/block: the median over all blocks but the first of a pass, which waits for compilers and
+  libraries, of the time between two blocks; everything is counted: reading, searching, packing,
+  storing, Prefect. llm-compressor's: the whole of ``oneshot`` over the number of blocks, which
+  counts no loading, no packing and no saving.
+- to published: from the first block to the folder's rename, with export, verification, evaluation
+  and sample text, whose own seconds stand beside it.
+- peaks: of the device's memory (allocated by torch) and the host's (resident), while blocks are
+  quantized.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from recipes import calibrations
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+TOKENIZER = ROOT / "assets" / "demo-model"
+PEERS = {"awq_w4a16": "awq", "gptq_w4a16": "gptq", "rtn_w4a16": "rtn"}
+BESIDE = ("export", "verify", "evaluate", "sample_text")
+GIB = 2**30
+
+console = Console(width=180)
+progress = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a model of random weights."""
+
+    blocks: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    kv_share: int
+
+    def options(self) -> list[str]:
+        """As ``random_model.py`` takes them."""
+        pairs = (
+            (f"--{name.replace('_', '-')}", str(value)) for name, value in asdict(self).items()
+        )
+        return [word for pair in pairs for word in pair]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs share."""
+
+    work: Path
+    model: Path
+    text: Path
+    blocks: int
+    samples: int
+    device: str
+    overrides: tuple[str, ...]
+    peer: Path | None
+    peer_path: str
+
+
+def main(
+    work: Annotated[Path, typer.Argument(help="A folder for the model, stores and checkpoints.")],
+    recipes: Annotated[str, typer.Option(help="With commas between.")] = "awq_w4a16,gptq_w4a16",
+    device: Annotated[str, typer.Option()] = "cuda",
+    blocks: Annotated[int, typer.Option(min=2)] = 4,
+    hidden: Annotated[int, typer.Option()] = 4096,
+    intermediate: Annotated[int, typer.Option()] = 14336,
+    vocabulary: Annotated[int, typer.Option()] = 128256,
+    kv_share: Annotated[int, typer.Option(help="Query heads that share a key.")] = 4,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    repeat: Annotated[int, typer.Option(min=1)] = 2,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key.path=value")] = None,
+    peer: Annotated[Path, typer.Option(help="llm-compressor's Python.")] = (
+        ROOT / ".venv-bench" / "bin" / "python"
+    ),
+    peer_path: Annotated[str, typer.Option(help="Its PYTHONPATH.")] = "",
+    no_peer: Annotated[bool, typer.Option("--no-peer", help="Leave llm-compressor out.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="All figures, here.")] = None,
+) -> None:
+    """Time recipes block by block, beside llm-compressor, in turn."""
+    if not no_peer and not peer.is_file():
+        raise typer.BadParameter(f"{peer} is not there: run `make bench-env`, or give --no-peer")
+    work = work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    shape = Shape(blocks, hidden, intermediate, vocabulary, kv_share)
+    bench = Bench(
+        work,
+        _model(work, shape, device),
+        _text(work, samples),
+        blocks,
+        samples,
+        device,
+        tuple(set_ or ()),
+        None if no_peer else peer,
+        peer_path,
+    )
+    report: dict[str, Any] = {"machine": _machine(device), "shape": asdict(shape), "rows": []}
+    for recipe in recipes.split(","):
+        ours, theirs = [], []
+        for _ in range(repeat):
+            found, tokens = _ours(bench, recipe)
+            ours.append(found)
+            progress.print(f"{recipe}: {found['s_per_block']:.3f} s/block")
+            if bench.peer is not None and recipe in PEERS:
+                theirs.append(_theirs(bench, recipe, tokens))
+                progress.print(f"  llm-compressor: {theirs[-1]['s_per_block']:.3f} s/block")
+        report["rows"].append({"recipe": recipe, "ours": ours, "theirs": theirs})
+        if json_file is not None:
+            json_file.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    console.print(f"{report['machine']}, {blocks} blocks, {samples} samples")
+    console.print(_table(report))
+    console.print(_steps(report))
+
+
+def _machine(device: str) -> str:
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def _model(work: Path, shape: Shape, device: str) -> Path:
+    folder = work / f"model-{shape.blocks}-{shape.hidden}-{shape.intermediate}-{shape.vocabulary}"
+    if not (folder / "tokenizer.json").is_file():
+        command = [sys.executable, str(HERE / "random_model.py"), str(folder)]
+        command += ["--tokenizer", str(TOKENIZER), *shape.options(), "--device", device]
+        subprocess.run(command, check=True)
+    return folder
+
+
+def _text(work: Path, samples: int) -> Path:
+    """Random common words, enough for the longest calibration windows."""
+    from tests.models import make_text
+
+    path = work / f"words-{samples}.txt"
+    return path if path.is_file() else make_text(path, words=int(samples * 2048 * 1.1) + 5000)
+
+
+def _ours(bench: Bench, recipe: str) -> tuple[dict[str, Any], Path | None]:
+    """Run a recipe as a user does, from nothing; its figures, and the calibration tokens."""
+    place = bench.work / recipe.replace("/", "-")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    command = [sys.executable, "-m", "flows.cli", "quantize", recipe, "--json"]
+    command += ["--device", bench.device, "--store", str(place / "store")]
+    command += ["--model", str(bench.model), "--output", str(place / "out")]
+    given = [f"eval={{name: text, path: {bench.text}, windows: 2, seq_len: 512}}"]
+    for section in calibrations(recipe):
+        given += [f"{section}.name=text", f"{section}.path={bench.text}"]
+        given += [f"{section}.n_samples={bench.samples}"]
+    given += ["serving.smoke_test=false", "gate.registry=false", *bench.overrides]
+    for override in given:
+        command += ["--set", override]
+    environment = os.environ | {"BLOCKQUANT_HOME": str(bench.work / "home")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    start = time.perf_counter()
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
+    marks, ends = found["marks"], found["block_ends"]
+    between = [b - a for a, b in itertools.pairwise(ends)]
+    # the last one of a pass moves no hidden states on
+    inner = [
+        seconds for number, seconds in enumerate(between) if (number + 2) % bench.blocks > 1
+    ] or between
+    figures = {
+        "s_per_block": statistics.median(inner),
+        "first_block": ends[0] - marks["first block"],
+        "blocks": marks["last block"] - marks["first block"],
+        "to_published": marks["published"] - marks["first block"],
+        "whole": time.perf_counter() - start,
+        "peaks": found["peaks"],
+        "seconds": found["seconds"],
+        "phases": found.get("phases", {}),
+    }
+    tokens = sorted((place / "store" / "entries").glob("*/*/tokens.safetensors"))
+    longest = max(tokens, key=lambda file: file.stat().st_size, default=None)
+    return figures, longest
+
+
+def _theirs(bench: Bench, recipe: str, tokens: Path | None) -> dict[str, Any]:
+    """Run llm-compressor on the same tokens."""
+    place = bench.work / "peer"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    report = place / "report.json"
+    if tokens is not None:
+        save_file({"tokens": load_file(tokens)["tokens"].long()}, place / "tokens.safetensors")
+        tokens = place / "tokens.safetensors"
+    task = {
+        "model": str(bench.model),
+        "method": PEERS[recipe],
+        "scheme": "W4A16",
+        "output": "",
+        "tokens": None if tokens is None else str(tokens),
+        "report": str(report),
+        "device": bench.device,
+    }
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": bench.peer_path}
+    with (place / "output.log").open("w", encoding="utf-8") as log:
+        done = subprocess.run(
+            [str(bench.peer), str(HERE / "peer_llmcompressor.py"), json.dumps(task)],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode:
+        progress.print((place / "output.log").read_text(encoding="utf-8")[-3000:], markup=False)
+        raise typer.Exit(1)
+    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return found | {"s_per_block": found["seconds"] / bench.blocks}
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table(box=box.MARKDOWN)
+    headings = ("recipe", "s/block", "llm-compressor", "ratio", "blocks, s", "to published, s")
+    for heading in (*headings, *BESIDE, "device, GiB", "host, GiB"):
+        table.add_column(heading)
+    for row in report["rows"]:
+        best = min(row["ours"], key=lambda found: found["s_per_block"])
+        theirs = min((found["s_per_block"] for found in row["theirs"]), default=None)
+        every = ", ".join(f"{found['s_per_block']:.3f}" for found in row["ours"])
+        table.add_row(
+            f"`{row['recipe']}`",
+            every,
+            "" if theirs is None else f"{theirs:.3f}",
+            "" if theirs is None else f"{theirs / best['s_per_block']:.1f}",
+            f"{best['blocks']:.2f}",
+            f"{best['to_published']:.2f}",
+            *(f"{best['seconds'].get(name, 0):.2f}" for name in BESIDE),
+            f"{best['peaks'].get('device', 0) / GIB:.2f}",
+            f"{best['peaks']['host'] / GIB:.2f}",
+        )
+    return table
+
+
+def _steps(report: dict[str, Any]) -> Table:
+    """Seconds of each kind of step over the number of blocks, and of phases where known."""
+    table = Table(box=box.MARKDOWN)
+    for heading in ("recipe", "what", "s/block"):
+        table.add_column(heading)
+    count = report["shape"]["blocks"]
+    for row in report["rows"]:
+        best = min(row["ours"], key=lambda found: found["s_per_block"])
+        for name, seconds in (best["phases"] | best["seconds"]).items():
+            table.add_row(f"`{row['recipe']}`", name, f"{seconds / count:.4f}")
+    return table
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    typer.run(main)
