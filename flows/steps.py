@@ -128,6 +128,7 @@ def _blocks(
     packed: list[Result] = []
     choices: list[Choice] = []
     for block in job.blocks:
+        job.read_ahead(block + 1)
         clipped = state.clipped[block] if state.clipped else None
         choice = Choice(None, clipped)
         if stream is not None:

@@ -18,10 +18,10 @@ from quantizers.schemes import Granularity
 from tasks.engine.architectures import Architecture, LinearGroup
 from tasks.engine.collect import block_statistics
 from tasks.engine.folding import quantized_groups
-from tasks.engine.job import Job, require, scheme_lineage
+from tasks.engine.job import Job, require, result_tensors, scheme_lineage
 from tasks.engine.precision import search_products
 from tasks.engine.step import step
-from tasks.engine.store import Draft, load_tensors
+from tasks.engine.store import Draft
 from tasks.engine.streams import Stream
 from tasks.engine.version import block_transforms, transformed_block
 from tasks.transform import no_transform
@@ -56,7 +56,7 @@ def _depends_on(
     }
 
 
-@step(depends_on=_depends_on, tags=("search",))
+@step(depends_on=_depends_on, tags=("search",), kept=True)
 def clip(
     job: Job,
     draft: Draft,
@@ -155,12 +155,11 @@ def block_clip(job: Job, clipped: str | None) -> Mapping[str, ClipRange]:
     """
     if clipped is None:
         return {}
-    entry = require(job, clipped)
-    if LEARNED in entry.files:
-        learned = load_tensors(entry.file(LEARNED), job.device)
+    if LEARNED in require(job, clipped).files:
+        learned = result_tensors(job, clipped, LEARNED)
         names = [name.removesuffix(".low") for name in learned if name.endswith(".low")]
         return {name: (learned[f"{name}.low"], learned[f"{name}.high"]) for name in names}
-    tensors = load_tensors(entry.file(CLIP), job.device)
+    tensors = dict(result_tensors(job, clipped, CLIP))
     factors = tensors.pop(FACTORS)
     searched = {linear: factors[numbers.int()] for linear, numbers in tensors.items()}
     return {linear: (both, both) for linear, both in searched.items()}

@@ -20,12 +20,12 @@ from tasks.clip import rounding_ranges
 from tasks.engine.collect import block_statistics
 from tasks.engine.feedback import RoundedBlock, feed_back
 from tasks.engine.folding import quantized_groups
-from tasks.engine.job import Job, activation_lineage, require, scheme_lineage
+from tasks.engine.job import Job, activation_lineage, result_tensors, scheme_lineage
 from tasks.engine.precision import search_products
 from tasks.engine.ranges import input_ranges, weight_range
 from tasks.engine.source import tensor_digest
 from tasks.engine.step import step
-from tasks.engine.store import Draft, load_tensors
+from tasks.engine.store import Draft
 from tasks.engine.streams import Stream, Streams
 from tasks.engine.version import (
     SOURCE,
@@ -99,6 +99,7 @@ def makes_up(quant: Quant) -> bool:
     version=2,
     code=("quantizers.clipping", "quantizers.gptq", "quantizers.scale_refit"),
     tags=("quantize",),
+    kept=True,
 )
 def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:
     """Round a block and report the error of each linear; the codes themselves stay in memory.
@@ -174,8 +175,7 @@ def block_input_scales(job: Job, origin: Origin, block: int) -> dict[str, Tensor
     """Static input scales, float32 (1,), of a block that was quantized; none where dynamic."""
     if not _static(job):
         return {}
-    entry = require(job, quantize.key(job, origin, block=block))
-    return load_tensors(entry.file(INPUT_SCALES))
+    return dict(result_tensors(job, quantize.key(job, origin, block=block), INPUT_SCALES))
 
 
 def _static(job: Job) -> bool:

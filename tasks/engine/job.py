@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from configs.schema import Evaluation, Recipe, ResolvedStep
 from configs.schemes import unserved
 from tasks.engine.architectures import architecture_of
+from tasks.engine.behind import Behind
 from tasks.engine.decoder import Decoder, build_decoder, device_fingerprint
 from tasks.engine.errors import InputError
 from tasks.engine.export_format import Scheme, scheme_of
@@ -21,9 +22,12 @@ from tasks.engine.plan import Plan, matrix_shape, plan_model
 from tasks.engine.precision import compute_dtype
 from tasks.engine.residency import OnHost
 from tasks.engine.source import Source
-from tasks.engine.store import Entry, Store
+from tasks.engine.store import Draft, Entry, Store, load_tensors
 
 Value = TypeVar("Value")
+
+# share of a device's memory that streams of hidden states may take
+STREAM_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class Job:
     """One quantization: a recipe, a source checkpoint, and where and with what to work.
 
     A lean one keeps as little on the device as it can; its results are the same.
+
+    Attributes:
+        behind: writes what a run could do without.
+        before: reads what will be needed.
     """
 
     recipe: Recipe
@@ -41,6 +49,8 @@ class Job:
     memory: int
     keep_incompatible: bool = False
     lean: bool = False
+    behind: Behind = field(default_factory=Behind)
+    before: Behind = field(default_factory=Behind)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -124,8 +134,35 @@ class Job:
 
     def block_digest(self, block: int) -> str:
         """Digest of the source's tensors of one block."""
+        if block not in self._block_digests:
+            self.before.wait()
+        if block not in self._block_digests:
+            self._digest(block)
+        return self._block_digests[block]
+
+    def read_ahead(self, block: int) -> None:
+        """Beside a GPU, read a block's tensors from disk, and digest them, while it works."""
+        if self.on_gpu and block in self.blocks and block not in self._block_digests:
+            self.before.offer(f"block {block}: read ahead", partial(self._digest, block))
+
+    def _digest(self, block: int) -> None:
         plan = self.plan.blocks[block]
-        return self.source.digest(plan.full(plan.tensors))
+        self._block_digests[block] = self.source.digest(plan.full(plan.tensors))
+
+    @cached_property
+    def _block_digests(self) -> dict[int, str]:
+        return {}
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the work is done on a GPU, beside what the host does."""
+        return torch.device(self.device).type == "cuda"
+
+    def stream_place(self, size: int) -> str:
+        """Where a stream of hidden states of so many bytes waits: on the device while it fits."""
+        # what enters a block and what leaves it, and as much again before rounding
+        fits = 4 * size <= STREAM_SHARE * self.memory
+        return self.device if self.on_gpu and fits and not self.lean else "cpu"
 
     def leaner(self) -> Job | None:
         """The same job with less on the device, and room made there; None if there is none."""
@@ -162,6 +199,32 @@ def require(job: Job, key: str) -> Entry:
             f"store {job.store.root}: the entry {key} is gone or damaged; run the command again"
         )
     return entry
+
+
+def result_tensors(job: Job, key: str, file: str) -> Mapping[str, torch.Tensor]:
+    """Tensors of a step's result, on the device: as the step left them, or from the store.
+
+    Beside a GPU the newest of each kind of file stay in memory, so that no step waits for the disk.
+    """
+    read = partial(_read_result, job, key, file)
+    kept = job.on_gpu and not job.lean
+    return job.memo.get(_result_kind(file), key, read) if kept else read()
+
+
+def keep_result(job: Job, key: str, draft: Draft) -> None:
+    """Keep what a step saved for the steps that come next, where the work is done on a GPU."""
+    if job.on_gpu and not job.lean:
+        for file, tensors in draft.saved.items():
+            moved = {name: tensor.to(job.device) for name, tensor in tensors.items()}
+            job.memo.put(_result_kind(file), key, moved)
+
+
+def _read_result(job: Job, key: str, file: str) -> Mapping[str, torch.Tensor]:
+    return load_tensors(require(job, key).file(file), job.device)
+
+
+def _result_kind(file: str) -> str:
+    return f"result {file}"
 
 
 def scheme_lineage(job: Job) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tasks.engine.errors import InputError, NonFiniteWeightError
 from tasks.engine.store import sealed, unsealed, write_text
+from tasks.engine.transfer import to_host
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -84,9 +85,23 @@ class Source:
                         safe_open(self.path / file, framework="pt", device=device)
                     )
                 read[name] = opened[file].get_tensor(name)
-        for name, tensor in read.items():
-            _require_finite(name, tensor, self.path / self.tensors[name].file)
+        self._require_finite(read)
         return read
+
+    def _require_finite(self, read: Mapping[str, Tensor]) -> None:
+        """Refuse NaN and Inf; a device is waited for once."""
+        checked = [
+            name for name, tensor in read.items() if tensor.is_floating_point() and tensor.numel()
+        ]
+        if not checked:
+            return
+        finite = torch.stack([_extremes(read[name]).isfinite().all() for name in checked])
+        for name, whole in zip(checked, finite.tolist(), strict=True):
+            if not whole:
+                raise NonFiniteWeightError(
+                    f"{self.path / self.tensors[name].file}: {name} holds NaN or Inf; the source "
+                    "checkpoint is damaged, download it again"
+                )
 
     def digest(self, names: Iterable[str]) -> str:
         """Digest of the named tensors' names, dtypes, shapes and bytes, whatever the sharding.
@@ -121,7 +136,7 @@ class Source:
 def tensor_digest(tensor: Tensor) -> str:
     """Digest (xxh3-128) of a tensor's dtype, shape and bytes."""
     digest = xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = to_host(tensor).reshape(-1)
     if flat.numel():
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -226,15 +241,10 @@ def _check_index(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
             )
 
 
-def _require_finite(name: str, tensor: Tensor, path: Path) -> None:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return
-    # NaN and Inf both show in the extremes, which need no temporary; float8 has no aminmax
-    extremes = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()
-    if not all(bool(torch.isfinite(extreme)) for extreme in extremes):
-        raise NonFiniteWeightError(
-            f"{path}: {name} holds NaN or Inf; the source checkpoint is damaged, download it again"
-        )
+def _extremes(tensor: Tensor) -> Tensor:
+    """The smallest and the largest entry, (2,): NaN and Inf both show there."""
+    # no temporary as large as the tensor, but for float8, which has no aminmax
+    return torch.stack((tensor.float() if tensor.itemsize == 1 else tensor).aminmax())
 
 
 def _memo_file(memo: Path, mark: list[Any]) -> Path:

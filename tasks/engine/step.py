@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from tasks.engine.disk import writing_to
 from tasks.engine.errors import one_line
-from tasks.engine.job import Job
+from tasks.engine.job import Job, keep_result
 from tasks.engine.lineage import code_digest, lineage_key, quantizer_imports
 from tasks.engine.residency import DeviceMemoryError, ran_out_of_memory
 from tasks.engine.store import Draft, Entry
@@ -70,6 +70,7 @@ class Step(Generic[Parameters]):
     compute: Callable[Concatenate[Job, Draft, Parameters], dict[str, Any]]
     code: tuple[str, ...]
     tags: tuple[str, ...]
+    kept: bool = False
 
     def key(self, job: Job, *args: Parameters.args, **kwargs: Parameters.kwargs) -> str:
         """Return the lineage key of the result."""
@@ -137,6 +138,8 @@ class Step(Generic[Parameters]):
                 with writing_to(job.store.root), job.store.draft(key) as draft:
                     value = self.compute(job, draft, *args, **kwargs)
                     job.store.commit(key, self.name, draft, value)
+                    if self.kept:
+                        keep_result(job, key, draft)
         return {"key": key, "step": self.name}
 
 
@@ -146,6 +149,7 @@ def step(
     version: int = 1,
     code: tuple[str, ...] = (),
     tags: tuple[str, ...] = (),
+    kept: bool = False,
 ) -> Callable[[Callable[Concatenate[Job, Draft, Parameters], dict[str, Any]]], Step[Parameters]]:
     """Make a cached step of a function ``(job, draft, ...) -> small values``.
 
@@ -156,12 +160,13 @@ def step(
             own module imports.
         version: to be raised when the step's own code changes what it computes.
         tags: Prefect tags.
+        kept: whether the tensors of the newest result stay in memory for the steps that come next.
     """
 
     def wrap(
         compute: Callable[Concatenate[Job, Draft, Parameters], dict[str, Any]],
     ) -> Step[Parameters]:
-        return Step(compute.__name__, version, depends_on, compute, code, tags)
+        return Step(compute.__name__, version, depends_on, compute, code, tags, kept)
 
     return wrap
 

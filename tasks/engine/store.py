@@ -22,6 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tasks.engine.transfer import to_host
+
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 24
 
@@ -58,18 +60,25 @@ class Entry:
 
 
 class Draft:
-    """An entry being written; files go into ``folder`` until the store commits it."""
+    """An entry being written; files go into ``folder`` until the store commits it.
+
+    Attributes:
+        folder: where its files lie.
+        saved: the tensors of its files, as they were given.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Start a draft in an empty ``folder``."""
         self.folder = folder
+        self.saved: dict[str, Mapping[str, Tensor]] = {}
 
     def save_tensors(
         self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
     ) -> Path:
         """Write ``tensors`` as a safetensors file called ``name``."""
         path = self.folder / name
-        ordered = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
+        self.saved[name] = tensors
+        ordered = {key: to_host(tensors[key]) for key in sorted(tensors)}
         save_file(ordered, path, metadata=dict(metadata) if metadata else None)
         # safetensors makes files for their owner only; a server may run as somebody else
         path.chmod(0o644)
@@ -149,6 +158,8 @@ class Store:
         self.remove(key)
         entry.folder.parent.mkdir(parents=True, exist_ok=True)
         os.rename(draft.folder, entry.folder)
+        # the checksums were just taken of what lies there
+        self._verified.update(_mark(entry.folder / name) for name in names)
         return entry
 
     def remove(self, key: str) -> None:
@@ -166,11 +177,10 @@ class Store:
     def _is_whole(self, entry: Entry, name: str) -> bool:
         stored, path = entry.files[name], entry.folder / name
         try:
-            status = path.stat()
-            mark = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+            mark = _mark(path)
             if mark in self._verified:
                 return True
-            if status.st_size != stored.size or checksum(path) != stored.checksum:
+            if path.stat().st_size != stored.size or checksum(path) != stored.checksum:
                 return False
         except OSError:
             return False
@@ -286,6 +296,12 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Read every tensor of a safetensors file."""
     with safe_open(path, framework="pt", device=device) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _mark(path: Path) -> tuple[str, int, int, int]:
+    """What changes when a file does."""
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _describe(path: Path) -> StoredFile:

@@ -25,8 +25,9 @@ from tasks.engine.decoder import (
 )
 from tasks.engine.errors import RunError
 from tasks.engine.export_format import INPUT_SCALE, export_dtype, restore_block
-from tasks.engine.job import Job, require
-from tasks.engine.store import Entry, load_tensors
+from tasks.engine.job import Job, require, result_tensors
+from tasks.engine.store import load_tensors
+from tasks.engine.transfer import host_memory, to_host
 from tasks.engine.version import SOURCE, Version, outside_tensors, version_block
 from tasks.engine.windows import read_tokens
 
@@ -108,7 +109,9 @@ def start_stream(job: Job, tokens: str, version: Version = SOURCE) -> Stream:
 
 
 def hidden_states(job: Job, stream: Stream) -> Tensor:
-    """Return the stream's hidden states (W, T, D) in the compute dtype, on the host.
+    """Return the stream's hidden states (W, T, D) in the compute dtype.
+
+    On the device while they fit there, else on the host.
 
     Taken from memory, from a boundary on disk, or made again from the newest one before.
     """
@@ -141,7 +144,8 @@ def _kept(job: Job, stream: Stream) -> Tensor | None:
     if entry is None:
         return None
     try:
-        return load_tensors(entry.file(HIDDEN))["hidden"]
+        place = job.stream_place(entry.size)
+        return load_tensors(entry.file(HIDDEN), place)["hidden"]
     except FileNotFoundError:
         # another run of the store, further on, has dropped it
         return None
@@ -155,8 +159,9 @@ def _embed(job: Job, stream: Stream) -> Tensor:
     tokens = read_tokens(require(job, stream.tokens))
     embedding = read_embedding(job, stream.version)
     batches = micro_batches(tokens, job.device)
+    place = job.stream_place(tokens.numel() * embedding.shape[1] * embedding.itemsize)
     return torch.cat(
-        [job.decoder.embed(embedding, batch.to(job.device))[0].cpu() for batch in batches]
+        [job.decoder.embed(embedding, batch.to(job.device))[0].to(place) for batch in batches]
     )
 
 
@@ -177,7 +182,7 @@ def pass_block(job: Job, stream: Stream, hidden: Tensor, packed: str | None) -> 
         weights = {n: t.to(job.compute_dtype) for n, t in tensors.items()}
         return through_block(job, block, weights, hidden, None)
     plan = job.plan.blocks[block]
-    stored = _packed_tensors(job, block, require(job, packed))
+    stored = _packed_tensors(job, block, packed)
     weights = restore_block(stored, plan.quantized, job.scheme, job.compute_dtype)
     ending = f".{INPUT_SCALE}"
     scales = {n.removesuffix(ending): t for n, t in stored.items() if n.endswith(ending)}
@@ -186,13 +191,13 @@ def pass_block(job: Job, stream: Stream, hidden: Tensor, packed: str | None) -> 
     )
 
 
-def _packed_tensors(job: Job, block: int, entry: Entry) -> dict[str, Tensor]:
+def _packed_tensors(job: Job, block: int, packed: str) -> dict[str, Tensor]:
     """A block's tensors as exported, by their names in it."""
     prefix = job.plan.blocks[block].prefix
     return {
         name.removeprefix(prefix): tensor
-        for file in sorted(entry.files)
-        for name, tensor in load_tensors(entry.file(file), job.device).items()
+        for file in sorted(require(job, packed).files)
+        for name, tensor in result_tensors(job, packed, file).items()
     }
 
 
@@ -208,13 +213,20 @@ def through_block(
     names = job.plan.blocks[block].quantized if linears is None else linears
     module = job.decoder.blocks[block]
     # filled in place: a list of parts and their concatenation would hold the stream twice
-    passed, done = torch.empty_like(hidden), 0
+    passed, done = _room_for(job, hidden), 0
     for batch in micro_batches(hidden, job.device):
         arguments = block_arguments(job, batch.shape[0], batch.shape[1])[block]
         after = run_block(module, weights, batch.to(job.device), arguments, names, on_input)
         passed[done : done + len(batch)] = after
         done += len(batch)
     return passed
+
+
+def _room_for(job: Job, hidden: Tensor) -> Tensor:
+    """Memory for hidden states like these, where these are."""
+    if hidden.is_cuda or not job.on_gpu:
+        return torch.empty_like(hidden)
+    return host_memory(hidden.shape, hidden.dtype, pinned=True)
 
 
 def block_arguments(job: Job, batch: int, length: int) -> tuple[dict[str, Any], ...]:
@@ -251,23 +263,37 @@ def boundary_key(stream: Stream) -> str:
 
 
 def keep_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
-    """Write the stream to disk and drop the older boundaries of its chain."""
+    """Write the stream to disk and drop the older boundaries of its chain.
+
+    Beside a GPU it is written behind the computation, and not where the one before still is: after
+    a kill the blocks since the last boundary are passed again, not searched again.
+    """
+    if not job.on_gpu:
+        _write_boundary(job, stream, hidden)
+    elif not job.behind.busy:
+        place = f"block {stream.block}: its hidden states could not be kept"
+        on_host = to_host(hidden)
+        job.behind.offer(place, lambda: _write_boundary(job, stream, on_host))
+
+
+def _write_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
     key = boundary_key(stream)
     with job.store.lock(key):
         if job.store.get(key) is None:
             with job.store.draft(key) as draft:
                 draft.save_tensors(HIDDEN, {"hidden": hidden})
                 job.store.commit(key, "boundary", draft, {"block": stream.block})
-    older = stream
-    for _ in range(KEPT_BOUNDARIES):
-        if not older.links:
-            return
+    older, kept = stream, 1
+    while older.links:
         older = older.back()
-    job.store.remove(boundary_key(older))
+        kept += job.store.folder(boundary_key(older)).exists()
+        if kept > KEPT_BOUNDARIES:
+            job.store.remove(boundary_key(older))
 
 
 def drop_boundaries(job: Job, stream: Stream) -> None:
     """Drop all boundaries of a chain: its last block is done."""
+    job.behind.wait()
     while stream.links:
         job.store.remove(boundary_key(stream))
         stream = stream.back()
@@ -280,8 +306,8 @@ def require_finite(hidden: Tensor, block: int) -> float:
         RunError: names the block.
     """
     # window by window: what is small stays in a cache
-    squares = [float(window.float().square().sum()) for window in hidden]
-    mean_square = math.fsum(squares) / hidden.numel()
+    squares = torch.stack([window.float().square().sum() for window in hidden])
+    mean_square = math.fsum(squares.tolist()) / hidden.numel()
     # a square may overflow where its root does not
     if not math.isfinite(mean_square) and not bool(hidden.abs().amax().isfinite()):
         raise RunError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from quantizers.channel_transform import ChannelTransform
 from tasks.engine.export_format import export_dtype
 from tasks.engine.folding import apply_transforms, from_tensors, head_dim
-from tasks.engine.job import Job, require
+from tasks.engine.job import Job, require, result_tensors
 from tasks.engine.rotating import Rotation, rotated_block, rotated_outside, rotation_from
 from tasks.engine.store import load_tensors
 
@@ -71,7 +71,7 @@ def block_transforms(job: Job, decision: str | None) -> Mapping[str, ChannelTran
     """The transforms of a block that were decided, by the names of groups."""
     if decision is None:
         return {}
-    return from_tensors(load_tensors(require(job, decision).file(DECISION), job.device))
+    return from_tensors(result_tensors(job, decision, DECISION))
 
 
 def transformed_block(
@@ -93,9 +93,10 @@ def outside_tensors(job: Job, version: Version) -> dict[str, Tensor]:
 
     A rotated model's head is no longer its embedding: both are there.
     """
-    stored = job.source.read(job.plan.outside, job.device)
     if version.rotation is None:
-        return stored
+        # nothing is computed with them
+        return job.source.read(job.plan.outside)
+    stored = job.source.read(job.plan.outside, job.device)
     rotation = _rotation(job, version.rotation)
     return stored | rotated_outside(stored, job.plan.architecture, rotation)
 

@@ -176,6 +176,10 @@ def test_checksums_are_taken_once(store: Store, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "checksum", lambda path: (taken.append(path), real(path))[1])
     for _ in range(3):
         assert store.get(KEY) is not None
+    assert taken == [], "they were taken when it was written"
+    other = Store(store.root)
+    for _ in range(3):
+        assert other.get(KEY) is not None
     assert len(taken) == 2
     path = store.folder(KEY) / "weights.safetensors"
     os.utime(path, ns=(1, 1))

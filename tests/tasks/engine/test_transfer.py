@@ -1,0 +1,35 @@
+"""Copies to the host; those from a GPU need one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tasks.engine.transfer import host_memory, to_host
+
+
+def test_what_is_on_the_host_is_not_copied() -> None:
+    tensor = torch.arange(6).reshape(2, 3)
+    assert to_host(tensor).data_ptr() == tensor.data_ptr()
+    assert to_host(tensor.T).is_contiguous()
+    assert torch.equal(to_host(tensor.T), tensor.T)
+
+
+def test_no_gradient_comes_along() -> None:
+    assert not to_host(torch.ones(2, requires_grad=True)).requires_grad
+
+
+def test_memory_where_nothing_can_be_pinned() -> None:
+    room = host_memory(torch.Size((3, 2)), torch.bfloat16, pinned=True)
+    assert (room.shape, room.dtype, room.device.type) == ((3, 2), torch.bfloat16, "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(3,), (1500, 1501)])
+def test_from_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    given = torch.randn(shape, device="cuda").to(dtype)
+    for tensor in (given, given.T):
+        found = to_host(tensor)
+        assert not found.is_cuda and found.is_contiguous()
+        assert torch.equal(found.view(torch.uint8), tensor.cpu().contiguous().view(torch.uint8))
