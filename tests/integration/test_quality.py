@@ -39,7 +39,8 @@ SEARCHED = {
     "tuned/best_w4a16": Bound(0.0115, 0.0191),
     "awq_w4a16": Bound(0.0274, 0.0315),
     "tuned/awq_w4a16": Bound(0.0185, 0.0300),
-    "tuned/awq_w8a8": Bound(0.0009, 0.0016),
+    # KL carries the bound: NLL moves by .0003, so its own is llm-compressor's .0006 plus twice that
+    "tuned/awq_w8a8": Bound(0.0012, 0.0016),
     "fp8/awq_fp8": Bound(0.0044, 0.0045),
 }
 
@@ -109,7 +110,10 @@ def test_round_to_nearest_costs_no_more_than_its_bound(
 
 @pytest.mark.ops
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("recipe", SEARCHED)
+# any worker may take any of these
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SEARCHED]
+)
 @pytest.mark.usefixtures("home", "services")
 def test_searches_cost_no_more_than_their_bound(
     recipe: str,
