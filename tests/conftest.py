@@ -108,12 +108,15 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path
 @pytest.fixture(scope="session")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A Prefect server and the environment that leads to it, one for the whole session."""
+    from prefect.settings import PREFECT_HOME, temporary_settings
+
     from flows.prefect_api import prefect_api, quiet_defaults
 
     folder = tmp_path_factory.mktemp("prefect")
     os.environ["PREFECT_HOME"] = str(folder)
     quiet_defaults(folder)
-    with prefect_api(folder / "server.log") as url:
+    # what Prefect read before is the user's own, which all workers would share
+    with temporary_settings({PREFECT_HOME: folder}), prefect_api(folder / "server.log") as url:
         before = os.environ.get("PREFECT_API_URL")
         os.environ["PREFECT_API_URL"] = url
         try:

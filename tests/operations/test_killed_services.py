@@ -164,10 +164,12 @@ def test_twenty_kills_of_runs_workers_and_servers(
         rounds += 1
         folder = tmp_path / f"round-{rounds}"
         killing = begin(up, given, folder)
-        while deck and killing.works():
-            time.sleep(draw.uniform(0, duration / 2))
-            if killing.kill(deck[-1]):
-                killed[deck.pop()] += 1
+        # several in a round, and several rounds: each has to end
+        for _ in KINDS:
+            if deck and killing.works():
+                time.sleep(draw.uniform(0, duration / 2))
+                if killing.kill(deck[-1]):
+                    killed[deck.pop()] += 1
         eventually(killing.over, f"the end of round {rounds}, {killed}", 400)
         made = contents(folder / "out")
         assert sorted(made) == sorted(expected)
