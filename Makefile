@@ -17,6 +17,11 @@ SGLANG := sglang==0.5.15.post1
 SGLANG_STAMP := $(SGLANG_VENV)/.stamp-$(SGLANG)
 BENCH_STAMP := $(BENCH_VENV)/.stamp-$(BENCH_PEER)
 
+# `make PYTEST_WORKERS=0 test` runs all in one process
+PYTEST_WORKERS ?= logical
+# begun in the order of tests/conftest.py: what takes longest first
+PYTEST := $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup --no-loadscope-reorder
+
 export DO_NOT_TRACK := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -40,10 +45,10 @@ down: $(RUNTIME_STAMP) ## end what `make up` started
 	@$(BIN)/python -m flows.local_services down
 
 test: $(TEST_STAMP) ## all tests but the long operations tests
-	@$(BIN)/python -m pytest -m 'not ops'
+	@$(PYTEST) -m 'not ops'
 
 test-ops: $(TEST_STAMP) ## long operations tests: kills, databases, browsers, clusters
-	@$(BIN)/python -m pytest -m ops
+	@$(PYTEST) -m ops --durations=25
 
 lint: $(TEST_STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check

@@ -335,9 +335,11 @@ def demo(as_json: JsonOption = False) -> None:
 
 
 def _show_pairs(title: str, values: dict[str, Any]) -> None:
-    table = Table("", "", title=title, show_header=False)
+    table = Table("", "", show_header=False)
     for name, value in values.items():
         table.add_row(name, json.dumps(value) if isinstance(value, list) else str(value))
+    # a table would break the path in its title
+    out.print(title, highlight=False, soft_wrap=True, markup=False)
     out.print(table)
 
 

@@ -13,7 +13,8 @@ from flows.options import JsonOption, StoreOption, out
 from tasks.engine.errors import InputError, one_line
 
 # flow runs of Prefect that are told of
-_STATES = ("Pending", "Scheduled", "Running", "Retrying", "Late")
+_UNDER_WAY = ("Running", "Retrying", "Pending")
+_WAITING = ("Late", "Scheduled")
 FLOW_RUNS = 20
 
 
@@ -97,18 +98,26 @@ def _flow_runs() -> list[dict[str, str]] | str | None:
     """Flow runs that are under way on the server that PREFECT_API_URL names; None without one."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.client.schemas.sorting import FlowRunSort
     from prefect.settings import PREFECT_API_URL
 
     if not PREFECT_API_URL.value():
         return None
 
-    wanted = FlowRunFilter.model_validate({"state": {"name": {"any_": list(_STATES)}}})
+    # the newest that are under way, then those that begin next: schedules make many of them
+    asked = ((_UNDER_WAY, FlowRunSort.START_TIME_DESC), (_WAITING, FlowRunSort.START_TIME_ASC))
     try:
+        runs = []
         with get_client(sync_client=True) as client:
-            runs = client.read_flow_runs(flow_run_filter=wanted, limit=FLOW_RUNS)
+            for states, order in asked:
+                wanted = FlowRunFilter.model_validate({"state": {"name": {"any_": list(states)}}})
+                runs += client.read_flow_runs(flow_run_filter=wanted, sort=order, limit=FLOW_RUNS)
     except Exception as error:
         return f"no answer: {type(error).__name__}"
-    return [{"id": str(run.id), "name": run.name, "state": str(run.state_name)} for run in runs]
+    return [
+        {"id": str(run.id), "name": run.name, "state": str(run.state_name)}
+        for run in runs[:FLOW_RUNS]
+    ]
 
 
 def _show(found: dict[str, Any]) -> None:

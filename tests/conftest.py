@@ -22,6 +22,22 @@ from tests.replaying import processes_of, recording, replayed
 # fixtures
 __all__ = ["processes_of", "recording", "replayed"]
 
+# files whose tests take minutes, the longest first
+LONGEST = (
+    "integration/test_quality.py",
+    "integration/test_resume.py",
+    "operations/test_killed_services.py",
+    "integration/test_random_kills.py",
+    "operations/test_production.py",
+    "operations/test_sweep.py",
+    "operations/test_deployments.py",
+    "integration/test_outliers.py",
+    "integration/test_resume_methods.py",
+    "integration/test_learning.py",
+    "integration/test_memory.py",
+    "flows/test_serving_cli.py",
+    "flows/test_llmc_files.py",
+)
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -36,6 +52,27 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 os.environ["DO_NOT_TRACK"] = "true"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    """Each worker, and what its tests start, computes with its share of the cores."""
+    share = max(1, len(os.sched_getaffinity(0)) // len(specs))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share fixtures, so one worker takes them, unless a test names a group."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(_file(item)))
+    # none is left to run alone at the end
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(_file(item), len(LONGEST)))
+
+
+def _file(item: pytest.Item) -> str:
+    return item.path.relative_to(ROOT / "tests").as_posix()
 
 
 @dataclass(frozen=True)
@@ -62,14 +99,24 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all workers of pytest-xdist share for the time of this run."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
+
+
+@pytest.fixture(scope="session")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A Prefect server and the environment that leads to it, one for the whole session."""
+    from prefect.settings import PREFECT_HOME, temporary_settings
+
     from flows.prefect_api import prefect_api, quiet_defaults
 
     folder = tmp_path_factory.mktemp("prefect")
     os.environ["PREFECT_HOME"] = str(folder)
     quiet_defaults(folder)
-    with prefect_api(folder / "server.log") as url:
+    # what Prefect read before is the user's own, which all workers would share
+    with temporary_settings({PREFECT_HOME: folder}), prefect_api(folder / "server.log") as url:
         before = os.environ.get("PREFECT_API_URL")
         os.environ["PREFECT_API_URL"] = url
         try:

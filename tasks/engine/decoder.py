@@ -7,7 +7,6 @@ The model is built by transformers on the meta device: modules without weights. 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -206,9 +205,11 @@ def micro_batches(windows: Tensor, device: str) -> tuple[Tensor, ...]:
     return windows.split(max(1, MICRO_BATCH_TOKENS[kind] // windows.shape[1]))
 
 
-@functools.cache
 def device_fingerprint(device: str) -> dict[str, str]:
-    """What decides the last bits of a computation on ``device``: part of every lineage key."""
+    """What decides the last bits of a computation on ``device``: part of every lineage key.
+
+    Asked anew each time: a process may change its number of threads, as a sweep does.
+    """
     import transformers
 
     where = torch.device(device)

@@ -297,7 +297,7 @@ def test_verify(here: Here, made: Made) -> None:
     assert report["logit_difference"] < 1e-4
     shown = here("verify", made.folder)
     assert (shown.status, shown.err) == (0, "")
-    assert "is whole" in shown.out
+    assert shown.out.splitlines()[0] == f"{made.folder} is whole"
     assert tree(made.folder) == before
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows.looking_cli import FLOW_RUNS
 from tasks.engine.settings import settings
 from tasks.engine.tracking import Point, Run, open_run
 from tests.conftest import Outcome
@@ -87,21 +89,25 @@ def test_what_ended_last(here: Here, tracked: list[Run]) -> None:
 
 
 def test_flow_runs_of_a_server(here: Here, services: dict[str, str]) -> None:
+    """The newest one comes first, before all that killed runs left and schedules made."""
     from prefect.client.orchestration import get_client
     from prefect.flows import Flow
-    from prefect.states import Completed, Running
+    from prefect.states import Completed, Running, Scheduled
 
+    later = datetime.now(UTC) + timedelta(days=1)
+    made = [("left", Running())] * FLOW_RUNS + [("nightly", Scheduled(scheduled_time=later))]
+    made += [("under way", Running()), ("done", Completed())]
     at = temporary_settings({PREFECT_API_URL: services["PREFECT_API_URL"]})
     with at, get_client(sync_client=True) as client:
-        both = [
+        runs = [
             client.create_flow_run(Flow(lambda: None, name="looked-at"), name=name, state=state)
-            for name, state in (("under way", Running()), ("done", Completed()))
+            for name, state in made
         ]
         found = here("status", "--json").json["prefect"]
-        client.delete_flow_run(both[0].id)
-        client.delete_flow_run(both[1].id)
-    mine = {run["name"]: run["state"] for run in found if run["id"] in {str(b.id) for b in both}}
-    assert mine == {"under way": "Running"}
+        for run in runs:
+            client.delete_flow_run(run.id)
+    assert found[0] == {"id": str(runs[-2].id), "name": "under way", "state": "Running"}
+    assert [run["name"] for run in found[1:]] == ["left"] * (FLOW_RUNS - 1)
 
 
 def test_servers_that_are_away_are_said(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 Nothing in the product knows of this: the child wraps the functions through which the flow acts on
 the world (files, Prefect's records, MLflow), names every call, and kills itself at the one asked
-for. A forkserver imports the libraries once; it computes nothing, so its children are clean.
+for. A forkserver imports the libraries once; it runs no torch, so its children are clean.
 """
 
 from __future__ import annotations
@@ -22,14 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PRELOAD = [
-    "flows.quantize_model",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "transformers.models.llama.modeling_llama",
-    "transformers.quantizers.quantizer_compressed_tensors",
-    "datasets.packaged_modules.text.text",
-    "prefect.client.orchestration",
-]
+PRELOAD = ["tests.integration.preloading"]
 COUNT = "count "
 # folders of the store whose files bear hashes as names
 RECORDS = ("digests", "publishing")

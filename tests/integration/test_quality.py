@@ -2,52 +2,81 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.loading import load_recipe
 from flows.quantize_model import quantize_model
-from tasks.engine.checkpoint import open_checkpoint
+from tasks import evaluate
+from tasks.engine.checkpoint import Checkpoint, open_checkpoint
 from tasks.engine.text import TextSource
 from tasks.engine.windows import evaluation_windows
-from tasks.evaluate import measure
 
 pytestmark = pytest.mark.shared
+
+
+class Bound(NamedTuple):
+    """What quantizing costs at most: increase of NLL, and KL from the source; nats per token."""
+
+    nll: float
+    kl: float
+
 
 SOURCE_NLL = 3.5105
 # increase of NLL on the first 32 windows of 2048 tokens of heldout.txt, at most
 BOUNDS = {"rtn_w4a16": 0.0316, "rtn_w8a16": 0.001, "rtn_w8a8": 0.0018, "fp8/rtn_fp8": 0.0045}
-# calibrated on 64 x 512 tokens of calibration.txt: what llm-compressor's AWQ loses, plus .0003;
-# GPTQ's is llm-compressor's own, the best recipe's below a prototype of AWQ, clip and GPTQ
+# calibrated on 64 x 512 tokens of calibration.txt. NLL: what llm-compressor's AWQ loses, plus
+# .0003; GPTQ's is llm-compressor's own, the best recipe's below a prototype of AWQ, clip and GPTQ.
+# KL: what was measured, plus 5 %; from last bits alone it moves by a tenth of what NLL moves by
 SEARCHED = {
-    "gptq_w4a16": 0.0196,
-    "tuned/best_w4a16": 0.0115,
-    "awq_w4a16": 0.0274,
-    "tuned/awq_w4a16": 0.0185,
-    "tuned/awq_w8a8": 0.0009,
-    "fp8/awq_fp8": 0.0044,
+    "gptq_w4a16": Bound(0.0196, 0.0237),
+    "tuned/best_w4a16": Bound(0.0115, 0.0191),
+    "awq_w4a16": Bound(0.0274, 0.0315),
+    "tuned/awq_w4a16": Bound(0.0185, 0.0300),
+    # KL carries the bound: NLL moves by .0003, so its own is llm-compressor's .0006 plus twice that
+    "tuned/awq_w8a8": Bound(0.0012, 0.0016),
+    "fp8/awq_fp8": Bound(0.0044, 0.0045),
 }
 
 
 @pytest.fixture(scope="module")
-def windows(shared: Path) -> Tensor:
-    source = open_checkpoint(shared / "models" / "llama-26m").source
-    path = str(shared / "text" / "heldout.txt")
-    return evaluation_windows(source, TextSource("--text", "text", path, evaluation=True), 2048, 32)
+def source(shared: Path) -> Checkpoint:
+    return open_checkpoint(shared / "models" / "llama-26m")
 
 
 @pytest.fixture(scope="module")
-def source_nll(shared: Path, windows: Tensor) -> float:
-    return float(measure(open_checkpoint(shared / "models" / "llama-26m"), windows)["nll"])
+def windows(shared: Path, source: Checkpoint) -> Tensor:
+    path = str(shared / "text" / "heldout.txt")
+    text = TextSource("--text", "text", path, evaluation=True)
+    return evaluation_windows(source.source, text, 2048, 32)
 
 
-def measured(
-    recipe: str, overrides: list[str], shared: Path, output: Path, windows: Tensor
-) -> dict[str, Any]:
-    """Quantize the real model and measure what was published."""
+@pytest.fixture(autouse=True)
+def source_run_once(source: Checkpoint, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source's hidden states on the same windows are the same: they are computed once."""
+    computed = evaluate.final_hidden
+
+    def final_hidden(model: Checkpoint, decoder: Any, windows: Tensor, *where: Any) -> Tensor:
+        if model is not source:
+            return computed(model, decoder, windows, *where)
+        asked = hashlib.sha256(windows.numpy().tobytes() + repr(where).encode()).hexdigest()
+        kept = run_folder / f"source-{asked}.safetensors"
+        with FileLock(kept.with_suffix(".lock")):
+            if not kept.exists():
+                save_file({"hidden": computed(model, decoder, windows, *where)}, kept)
+            return load_file(kept)["hidden"]
+
+    monkeypatch.setattr(evaluate, "final_hidden", final_hidden)
+
+
+def published(recipe: str, overrides: list[str], shared: Path, output: Path) -> Checkpoint:
+    """The real model, quantized."""
     text = shared / "text" / "heldout.txt"
     short = ["eval.name=text", f"eval.path={text}", "eval.windows=1", "eval.seq_len=256"]
     quantize_model(
@@ -56,7 +85,12 @@ def measured(
         output=str(output),
         overrides=[*overrides, *short],
     )
-    return measure(open_checkpoint(output), windows)
+    return open_checkpoint(output)
+
+
+@pytest.fixture(scope="module")
+def source_nll(source: Checkpoint, windows: Tensor) -> float:
+    return float(evaluate.measure(source, windows)["nll"])
 
 
 def test_the_source_has_its_published_likelihood(source_nll: float) -> None:
@@ -64,36 +98,38 @@ def test_the_source_has_its_published_likelihood(source_nll: float) -> None:
 
 
 @pytest.mark.parametrize("recipe", BOUNDS)
+@pytest.mark.usefixtures("home", "services")
 def test_round_to_nearest_costs_no_more_than_its_bound(
-    recipe: str,
-    shared: Path,
-    tmp_path: Path,
-    home: Path,
-    services: dict[str, str],
-    windows: Tensor,
-    source_nll: float,
+    recipe: str, shared: Path, tmp_path: Path, windows: Tensor, source_nll: float
 ) -> None:
-    quantized = measured(recipe, [], shared, tmp_path / "out", windows)
-    assert quantized["tokens"] == 32 * 2047
-    assert quantized["nll"] - source_nll <= BOUNDS[recipe]
+    quantized = published(recipe, [], shared, tmp_path / "out")
+    measured = evaluate.measure(quantized, windows)
+    assert measured["tokens"] == 32 * 2047
+    assert measured["nll"] - source_nll <= BOUNDS[recipe]
 
 
 @pytest.mark.ops
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("recipe", SEARCHED)
+# any worker may take any of these
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SEARCHED]
+)
+@pytest.mark.usefixtures("home", "services")
 def test_searches_cost_no_more_than_their_bound(
     recipe: str,
     shared: Path,
     tmp_path: Path,
-    home: Path,
-    services: dict[str, str],
+    source: Checkpoint,
     windows: Tensor,
-    source_nll: float,
 ) -> None:
     text = shared / "text" / "calibration.txt"
     calib = f"{{name: text, path: {text}, n_samples: 64, seq_len: 512}}"
     steps = load_recipe(recipe).steps
     places = ["calib"] if steps is None else [f"steps.{n}.calib" for n in range(len(steps))]
     calibrated = [f"{place}={calib}" for place in places]
-    quantized = measured(recipe, calibrated, shared, tmp_path / "out", windows)
-    assert quantized["nll"] - source_nll <= SEARCHED[recipe]
+    quantized = published(recipe, calibrated, shared, tmp_path / "out")
+    measured = evaluate.measure(quantized, windows, source)
+    found = Bound(measured["nll_increase"], measured["kl"])
+    print(f"{recipe}: NLL {found.nll:+.5f}, KL {found.kl:.5f}")
+    assert found.nll <= SEARCHED[recipe].nll
+    assert found.kl <= SEARCHED[recipe].kl

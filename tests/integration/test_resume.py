@@ -22,11 +22,14 @@ from tests.integration.resuming import (
     Case,
     assert_published,
     assert_tracked,
+    boundaries,
     entries,
     kill_each,
     new_home,
 )
 
+# of the longest test, for any worker to take
+PARTS = 4
 CALIB = "calib: {name: text, path: TEXT, n_samples: 4, seq_len: 64}"
 QUANT = {
     "w8a8": """
@@ -176,10 +179,9 @@ def test_kills_of_searches(searched: Case) -> None:
 
 @pytest.mark.ops
 @pytest.mark.timeout(1500)
+@pytest.mark.xdist_group("searches killed")
 def test_searches_killed_at_every_task_boundary(searched: Case) -> None:
-    events = searched.undisturbed.events
-    points = [n for n, e in enumerate(events) if e.endswith((": locked", ": committed"))]
-    kill_each(searched, points, "boundary")
+    kill_each(searched, boundaries(searched), "boundary")
 
 
 def test_kills_while_an_older_output_is_replaced(w8a8: Case) -> None:
@@ -192,18 +194,19 @@ def test_kills_while_an_older_output_is_replaced(w8a8: Case) -> None:
 
 
 @pytest.mark.ops
-@pytest.mark.timeout(1500)
-def test_a_kill_at_every_event(w8a8: Case) -> None:
-    kill_each(w8a8, range(len(w8a8.undisturbed.events)), "every")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "part", [pytest.param(n, marks=pytest.mark.xdist_group(f"every {n}")) for n in range(PARTS)]
+)
+def test_a_kill_at_every_event(w8a8: Case, part: int) -> None:
+    kill_each(w8a8, range(part, len(w8a8.undisturbed.events), PARTS), "every")
 
 
 @pytest.mark.ops
 @pytest.mark.timeout(900)
+@pytest.mark.xdist_group("boundaries")
 def test_a_kill_at_every_task_boundary(w4a16: Case) -> None:
-    """Before each step computes, and when its entry is there but Prefect has no record of it."""
-    events = w4a16.undisturbed.events
-    points = [n for n, e in enumerate(events) if e.endswith((": locked", ": committed"))]
-    kill_each(w4a16, points, "boundary")
+    kill_each(w4a16, boundaries(w4a16), "boundary")
 
 
 # What was found, what was damaged

@@ -8,7 +8,7 @@ import pytest
 
 from tasks.clip import LEARNED
 from tasks.engine.version import ROTATION
-from tests.integration.resuming import BLOCKS, EPOCHS, Case, kill_each, make_case
+from tests.integration.resuming import BLOCKS, EPOCHS, Case, boundaries, kill_each, make_case
 
 INT4 = "{bit: 4, symmetric: true, granularity: per_group, group_size: 64, need_pack: true}"
 INT8 = "{bit: 8, symmetric: true, granularity: per_channel}"
@@ -88,11 +88,6 @@ def rotated(
 ) -> Case:
     folder, steps = tmp_path_factory.mktemp("rotated"), [*TEXTS, "rotate", *ROUNDED, *MEASURED]
     return make_case(folder, ROTATED, prepared_home, steps, {"round": 1})
-
-
-def boundaries(case: Case) -> list[int]:
-    """Where an entry is there but Prefect has no record of it; names come twice in two passes."""
-    return [n for n, event in enumerate(case.undisturbed.events) if event.endswith(": committed")]
 
 
 def test_kills_inside_gptq_blocks(gptq: Case) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -92,11 +93,20 @@ def clean_environment(**more: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT)} | more
 
 
+def free_ports() -> dict[str, str]:
+    """Ports that nobody uses: two that are brought up at once would both find the usual ones."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("127.0.0.1", 0)) as other,
+    ):
+        return dict(zip(PORTS, (str(s.getsockname()[1]) for s in (one, other)), strict=True))
+
+
 @contextmanager
 def brought_up(home: Path, **settings: str) -> Iterator[Up]:
     """Bring services up, and down at the end; nothing of them is left."""
     home.mkdir(parents=True, exist_ok=True)
-    env = clean_environment(BLOCKQUANT_HOME=str(home), **settings)
+    env = clean_environment(BLOCKQUANT_HOME=str(home), **(free_ports() | settings))
     bare = Up(home, "", "", env)
     try:
         started = bare.run("up", module="flows.local_services")

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from tasks.advance import advance
 from tasks.calibration_set import calibration_set
-from tasks.engine.decoder import device_fingerprint
 from tasks.engine.job import Job
 from tasks.engine.streams import start_stream
 from tasks.evaluate import evaluate
@@ -200,9 +199,7 @@ def test_what_decides_the_last_bits(case: Case, monkeypatch: pytest.MonkeyPatch)
     ):
         with monkeypatch.context() as patch:
             patch.setattr(name, value)
-            device_fingerprint.cache_clear()
             assert changed(before, case.keys("rtn_w8a8")) == ALL
-        device_fingerprint.cache_clear()
     assert case.keys("rtn_w8a8") == before
 
 
