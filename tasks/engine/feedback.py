@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from configs.special_keys import GptqSpecial
+from quantizers.coordinate_descent import descend
 from quantizers.gptq import GramFactor, factorize, gptq, made_up_target
 from quantizers.losses import relative_output_error, row_errors
 from quantizers.rounding import ClipRange, QuantizedWeight, dequantize, round_group, weight_scales
@@ -187,12 +188,19 @@ def _refitted(
     parameters: Parameters | None,
     special: GptqSpecial,
 ) -> QuantizedWeight:
-    """Codes of one linear; scales and codes improved in turns as often as asked."""
+    """Codes of one linear; scales and codes improved in turns as often as asked.
+
+    First by rounding all columns anew with error feedback, then column by column.
+    """
     best = gptq(weight, factor, scheme, parameters, block_size=special.blocksize)
     for _ in range(special.refit_scales):
         scale = refit_scales(weight, best, gram, scheme)
         found = gptq(weight, factor, scheme, (scale, best.zero_point), block_size=special.blocksize)
         best = _better_rows(weight, best, found, gram, scheme)
+    for _ in range(special.descend):
+        if special.refit_scales:
+            best = replace(best, scale=refit_scales(weight, best, gram, scheme))
+        best = descend(weight, best, gram, scheme, sweeps=1, block_size=special.blocksize)
     return best
 
 

@@ -88,6 +88,16 @@ def test_special_keys_have_the_methods_type_and_defaults():
     assert awq.quant.special.trans_version == "v2"
 
 
+@pytest.mark.parametrize(
+    ("given", "said"), [(-1, "give at least 0"), (65, "give at most 64"), (True, "true is not")]
+)
+def test_sweeps_of_descent_are_a_number_within_reason(given, said):
+    quant = {**QUANT, "method": "GPTQ"}
+    assert parse(quant=quant, calib={"name": "pileval"}).quant.special.descend == 0
+    with pytest.raises(RecipeError, match=said):
+        parse(quant={**quant, "special": {"descend": given}}, calib={"name": "pileval"})
+
+
 def test_llmcs_ignored_layers_become_full_names():
     layers = {
         "block_ids": [0, "2-3"],

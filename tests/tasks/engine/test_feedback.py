@@ -117,6 +117,38 @@ def test_refitted_scales_lose_no_more(refits: int, model: Path, job_of: JobOf) -
         assert refits == 0 or error < errors[0][linear]
 
 
+@pytest.mark.parametrize("refits", [0, 2])
+def test_descent_loses_less(refits: int, model: Path, job_of: JobOf) -> None:
+    more = ["quant.special.true_sequential=false", f"quant.special.refit_scales={refits}"]
+    jobs = [
+        job_of(model, "gptq_w4a16", GROUPS, *more, f"quant.special.descend={n}") for n in (0, 1, 4)
+    ]
+    errors, scales = [], []
+    for job in jobs:
+        value = make_entry(quantize, job, origin_of(job), block=0).value
+        errors.append({n: linear["output_error"] for n, linear in value["linears"].items()})
+        codes = rounded_block(job, origin_of(job), 0).codes
+        scales.append({n: linear.scale for n, linear in codes.items()})
+    for linear in errors[0]:
+        never, once, often = (found[linear] for found in errors)
+        assert often <= once * (1 + 1e-4) and once < never
+        # with fixed scales the codes alone change
+        assert torch.equal(scales[0][linear], scales[2][linear]) == (refits == 0)
+
+
+def test_keys_know_of_descent_only_where_it_is_asked_for(model: Path, job_of: JobOf) -> None:
+    jobs = [
+        job_of(model, "gptq_w4a16", GROUPS, *more)
+        for more in ([], ["quant.special.descend=0"], ["quant.special.descend=1"])
+    ]
+    read = [quantize.depends_on(job, origin_of(job), block=0)["special"] for job in jobs]
+    keys = [quantize.key(job, origin_of(job), block=0) for job in jobs]
+    assert read[0] == read[1] and "descend" not in read[0] and "code" not in read[0]
+    assert keys[0] == keys[1] != keys[2]
+    # the code of the descent is a part of what it makes
+    assert read[2]["descend"] == 1 and len(read[2]["code"]) == 64
+
+
 def test_what_is_reported(model: Path, job_of: JobOf) -> None:
     job = job_of(model, "gptq_w4a16", GROUPS)
     value = make_entry(quantize, job, origin_of(job), block=0).value
