@@ -21,6 +21,7 @@ from tasks.engine.collect import block_statistics
 from tasks.engine.feedback import RoundedBlock, feed_back
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job, activation_lineage, result_tensors, scheme_lineage
+from tasks.engine.lineage import code_digest
 from tasks.engine.precision import search_products
 from tasks.engine.ranges import input_ranges, weight_range
 from tasks.engine.source import tensor_digest
@@ -37,6 +38,7 @@ from tasks.engine.version import (
 from tasks.transform import GroupInputs, group_problem, no_transform
 
 INPUT_SCALES = "input_scales.safetensors"
+_DESCENT = "quantizers.coordinate_descent"
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,12 @@ def _rounding_keys(origin: Origin) -> dict[str, Any] | None:
     special = origin.recipe_step.quant.special
     if not isinstance(special, GptqSpecial):
         return None
-    searched = ("weight_clip", "clip_query_key", "clip_steps", "clip_shrink")
-    return {key: value for key, value in effective(special).items() if key not in searched}
+    unread = ["weight_clip", "clip_query_key", "clip_steps", "clip_shrink"]
+    # recipes without these keep the lineage that they had before there were any
+    unread += [] if special.descend else ["descend"]
+    unread += [] if special.starts > 1 else ["starts"]
+    found = {key: value for key, value in effective(special).items() if key not in unread}
+    return found | ({"code": code_digest(_DESCENT)} if special.descend else {})
 
 
 def makes_up(quant: Quant) -> bool:
