@@ -212,23 +212,6 @@ class Quant(Section):
         return self
 
     @model_validator(mode="after")
-    def _starts_are_of_a_row(self) -> Quant:
-        if not isinstance(self.special, GptqSpecial) or self.special.starts == 1:
-            return self
-        grouped = self.weight.granularity is WeightGranularity.PER_GROUP
-        if not grouped and self.weight.granularity is not WeightGranularity.PER_CHANNEL:
-            raise ValueError(
-                "special.starts chooses row by row, and rows share these scales: write starts: 1, "
-                "or granularity: per_channel"
-            )
-        if grouped and not self.special.static_groups:
-            raise ValueError(
-                "special.starts needs scales that are found before the first column is rounded: "
-                "write special.static_groups: true, or starts: 1"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _number_formats_agree(self) -> Quant:
         for name, section in (("weight", self.weight), ("act", self.act)):
             declared = section.quant_type or self.quant_type if section is not None else None

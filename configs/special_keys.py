@@ -91,8 +91,7 @@ class GptqSpecial(Section):
     Not in LLMC: weight_clip, which searches the ranges that scales come from first, with its
     clip_query_key, clip_steps and clip_shrink; refit_scales, how often scales are refitted to
     the codes and these found anew; descend, how often all codes are rounded once more, each with
-    all others as they are (QuantEase, arXiv 2309.01885); starts, how many multiples of the scales
-    each row is rounded from, to keep what loses least; make_up, the share of the errors of what
+    all others as they are (QuantEase, arXiv 2309.01885); make_up, the share of the errors of what
     was rounded before that weights are moved to make up for (GPTAQ, arXiv 2504.02692).
     """
 
@@ -107,7 +106,6 @@ class GptqSpecial(Section):
     clip_shrink: ClipShrink = 0.5
     refit_scales: Annotated[Count, Field(ge=0, le=16)] = 0
     descend: Annotated[Count, Field(ge=0, le=64)] = 0
-    starts: Annotated[Count, Field(ge=1, le=5)] = 1
     make_up: Annotated[Fraction, Field(ge=0, le=1)] = 0.0
     chunk_num: Annotated[Count | None, NoEffect("statistics are summed in fixed chunks")] = None
     owq: Owq = False

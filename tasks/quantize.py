@@ -88,9 +88,8 @@ def _rounding_keys(origin: Origin) -> dict[str, Any] | None:
     if not isinstance(special, GptqSpecial):
         return None
     unread = ["weight_clip", "clip_query_key", "clip_steps", "clip_shrink"]
-    # recipes without these keep the lineage that they had before there were any
+    # recipes without it keep the keys that they had before there was one
     unread += [] if special.descend else ["descend"]
-    unread += [] if special.starts > 1 else ["starts"]
     found = {key: value for key, value in effective(special).items() if key not in unread}
     return found | ({"code": code_digest(_DESCENT)} if special.descend else {})
 

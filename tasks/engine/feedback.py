@@ -28,9 +28,6 @@ log = logging.getLogger("blockquant")
 
 Parameters = tuple[Tensor, Tensor | None]
 
-# what the searched scales of a row are multiplied with, in the order they are tried
-_STARTS = (1.0, 0.95, 0.9, 1.05, 0.85)
-
 
 @dataclass(frozen=True, eq=False)
 class RoundedBlock:
@@ -191,37 +188,19 @@ def _refitted(
     parameters: Parameters | None,
     special: GptqSpecial,
 ) -> QuantizedWeight:
-    """Codes of one linear: row by row the best of all starts, then each column once more."""
-    starts = [parameters]
-    if special.starts > 1:
-        assert parameters is not None
-        scale, zero = parameters
-        starts = [((scale * share).to(scale.dtype), zero) for share in _STARTS[: special.starts]]
-    best = _alternated(weight, factor, gram, scheme, starts[0], special)
-    for start in starts[1:]:
-        found = _alternated(weight, factor, gram, scheme, start, special)
-        best = _better_rows(weight, best, found, gram, scheme)
-    for _ in range(special.descend):
-        if special.refit_scales:
-            best = replace(best, scale=refit_scales(weight, best, gram, scheme))
-        best = descend(weight, best, gram, scheme, sweeps=1, block_size=special.blocksize)
-    return best
+    """Codes of one linear; scales and codes improved in turns as often as asked.
 
-
-def _alternated(
-    weight: Tensor,
-    factor: GramFactor,
-    gram: Tensor,
-    scheme: WeightScheme,
-    parameters: Parameters | None,
-    special: GptqSpecial,
-) -> QuantizedWeight:
-    """Codes of one linear with error feedback; scales and codes in turns as often as asked."""
+    First by rounding all columns anew with error feedback, then column by column.
+    """
     best = gptq(weight, factor, scheme, parameters, block_size=special.blocksize)
     for _ in range(special.refit_scales):
         scale = refit_scales(weight, best, gram, scheme)
         found = gptq(weight, factor, scheme, (scale, best.zero_point), block_size=special.blocksize)
         best = _better_rows(weight, best, found, gram, scheme)
+    for _ in range(special.descend):
+        if special.refit_scales:
+            best = replace(best, scale=refit_scales(weight, best, gram, scheme))
+        best = descend(weight, best, gram, scheme, sweeps=1, block_size=special.blocksize)
     return best
 
 

@@ -98,29 +98,6 @@ def test_sweeps_of_descent_are_a_number_within_reason(given, said):
         parse(quant={**quant, "special": {"descend": given}}, calib={"name": "pileval"})
 
 
-@pytest.mark.parametrize(
-    ("weight", "special", "said"),
-    [
-        ({"granularity": "per_tensor"}, {}, "rows share these scales"),
-        ({"granularity": "per_block"}, {}, "rows share these scales"),
-        ({}, {"static_groups": False}, "static_groups: true, or starts: 1"),
-        ({}, {"starts": 0}, "give at least 1"),
-        ({}, {"starts": 6}, "give at most 5"),
-    ],
-)
-def test_starts_are_chosen_row_by_row(weight, special, said):
-    def gptq(**keys):
-        grouped = {"bit": 4, "granularity": "per_group", "group_size": 128}
-        asked = {"bit": "e4m3", **weight} if weight else grouped
-        quant = {"method": "GPTQ", "weight": asked, "special": {**special, **keys}}
-        return parse(quant=quant, calib={"name": "pileval"})
-
-    if "starts" not in special:
-        assert gptq().quant.special.starts == 1
-    with pytest.raises(RecipeError, match=said):
-        gptq(**{"starts": 3, **special})
-
-
 def test_llmcs_ignored_layers_become_full_names():
     layers = {
         "block_ids": [0, "2-3"],

@@ -136,35 +136,17 @@ def test_descent_loses_less(refits: int, model: Path, job_of: JobOf) -> None:
         assert torch.equal(scales[0][linear], scales[2][linear]) == (refits == 0)
 
 
-@pytest.mark.parametrize("refits", [0, 1])
-def test_more_starts_lose_less(refits: int, model: Path, job_of: JobOf) -> None:
-    more = ["quant.special.true_sequential=false", f"quant.special.refit_scales={refits}"]
-    errors = []
-    for starts in (1, 2, 5):
-        job = job_of(model, "gptq_w4a16", GROUPS, *more, f"quant.special.starts={starts}")
-        value = make_entry(quantize, job, origin_of(job), block=0).value
-        errors.append({n: linear["output_error"] for n, linear in value["linears"].items()})
-    for linear in errors[0]:
-        one, two, five = (found[linear] for found in errors)
-        assert five <= two * (1 + 1e-4) and two <= one * (1 + 1e-4)
-        assert five < one
-
-
 def test_keys_know_of_descent_only_where_it_is_asked_for(model: Path, job_of: JobOf) -> None:
     jobs = [
         job_of(model, "gptq_w4a16", GROUPS, *more)
-        for more in (
-            [],
-            ["quant.special.descend=0", "quant.special.starts=1"],
-            ["quant.special.descend=1", "quant.special.starts=2"],
-        )
+        for more in ([], ["quant.special.descend=0"], ["quant.special.descend=1"])
     ]
     read = [quantize.depends_on(job, origin_of(job), block=0)["special"] for job in jobs]
     keys = [quantize.key(job, origin_of(job), block=0) for job in jobs]
-    assert read[0] == read[1] and not {"descend", "starts", "code"} & set(read[0])
+    assert read[0] == read[1] and "descend" not in read[0] and "code" not in read[0]
     assert keys[0] == keys[1] != keys[2]
     # the code of the descent is a part of what it makes
-    assert (read[2]["descend"], read[2]["starts"]) == (1, 2) and len(read[2]["code"]) == 64
+    assert read[2]["descend"] == 1 and len(read[2]["code"]) == 64
 
 
 def test_what_is_reported(model: Path, job_of: JobOf) -> None:
