@@ -33,10 +33,11 @@ SOURCE_NLL = 3.5105
 BOUNDS = {"rtn_w4a16": 0.0316, "rtn_w8a16": 0.001, "rtn_w8a8": 0.0018, "fp8/rtn_fp8": 0.0045}
 # calibrated on 64 x 512 tokens of calibration.txt. NLL: what llm-compressor's AWQ loses, plus
 # .0003; GPTQ's is llm-compressor's own, the best recipe's below a prototype of AWQ, clip and GPTQ.
-# KL: what was measured, plus 5 %; from last bits alone it moves by a tenth of what NLL moves by
+# KL: the most that was measured on a CPU with or without AMX or on a GPU, plus 5 %; from last bits
+# alone it moves by a quarter of what NLL moves by
 SEARCHED = {
-    "gptq_w4a16": Bound(0.0196, 0.0237),
-    "tuned/best_w4a16": Bound(0.0115, 0.0191),
+    "gptq_w4a16": Bound(0.0196, 0.0241),
+    "tuned/best_w4a16": Bound(0.0115, 0.0193),
     "awq_w4a16": Bound(0.0274, 0.0315),
     "tuned/awq_w4a16": Bound(0.0185, 0.0300),
     # KL carries the bound: NLL moves by .0003, so its own is llm-compressor's .0006 plus twice that
@@ -109,7 +110,7 @@ def test_round_to_nearest_costs_no_more_than_its_bound(
 
 
 @pytest.mark.ops
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 # any worker may take any of these
 @pytest.mark.parametrize(
     "recipe", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SEARCHED]
