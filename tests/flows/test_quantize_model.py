@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from flows.tracked import failure_kept
-from tasks.engine.journal import Journal, ToldRun
+from tasks.engine.journal import ToldRun
+from tasks.engine.messages import Journal
 from tasks.engine.settings import Settings
 
 

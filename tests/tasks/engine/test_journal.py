@@ -16,7 +16,8 @@ import pytest
 from mlflow import MlflowClient
 
 from tasks.engine import journal as journals_module
-from tasks.engine.journal import Journal, Sent, journals, synchronize, told, told_run
+from tasks.engine.journal import Sent, synchronize, told, told_run
+from tasks.engine.messages import Journal, journals
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import Point
 

@@ -20,10 +20,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2
 
-from tasks.engine import journal as journals_module
 from tasks.engine import registry
 from tasks.engine.gate import FAILED, NO, YES
-from tasks.engine.journal import journals, synchronize, told, told_run
+from tasks.engine.journal import synchronize, told, told_run
+from tasks.engine.messages import journals
 from tasks.engine.registry import Offer, champion_of, champions, offer, served_later
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import open_run
@@ -380,4 +380,4 @@ def test_who_waits_too_long_for_another_keeps_its_message(home, monkeypatch):
             run.offer(offered("a"))
             assert told(run)["left"] == 1
         assert told(run)["left"] == 0
-    assert journals_module.journals(place.store) == []
+    assert journals(place.store) == []
