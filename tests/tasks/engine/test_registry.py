@@ -300,6 +300,20 @@ def test_what_was_served_elsewhere_later_is_decided_again(home):
     assert version.tags["served"] == "failed" and present(place, "tiny-W4A16") == "1"
 
 
+def test_a_lost_connection_is_not_a_run_without_a_version(home, monkeypatch):
+    place = place_in(home)
+    run = open_run(place, "a", "a", {}, {})
+    offer(run, place, offered("a"))
+    served = {"served": YES, "served_reason": "", "server_nll": 3.5, "server_nll_gap": 0.001}
+
+    def lost(*_, **__):
+        raise MlflowException("API request failed: connection refused")
+
+    monkeypatch.setattr(MlflowClient, "get_model_version", lost)
+    with pytest.raises(MlflowException, match="connection refused"):
+        served_later(run, place, served)
+
+
 # through the journal
 
 
