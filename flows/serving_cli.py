@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shlex
 import sys
@@ -18,9 +17,15 @@ import typer
 from rich.table import Table
 
 from flows.gate_cli import show_gate
-from flows.options import DONE, CheckpointArgument, DeviceOption, JsonOption, ParallelOption, out
-
-log = logging.getLogger("blockquant")
+from flows.options import (
+    DONE,
+    CheckpointArgument,
+    DeviceOption,
+    JsonOption,
+    ParallelOption,
+    err,
+    out,
+)
 
 PythonOption = Annotated[
     str | None,
@@ -119,7 +124,7 @@ def serve_check(
         try:
             _tell(known, log_file, partial(_tell_failed, error=error))
         except RunError as untold:
-            log.warning("%s", untold)
+            err.print(str(untold), markup=False, highlight=False, soft_wrap=True)
         raise
     decided = _tell(known, log_file, partial(_tell_served, served=served))
     if as_json:
