@@ -295,7 +295,8 @@ def recipes(as_json: JsonOption = False) -> None:
 @app.command()
 def sync(store: StoreOption = None, as_json: JsonOption = False) -> int:
     """Send MLflow what it could not be told while it was away."""
-    from tasks.engine.journal import journals, synchronize
+    from tasks.engine.journal import synchronize
+    from tasks.engine.messages import journals
     from tasks.engine.settings import settings
     from tasks.engine.tracking import check_uri
 

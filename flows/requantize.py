@@ -14,6 +14,7 @@ from flows.quantize_model import quantize_model
 from tasks.changes import news
 from tasks.check import Request, check, output_folder
 from tasks.engine.errors import InputError
+from tasks.engine.journal import send_kept
 from tasks.engine.settings import settings
 
 
@@ -54,8 +55,12 @@ def requantize(
     folder = output_folder(loaded, recipe, model, output)
     if folder is None:
         raise InputError("save: nothing is published, so there is nothing to compare with")
-    place = settings(Path(store) if store else None).store
-    asked = Request(loaded, model, folder, place, device, memory, keep_incompatible, True, upload)
+    place = settings(Path(store) if store else None)
+    # what another night could not tell, whether or not anything is new
+    send_kept(place)
+    asked = Request(
+        loaded, model, folder, place.store, device, memory, keep_incompatible, True, upload
+    )
     job, _ = check(asked, download=True)
     reason = news(job, folder)
     if reason is None:

@@ -7,6 +7,8 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -15,7 +17,15 @@ import typer
 from rich.table import Table
 
 from flows.gate_cli import show_gate
-from flows.options import DONE, CheckpointArgument, DeviceOption, JsonOption, ParallelOption, out
+from flows.options import (
+    DONE,
+    CheckpointArgument,
+    DeviceOption,
+    JsonOption,
+    ParallelOption,
+    err,
+    out,
+)
 
 PythonOption = Annotated[
     str | None,
@@ -90,7 +100,7 @@ def serve_check(
     from tasks.check import check_device
     from tasks.engine.errors import RunError
     from tasks.engine.settings import settings
-    from tasks.smoke_test import NotServedError, serve_and_compare
+    from tasks.smoke_test import serve_and_compare
     from tasks.verify import require_served
 
     _require_sense(server_url, source, speed)
@@ -103,29 +113,48 @@ def serve_check(
         arguments=arguments,
     )
     place = check_device(device)
-    known, decided = _known_run(run), None
+    known = _known_run(run)
     name = f"serve-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     log_file = settings().store / "logs" / name
     try:
         served = serve_and_compare(
             checkpoint.absolute(), serving, place, log_file, source, server_url
         )
-        if known is not None:
-            decided = _tell_served(known, served)
     except RunError as error:
-        if known is not None and not isinstance(error, NotServedError):
-            _tell_failed(known, error)
+        try:
+            _tell(known, log_file, partial(_tell_failed, error=error))
+        except RunError as untold:
+            err.print(str(untold), markup=False, highlight=False, soft_wrap=True)
         raise
-    finally:
-        for kept in sorted(log_file.parent.glob(f"{log_file.stem}*")):
-            if known is not None:
-                known.log_file(kept)
+    decided = _tell(known, log_file, partial(_tell_served, served=served))
     if as_json:
         print(json.dumps(served if known is None else served | {"gate": decided}))
         return DONE
     show_served(served)
     show_gate(decided)
     return DONE
+
+
+def _tell(run: Any, log_file: Path, tell: Callable[[Any], Any]) -> Any:
+    """Tell a run, where there is one, what came of serving, and keep the logs with it.
+
+    Raises:
+        RunError: MLflow does not answer.
+    """
+    from tasks.engine.errors import RunError, masked
+
+    if run is None:
+        return None
+    try:
+        said = tell(run)
+        for kept in sorted(log_file.parent.glob(f"{log_file.stem}*")):
+            run.log_file(kept)
+    except Exception as error:
+        raise RunError(
+            f"MLflow at {masked(run.uri)} is not told what came of serving "
+            f"({type(error).__name__}); run serve-check again once it answers"
+        ) from error
+    return said
 
 
 def _tell_served(run: Any, served: dict[str, Any]) -> dict[str, Any] | None:
@@ -135,7 +164,7 @@ def _tell_served(run: Any, served: dict[str, Any]) -> dict[str, Any] | None:
     from tasks.gate import served_figures
     from tasks.register import served_points, served_tags
 
-    run.log_points(served_points(served, int(time.time() * 1000)))
+    run.log_attempt(served_points(served, int(time.time() * 1000)))
     run.set_tags(served_tags(served))
     return served_later(run, settings(), served_figures(served))
 
@@ -146,7 +175,11 @@ def _tell_failed(run: Any, error: Exception) -> None:
     from tasks.engine.settings import settings
     from tasks.gate import failed_serving, served_figures
     from tasks.register import tell_failure
+    from tasks.smoke_test import NotServedError
 
+    # one that could not be served here says nothing of the checkpoint
+    if isinstance(error, NotServedError):
+        return
     tell_failure(run, error)
     served_later(run, settings(), served_figures(failed_serving(error)))
 

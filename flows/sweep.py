@@ -27,7 +27,8 @@ from flows.runner import RAY, Runner
 from flows.tracked import failure_kept
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job
-from tasks.engine.journal import Journal, ToldRun, told, told_run
+from tasks.engine.journal import ToldRun, told, told_run
+from tasks.engine.messages import journal_of
 from tasks.engine.publication import alone
 from tasks.engine.settings import Settings, settings
 from tasks.engine.step import action
@@ -178,7 +179,7 @@ def _run(checked: Checked, runner: Runner, place: Settings) -> list[Outcome]:
 
 def _end_lost(place: Settings, work: str, reason: str) -> None:
     """Keep the MLflow run of a child as failed whose process died before it could say so."""
-    journal = Journal(place.store / "journal" / f"{work}.sqlite")
+    journal = journal_of(place, work)
     if not journal.path.exists() or journal.fact("run") is None:
         return
     try:

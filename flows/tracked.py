@@ -16,7 +16,7 @@ from tasks.check import Request
 from tasks.engine.errors import masked
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun
-from tasks.engine.publication import begun, work_identity
+from tasks.engine.publication import published_by, source_state, work_identity
 from tasks.engine.tracking import flatten
 
 log = logging.getLogger("blockquant")
@@ -43,9 +43,10 @@ def open_tracked(
     }
     named = name or f"{job.source.name} {scheme_name(job.steps[-1].quant)}"
     output = request.output
-    published = output is not None and begun(job.store.root, output) == identity
+    published = output is not None and published_by(job, output)
     again = published or parent is not None
-    run.open(identity, named, parameters, tags, even_finished=again, parent=parent)
+    source = source_state(job.source)
+    run.open(identity, named, parameters, tags, even_finished=again, parent=parent, source=source)
     # at once: a run that fails is to say of what recipe
     run.log_text(yaml.safe_dump(job.recipe.canonical(), sort_keys=False), "recipe.yml")
 

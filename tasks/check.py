@@ -23,7 +23,7 @@ from tasks.engine.kernel_limits import require_parallel
 from tasks.engine.memo import Memo
 from tasks.engine.plan import require_fit, require_sizes
 from tasks.engine.prediction import Prediction, predict, sampled
-from tasks.engine.publication import REPORT, begun, work_identity
+from tasks.engine.publication import REPORT, begun, published_by
 from tasks.engine.settings import settings
 from tasks.engine.source import Source, free_bytes, open_source
 from tasks.engine.store import Store
@@ -120,7 +120,7 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
         )
     require_fit(job.source, job.plan, job.decoder)
     output = request.output
-    if output is not None and begun(request.store, output) != work_identity(job, output):
+    if output is not None and not published_by(job, output):
         _refuse_existing(request)
     for step in job.steps:
         if step.calib is not None:

@@ -95,7 +95,7 @@ def _publish(
             raise InputError(f"--output {output}: exists already; give another or use --overwrite")
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(output, replaced)
-    begin(store.root, output, identity)
+    begin(store.root, output, identity, str(report["source"]["digest"]))
     os.rename(staging, output)
     shutil.rmtree(replaced, ignore_errors=True)
     return str(output)

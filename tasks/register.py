@@ -103,7 +103,7 @@ def register(
         served: what came of serving it: ``served``, and its figures or the ``reason``.
         log: the run's log file.
     """
-    run.log_first_points(served_points(served, int(time.time() * 1000)))
+    run.log_attempt(served_points(served, int(time.time() * 1000)))
     if log is not None and log.is_file():
         run.log_file(log)
     run.set_tags(
@@ -142,7 +142,7 @@ def served_tags(served: Mapping[str, Any]) -> dict[str, str]:
 def tell_failure(run: ToldRun | Run, error: Exception) -> None:
     """Tell a run that its checkpoint was not served as measured, with what figures there are."""
     found = getattr(error, "found", None) or {}
-    run.log_points(served_points(found, int(time.time() * 1000)))
+    run.log_attempt(served_points(found, int(time.time() * 1000)))
     by = f"SGLang {found['sglang']}" if "sglang" in found else ""
     run.set_tags({"served": "failed", "served.reason": str(error), "served.by": by})
 

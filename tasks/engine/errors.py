@@ -2,9 +2,19 @@
 
 import re
 
-# of an address: the user and password before its host, and what a query calls a secret
-_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/?#\"'@]+@", re.I)
-_QUERY = re.compile(r"([?&][^=&\s]*(?:password|token|secret|key)[^=&\s]*=)[^&\s\"']+", re.I)
+# of an address: all between // and the last @ before its path; a password may hold @, and / ? #
+# where what stands behind the colon is no port
+_USER = re.compile(
+    r"(\b[a-z][a-z0-9+.-]*://)"
+    r"(?:[^\s/?#\"']+@|[^\s/?#\"'@:]*:(?!\d*(?:[/?#]|$))[^\s\"']*@)",
+    re.I,
+)
+# what a query calls a secret
+_QUERY = re.compile(
+    r"([?&;](?:[^=&\s]*(?:passw|pwd|token|secret|key|signature|credential)[^=&\s]*|sig)=)"
+    r"[^&\s\"']+",
+    re.I,
+)
 
 
 class InputError(ValueError):

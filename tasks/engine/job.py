@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from configs.schema import Evaluation, Recipe, ResolvedStep
+from configs.schema import Calibration, Evaluation, Recipe, ResolvedStep
 from configs.schemes import unserved
+from configs.vocabulary import DataName
 from tasks.engine.architectures import architecture_of
 from tasks.engine.behind import Behind
 from tasks.engine.decoder import Decoder, build_decoder, device_fingerprint
@@ -23,6 +24,7 @@ from tasks.engine.precision import compute_dtype
 from tasks.engine.residency import OnHost
 from tasks.engine.source import Source
 from tasks.engine.store import Draft, Entry, Store, load_tensors
+from tasks.engine.text import text_digest, text_of
 
 Value = TypeVar("Value")
 
@@ -121,6 +123,15 @@ class Job:
     def evaluation(self) -> Evaluation:
         """The evaluation section with its seed, or the data-free default."""
         return self.recipe.resolved_eval()
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Digests of the files of text that the recipe names, as they are when first asked."""
+        calibrated = [step.calib for step in self.steps if step.calib is not None]
+        sections: list[Calibration | Evaluation] = [*calibrated, self.evaluation]
+        own = DataName.SELF_GENERATED
+        texts = [text_of(section) for section in sections if section.name is not own]
+        return [text_digest(text) for text in texts if not text.remote]
 
     @property
     def blocks(self) -> range:

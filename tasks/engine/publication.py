@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job
+from tasks.engine.source import Source
 from tasks.engine.store import Store, write_text
 
 # lies in every export: what it was made of and what was measured
@@ -21,10 +22,21 @@ REPORT = "blockquant.json"
 
 
 def work_identity(job: Job, output: Path | None) -> str:
-    """What makes two runs the same work: recipe, source, output, what is left out and published."""
+    """What makes two runs the same work: recipe, files of text, source, output, what is left out.
+
+    The source counts by its path: to digest it first would hold up a run. Where that decides, its
+    digest is compared too: by ``published_by``, and where a run of MLflow is gone on in.
+    """
     save = [job.recipe.save.save_sgl, job.recipe.save.save_trans]
-    work = [job.recipe.canonical(), str(job.source.path), str(output), job.plan.ignore, save]
+    recipe, source = job.recipe.canonical(), str(job.source.path)
+    work = [recipe, source, str(output), job.plan.ignore, save, job.texts]
     return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def source_state(source: Source) -> dict[str, str]:
+    """What a source is known by where its digest may not be known yet: ``files``, ``digest``."""
+    digest = source.known_digest()
+    return {"files": source.files_mark()} | ({} if digest is None else {"digest": digest})
 
 
 def publication_key(output: Path | str) -> str:
@@ -50,19 +62,29 @@ def alone(store: Store, output: Path | str) -> Iterator[None]:
         yield
 
 
-def begin(store: Path, output: Path, identity: str) -> None:
-    """Note that the work ``identity`` is about to publish at ``output``."""
+def begin(store: Path, output: Path, identity: str, source: str = "") -> None:
+    """Note that the work ``identity``, of a source by its digest, is to publish at ``output``."""
     record = _record(store, output)
     record.parent.mkdir(parents=True, exist_ok=True)
-    write_text(record, identity)
+    write_text(record, f"{identity}\n{source}")
 
 
 def begun(store: Path, output: Path) -> str | None:
     """Return the identity of the work that published at ``output`` and has not ended."""
+    found = _recorded(store, output)
+    return None if found is None else found[0]
+
+
+def published_by(job: Job, output: Path) -> bool:
+    """Whether this very work, of the source as it is now, published at ``output`` and not ended."""
+    identity, source = _recorded(job.store.root, output) or (None, "")
+    if identity != work_identity(job, output):
+        return False
     try:
-        return _record(store, output).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None
+        return source in ("", job.source.digest(job.source.tensors))
+    except OSError:
+        # a hub's weights that are not here: publishing compares the bytes
+        return True
 
 
 def end(store: Path, output: Path) -> None:
@@ -72,3 +94,11 @@ def end(store: Path, output: Path) -> None:
 
 def _record(store: Path, output: Path) -> Path:
     return store / "publishing" / publication_key(output)
+
+
+def _recorded(store: Path, output: Path) -> tuple[str, str] | None:
+    try:
+        identity, _, source = _record(store, output).read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError):
+        return None
+    return identity, source

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from tasks.engine.gate import Decision, Figures, as_values, decide, figures_of, limits_of
 from tasks.engine.settings import Settings
-from tasks.engine.tracking import IDENTITY_TAG, Run
+from tasks.engine.tracking import IDENTITY_TAG, UNKNOWN, Run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -224,7 +224,7 @@ def champion_of(client: MlflowClient, model: str) -> ModelVersion | None:
         return client.get_model_version_by_alias(model, CHAMPION)
     except MlflowException as error:
         # no such alias, or an alias of a version that was deleted, or no such model
-        if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+        if error.error_code in UNKNOWN:
             return None
         raise
 
@@ -267,6 +267,9 @@ def served_later(run: Run, settings: Settings, served: Mapping[str, Any]) -> dic
         run: the run that registered it.
         settings: where the tracking server and the store are.
         served: the figures that say what came of serving it.
+
+    Raises:
+        MlflowException: the server does not answer.
     """
     from mlflow.exceptions import MlflowException
 
@@ -275,8 +278,12 @@ def served_later(run: Run, settings: Settings, served: Mapping[str, Any]) -> dic
     try:
         version = client.get_model_version(tags["model.name"], tags["model.version"])
         kept = Offer(**json.loads(version.tags[OFFER_TAG]))
-    except (KeyError, ValueError, TypeError, MlflowException):
+    except (KeyError, ValueError, TypeError):
         return None
+    except MlflowException as error:
+        if error.error_code in UNKNOWN:
+            return None
+        raise
     return offer(run, settings, replace(kept, figures={**kept.figures, **served}))
 
 

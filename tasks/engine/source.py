@@ -108,25 +108,49 @@ class Source:
 
         A tensor's own digest is remembered by its file's path, size, modification time and inode.
         """
-        by_file: dict[str, list[str]] = {}
-        for name in sorted(names):
-            by_file.setdefault(self.tensors[name].file, []).append(name)
         digests: dict[str, str] = {}
-        for file, members in by_file.items():
+        for file, members in self._by_file(names).items():
             digests |= self._file_digests(file, members)
         whole = xxhash.xxh3_128()
         for name in sorted(digests):
             whole.update(f"{name}={digests[name]};".encode())
         return whole.hexdigest()
 
-    def _file_digests(self, file: str, names: list[str]) -> dict[str, str]:
+    def known_digest(self) -> str | None:
+        """Digest of all tensors as far as it is remembered, None where it is not.
+
+        It is taken where files are others than the store knows: that is rare, and must be told.
+        """
+        known = True
+        for file, names in self._by_file(self.tensors).items():
+            remembered = _recall(self.digest_memo, self._mark(file))
+            known = known and set(names) <= set(remembered)
+            if not remembered and _is_remembered(self.digest_memo, self._mark(file)):
+                return self.digest(self.tensors)
+        return self.digest(self.tensors) if known else None
+
+    def files_mark(self) -> str:
+        """Differs once a file of weights was written again, be it with the same bytes."""
+        marks = [self._mark(file)[1:] for file in sorted(self._by_file(self.tensors))]
+        return xxhash.xxh3_128_hexdigest(str(marks).encode())
+
+    def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
+        by_file: dict[str, list[str]] = {}
+        for name in sorted(names):
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        return by_file
+
+    def _mark(self, file: str) -> list[Any]:
         path = (self.path / file).resolve()
         status = path.stat()
-        mark = [str(path), status.st_size, status.st_mtime_ns, status.st_ino]
+        return [str(path), status.st_size, status.st_mtime_ns, status.st_ino]
+
+    def _file_digests(self, file: str, names: list[str]) -> dict[str, str]:
+        mark = self._mark(file)
         remembered = _recall(self.digest_memo, mark)
         missing = [name for name in names if name not in remembered]
         if missing:
-            with safe_open(path, framework="pt") as opened:
+            with safe_open(mark[0], framework="pt") as opened:
                 for name in missing:
                     remembered[name] = tensor_digest(opened.get_tensor(name))
             _remember(self.digest_memo, mark, remembered)
@@ -261,6 +285,11 @@ def _recall(memo: Path | None, mark: list[Any]) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return {}
+
+
+def _is_remembered(memo: Path | None, mark: list[Any]) -> bool:
+    """Whether the file was known, be it as another."""
+    return memo is not None and _memo_file(memo, mark).exists()
 
 
 def _remember(memo: Path | None, mark: list[Any], digests: Mapping[str, str]) -> None:

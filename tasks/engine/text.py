@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from configs.schema import Calibration, Evaluation
 from tasks.engine.errors import InputError
 from tasks.engine.source import Source
 from tasks.engine.store import checksum
@@ -140,6 +141,19 @@ def text_digest(text: TextSource) -> str:
     path = _local_path(text)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return ";".join([_loader(text, path), *(checksum(file) for file in files)])
+
+
+def text_of(section: Calibration | Evaluation) -> TextSource:
+    """The text that a section of a recipe names."""
+    evaluation = isinstance(section, Evaluation)
+    return TextSource(
+        "eval" if evaluation else "calib",
+        str(section.name),
+        section.path,
+        section.split,
+        section.text_column,
+        evaluation,
+    )
 
 
 def read_documents(text: TextSource, blank: bool = False) -> list[Document]:

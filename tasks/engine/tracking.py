@@ -6,17 +6,19 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from tasks.engine.errors import InputError, masked
+from tasks.engine.errors import InputError, RunError, masked
 from tasks.engine.settings import Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+log = logging.getLogger("blockquant")
 
 EXPERIMENT = "blockquant"
 IDENTITY_TAG = "blockquant.identity"
@@ -24,6 +26,11 @@ IDENTITY_TAG = "blockquant.identity"
 PARENT_TAG = "blockquant.parent"
 NESTED_TAG = "mlflow.parentRunId"
 FAILURE_TAG = "failure"
+# what a run was made of: the state of the source's files, and the digest of their tensors
+FILES_TAG = "source.files"
+DIGEST_TAG = "source.digest"
+# what a server says of something that it does not have
+UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 LONGEST_PARAMETER = 6000
 LARGEST_BATCH = 100
 # MLflow's own but `file`: it refuses folders
@@ -77,6 +84,16 @@ class Run:
         """Send metric values that differ from those told last: the same work may be done again."""
         known = self.client().get_run(self.id).data.metrics
         self.log_points(point for point in points if known.get(point.name) != point.value)
+
+    def log_attempt(self, points: Iterable[Point]) -> None:
+        """Send metric values of what may be tried again, all at the next step if one is other."""
+        told = list(points)
+        known = self.client().get_run(self.id).data.metrics
+        if all(known.get(point.name) == point.value for point in told):
+            return
+        names = [point.name for point in told if point.name in known]
+        before = [m.step for n in names for m in self.client().get_metric_history(self.id, n)]
+        self.log_points(replace(point, step=max(before, default=-1) + 1) for point in told)
 
     def adopt(self, identity: str) -> None:
         """Nest the runs that were opened as parts of this work while its run was not known."""
@@ -163,6 +180,7 @@ def open_run(
     *,
     even_finished: bool = False,
     parent: str | None = None,
+    source: Mapping[str, str] | None = None,
     time_ms: int | None = None,
 ) -> Run:
     """Open the run of one quantization, or go on in the one that was not finished.
@@ -175,20 +193,23 @@ def open_run(
         tags: versions and digests.
         even_finished: go on in the newest run even if it was: the flow died right after.
         parent: identity of the work that this is a part of: the run is nested in that one's.
+        source: the state of the source's ``files``, and its ``digest`` where that is known; a run
+            of another source is not gone on in.
         time_ms: when it began, by default now.
     """
     from mlflow.entities import Param
 
     client = prepared_client(settings)
     experiment = _experiment(client, settings)
-    unfinished = client.search_runs(
+    found = client.search_runs(
         [experiment],
         f"tags.`{IDENTITY_TAG}` = '{identity}'"
         + (f" and tags.`{PARENT_TAG}` = '{parent}'" if parent else "")
         + ("" if even_finished else " and attributes.status != 'FINISHED'"),
-        max_results=1,
+        max_results=LARGEST_BATCH,
         order_by=["attributes.start_time DESC"],
     )
+    unfinished = [run for run in found if _is_of(run.data.tags, source or {})]
     nested = {} if parent is None else _nested(client, experiment, parent)
     if unfinished:
         run_id = unfinished[0].info.run_id
@@ -208,8 +229,17 @@ def open_run(
     for start in range(0, len(listed), LARGEST_BATCH):
         client.log_batch(run_id, params=listed[start : start + LARGEST_BATCH])
     run = Run(settings.tracking_uri, run_id, experiment)
-    run.set_tags({**tags, **changed, **nested})
+    of = {f"source.{name}": value for name, value in (source or {}).items()}
+    run.set_tags({**tags, **changed, **nested, **of})
     return run
+
+
+def _is_of(tags: Mapping[str, str], source: Mapping[str, str]) -> bool:
+    """Whether a run was of the same files, or of others that hold the same."""
+    files, digest = source.get("files"), source.get("digest")
+    if files is None or tags.get(FILES_TAG) in (None, files):
+        return True
+    return digest is not None and tags.get(DIGEST_TAG) == digest
 
 
 def _nested(client: MlflowClient, experiment: str, parent: str) -> dict[str, str]:
@@ -228,15 +258,22 @@ def existing_run(settings: Settings, run_id: str) -> Run:
 
     Raises:
         InputError: the tracking server knows none of it.
+        RunError: the tracking server does not answer.
     """
     from mlflow.exceptions import MlflowException
 
     check_uri(settings.tracking_uri)
     try:
         found = prepared_client(settings).get_run(run_id)
-    except MlflowException as error:
-        raise InputError(
-            f"--run {run_id}: the tracking server has no such run; give the id of quantize's run"
+    except Exception as error:
+        if isinstance(error, MlflowException) and error.error_code in UNKNOWN:
+            raise InputError(
+                f"--run {run_id}: the tracking server has no such run; give the id of quantize's "
+                "run"
+            ) from error
+        raise RunError(
+            f"MLflow at {masked(settings.tracking_uri)} does not answer ({type(error).__name__}); "
+            "start it, or set MLFLOW_TRACKING_URI to where it is"
         ) from error
     return Run(settings.tracking_uri, run_id, str(found.info.experiment_id))
 
@@ -296,11 +333,30 @@ def _create_database(database: Path) -> None:
     os.replace(unfinished, database)
 
 
+def restored(settings: Settings, experiment: str) -> bool:
+    """Restore an experiment that was deleted in MLflow, with its runs; whether it was."""
+    from mlflow.exceptions import MlflowException
+
+    client = _client(settings.tracking_uri)
+    try:
+        if client.get_experiment(experiment).lifecycle_stage != "deleted":
+            return False
+    except MlflowException as error:
+        if error.error_code in UNKNOWN:
+            return False
+        raise
+    client.restore_experiment(experiment)
+    log.warning("the experiment %s was deleted in MLflow: it is restored", EXPERIMENT)
+    return True
+
+
 def _experiment(client: MlflowClient, settings: Settings) -> str:
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is not None:
+        if found.lifecycle_stage == "deleted":
+            restored(settings, str(found.experiment_id))
         return str(found.experiment_id)
     local = settings.tracking_uri.startswith("sqlite:")
     location = settings.artifact_root.as_uri() if local else None

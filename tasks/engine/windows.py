@@ -31,6 +31,7 @@ from tasks.engine.text import (
     random_document_crops,
     read_documents,
     text_digest,
+    text_of,
     truncated_windows,
 )
 
@@ -46,18 +47,6 @@ _CUT_FROM = {
 Section = Calibration | Evaluation
 
 
-def _text_of(section: Section) -> TextSource:
-    evaluation = isinstance(section, Evaluation)
-    return TextSource(
-        "eval" if evaluation else "calib",
-        str(section.name),
-        section.path,
-        section.split,
-        section.text_column,
-        evaluation,
-    )
-
-
 def window_lineage(job: Job, section: Section) -> dict[str, Any]:
     """What decides the windows of a section: the text's bytes and the tokenizer, or the model."""
     asked = effective(section) | {"path": None}
@@ -68,7 +57,7 @@ def window_lineage(job: Job, section: Section) -> dict[str, Any]:
             "config": dict(job.source.config),
             "side by side": BATCH,
         }
-    text = _text_of(section)
+    text = text_of(section)
     return {
         "text": asked,
         "bytes": text_digest(text),
@@ -103,7 +92,7 @@ def check_section(source: Source, section: Section) -> None:
     require_context(source, section.seq_len, f"{place}.seq_len")
     if section.name is DataName.SELF_GENERATED:
         return
-    text = _text_of(section)
+    text = text_of(section)
     load_tokenizer(source)
     text_digest(text)
     if not text.remote:
@@ -131,10 +120,10 @@ def token_windows(source: Source, section: Section, device: str) -> Tensor:
     if isinstance(section, Evaluation):
         if section.name is DataName.SELF_GENERATED:
             return sample_windows(source, section.windows or 16, section.seq_len, seed, device)
-        return evaluation_windows(source, _text_of(section), section.seq_len, section.windows)
+        return evaluation_windows(source, text_of(section), section.seq_len, section.windows)
     if section.name is DataName.SELF_GENERATED:
         return sample_windows(source, section.n_samples, section.seq_len, seed, device)
-    text, tokenizer = _text_of(section), load_tokenizer(source)
+    text, tokenizer = text_of(section), load_tokenizer(source)
     length, samples = section.seq_len, section.n_samples
     preset = _preset(section)
     documents = read_documents(text, blank=_CUT_FROM[preset] is Cut.JOINED)

@@ -8,7 +8,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tasks.engine.journal import Journal, journals
+from tasks.engine.messages import Journal, journals
 from tasks.engine.store import Store
 
 
@@ -22,7 +22,8 @@ def in_store(store: Path) -> dict[str, Any]:
         finished results by task.
     """
     found = journals(store)
-    held = {journal.path: is_held(journal.path.with_suffix(".lock")) for journal in found}
+    locks = (".telling", ".lock")
+    held = {j.path: any(is_held(j.path.with_suffix(lock)) for lock in locks) for j in found}
     making = [
         lock
         for lock in (store / "locks").glob("*.lock")
@@ -49,7 +50,7 @@ def is_held(path: Path) -> bool:
 
 def _described(journal: Journal) -> dict[str, Any]:
     return {
-        "identity": journal.path.stem,
+        "identity": journal.identity,
         "run": journal.fact("run"),
         "messages": journal.count(),
     }

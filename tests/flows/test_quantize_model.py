@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
 
 from flows.tracked import failure_kept
-from tasks.engine.journal import Journal, ToldRun
+from tasks.engine.journal import ToldRun
+from tasks.engine.messages import Journal, journals
 from tasks.engine.settings import Settings
 
 
@@ -29,3 +33,60 @@ def test_the_reason_of_a_failure_is_not_replaced_by_that_of_mlflow(
         raise ValueError("the real reason")
     assert told == ["ValueError: the real reason"]
     assert "MLflow is not told of the failure: OSError" in caplog.text
+
+
+def test_a_source_that_changed_in_place_has_a_run_of_its_own(
+    here, services, home: Path, tiny: Path, words: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny, tmp_path / "model")
+    evaluated = f"eval={{name: text, path: {words}, windows: 2, seq_len: 32, report: false}}"
+    fast = ("serving.smoke_test=false", "serving.check_kernels=false", evaluated)
+    given = ("rtn_w4a16", "--model", model, "--output", tmp_path / "out", "--json")
+    given += tuple(part for each in fast for part in ("--set", each))
+    # published, and not ended
+    failed = here("quantize", *given, "--upload", "file:///proc/nowhere")
+    assert failed.status == 1
+    file = model / "model.safetensors"
+    written = load_file(file)
+    name = sorted(name for name in written if "down_proj" in name)[-1]
+    save_file(written | {name: written[name].roll(1, 1)}, file, metadata={"format": "pt"})
+    refused = here("quantize", *given)
+    assert refused.status == 2 and "exists already" in refused.err
+    done = here("quantize", *given, "--overwrite")
+    assert done.status == 0, done.err
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("blockquant")
+    found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
+    assert [run.info.status for run in found] == ["FAILED", "FINISHED"]
+    assert len({run.data.metrics["weight_error.mean"] for run in found}) == 2
+    for run in found:
+        for metric in run.data.metrics:
+            steps = [m.step for m in client.get_metric_history(run.info.run_id, metric)]
+            assert len(steps) == len(set(steps)), metric
+
+
+def test_the_nightly_flow_sends_what_another_night_could_not(
+    services, home: Path, tiny: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.requantize import requantize
+
+    evaluated = f"eval={{name: text, path: {words}, windows: 2, seq_len: 32, report: false}}"
+    fast = ["serving.smoke_test=false", "serving.check_kernels=false", evaluated]
+    output = str(tmp_path / "out")
+
+    def night() -> None:
+        requantize("rtn_w4a16", str(tiny), output, fast, store=str(home / "store"))
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    night()
+    (left,) = journals(home / "store")
+    assert left.count() > 3
+    made = (tmp_path / "out").stat().st_ino
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    night()
+    assert journals(home / "store") == []
+    assert (tmp_path / "out").stat().st_ino == made
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("blockquant")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"

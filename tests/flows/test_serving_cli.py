@@ -98,6 +98,10 @@ def test_a_flow_whose_replayed_server_computes_something_else_fails(
     assert (mended.info.status, mended.data.tags["served"]) == ("FINISHED", "yes")
     assert "failure" not in mended.data.tags
     assert mended.data.tags["served.reason"] == ""
+    # the figures of each attempt at a step of their own, the last ones are the run's
+    history = client.get_metric_history(run.info.run_id, "served.nll")
+    assert [m.step for m in history] == [0, 1]
+    assert mended.data.metrics["served.nll"] == again.json["served"]["nll"] == history[1].value
     assert version_of(client, mended).version == version.version
     assert version_of(client, mended).tags["served"] == "yes"
     assert "not served" not in mended.data.tags["gate"]
@@ -178,6 +182,31 @@ def test_serve_check_tells_a_run(quantized, here, replayed, recorded_checkpoint,
     assert len(logs) == 2
     said = "--run 0123: the tracking server has no such run"
     assert said in here("serve-check", recorded_checkpoint, "--run", "0123").err
+
+
+def test_serve_check_with_mlflow_away_says_so(
+    quantized, here, replayed, recorded_checkpoint, monkeypatch
+):
+    run_id = quantized("--set", "serving.smoke_test=false").json["mlflow"]["run"]
+    bound = ("--max-nll-gap", "0.05", "--run", run_id)
+
+    def lost(*_, **__):
+        raise OSError("connection refused")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "log_artifact", lost)
+        outcome = here("serve-check", recorded_checkpoint, "--python", replayed(), *bound)
+        assert outcome.status == 1
+        assert "is not told what came of serving (OSError); run serve-check" in outcome.err
+        wrong = here("serve-check", recorded_checkpoint, "--python", replayed("wrong"), *bound)
+        assert wrong.status == 1
+        assert "the server's NLL is" in wrong.err.strip().splitlines()[-1]
+        assert "is not told what came of serving" in wrong.err
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    outcome = here("serve-check", recorded_checkpoint, "--python", replayed(), *bound)
+    assert outcome.status == 1
+    assert "MLflow at http://127.0.0.1:9 does not answer" in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -290,21 +290,21 @@ def _wrap_publish(recorder: Recorder) -> None:
 
 
 def _wrap_tracking(recorder: Recorder) -> None:
-    from tasks.engine import journal
+    from tasks.engine import delivery
     from tasks.engine.journal import ToldRun
 
     names = ("open", "log_points", "set_tags", "log_file", "log_table", "log_input")
     names += ("offer", "finish")
     for name in names:
         setattr(ToldRun, name, _followed(recorder, getattr(ToldRun, name)))
-    send = journal._send
+    send = delivery._send
 
     def sent(*args: Any) -> Any:
         facts = send(*args)
         recorder.aside(f"{args[-1].kind} sent")
         return facts
 
-    journal._send = sent
+    delivery._send = sent
 
 
 def _wrap_methods(recorder: Recorder) -> None:

@@ -16,9 +16,11 @@ import pytest
 from mlflow import MlflowClient
 
 from tasks.engine import journal as journals_module
-from tasks.engine.journal import Journal, Sent, journals, synchronize, told, told_run
+from tasks.engine.journal import Sent, synchronize, told, told_run
+from tasks.engine.messages import Journal, journals
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import Point
+from tests.tasks.engine.test_delivery import slow_server
 
 POINTS = [Point(f"error.{n}", block / 2, block, 1000 + block) for n in "ab" for block in (0, 1)]
 
@@ -118,7 +120,24 @@ def test_telling_again_after_a_kill_doubles_nothing(place, tmp_path):
     require_told_once(place)
 
 
-def test_a_slow_server_does_not_stall(home, tmp_path, monkeypatch, caplog):
+def test_a_slow_server_does_not_stall(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(journals_module, "END_S", 4.0)
+    with slow_server(0.5) as (uri, asked):
+        elsewhere = place_in(home, uri)
+        began = time.monotonic()
+        with told_run(elsewhere, "work") as run:
+            tell(run, tmp_path)
+            assert time.monotonic() - began < 1
+            for block in range(20):
+                run.set_tags({"block": str(block)})
+            # the second time is not waited for again
+            assert told(run)["left"] > 0
+        assert time.monotonic() - began < 4 + 2
+        # it answers, and had some of it
+        assert len(asked) > 3 and 0 < run.journal.count() < 30
+
+
+def test_a_silent_server_does_not_stall(home, tmp_path, monkeypatch):
     monkeypatch.setattr(journals_module, "END_S", 1.0)
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
         elsewhere = place_in(home, f"http://127.0.0.1:{silent.getsockname()[1]}")

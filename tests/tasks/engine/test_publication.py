@@ -5,11 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tasks.engine.errors import RunError
-from tasks.engine.publication import alone, begin, begun, end, publication_key, work_identity
+from tasks.engine.publication import (
+    alone,
+    begin,
+    begun,
+    end,
+    publication_key,
+    published_by,
+    work_identity,
+)
 from tasks.engine.store import Store
-from tests.models import make_checkpoint
+from tests.models import make_checkpoint, make_text
 from tests.tasks.conftest import JobOf
 
 
@@ -69,6 +78,38 @@ def test_outputs_have_keys_of_their_own(tmp_path: Path) -> None:
     keys = {publication_key(tmp_path / name) for name in ("a", "b", "a/b")}
     assert len(keys) == 3
     assert all(len(key) == 64 and int(key, 16) >= 0 for key in keys)
+
+
+def test_what_was_published_of_another_source_is_not_of_this_work(
+    tmp_path: Path, job_of: JobOf
+) -> None:
+    model, out = make_checkpoint(tmp_path / "model", blocks=1), tmp_path / "out"
+    job = job_of(model, "rtn_w4a16")
+    assert not published_by(job, out)
+    digest = job.source.digest(job.source.tensors)
+    begin(job.store.root, out, work_identity(job, out), digest)
+    assert published_by(job, out) and not published_by(job, tmp_path / "elsewhere")
+    file = model / "model.safetensors"
+    written = load_file(file)
+    save_file(written, file, metadata={"format": "pt"})
+    assert published_by(job_of(model, "rtn_w4a16"), out)
+    written["model.norm.weight"] += 1
+    save_file(written, file, metadata={"format": "pt"})
+    assert not published_by(job_of(model, "rtn_w4a16"), out)
+    # its name is the same: a run of MLflow is told by the digest
+    assert begun(job.store.root, out) == work_identity(job_of(model, "rtn_w4a16"), out)
+
+
+def test_another_text_is_other_work(tmp_path: Path, job_of: JobOf, model: Path) -> None:
+    text = make_text(tmp_path / "words.txt")
+    given = f"eval={{name: text, path: {text}, windows: 2, seq_len: 48}}"
+    before = job_of(model, "rtn_w4a16", "quant.weight.group_size=32", given)
+    identity = work_identity(before, None)
+    text.write_text(text.read_text() + " more")
+    after = job_of(model, "rtn_w4a16", "quant.weight.group_size=32", given)
+    assert work_identity(after, None) != identity
+    # a run keeps the name that it began with
+    assert work_identity(before, None) == identity
 
 
 def test_the_same_work_has_the_same_identity(

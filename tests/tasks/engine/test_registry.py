@@ -20,10 +20,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2
 
-from tasks.engine import journal as journals_module
 from tasks.engine import registry
 from tasks.engine.gate import FAILED, NO, YES
-from tasks.engine.journal import journals, synchronize, told, told_run
+from tasks.engine.journal import synchronize, told, told_run
+from tasks.engine.messages import journals
 from tasks.engine.registry import Offer, champion_of, champions, offer, served_later
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import open_run
@@ -300,6 +300,20 @@ def test_what_was_served_elsewhere_later_is_decided_again(home):
     assert version.tags["served"] == "failed" and present(place, "tiny-W4A16") == "1"
 
 
+def test_a_lost_connection_is_not_a_run_without_a_version(home, monkeypatch):
+    place = place_in(home)
+    run = open_run(place, "a", "a", {}, {})
+    offer(run, place, offered("a"))
+    served = {"served": YES, "served_reason": "", "server_nll": 3.5, "server_nll_gap": 0.001}
+
+    def lost(*_, **__):
+        raise MlflowException("API request failed: connection refused")
+
+    monkeypatch.setattr(MlflowClient, "get_model_version", lost)
+    with pytest.raises(MlflowException, match="connection refused"):
+        served_later(run, place, served)
+
+
 # through the journal
 
 
@@ -380,4 +394,4 @@ def test_who_waits_too_long_for_another_keeps_its_message(home, monkeypatch):
             run.offer(offered("a"))
             assert told(run)["left"] == 1
         assert told(run)["left"] == 0
-    assert journals_module.journals(place.store) == []
+    assert journals(place.store) == []

@@ -320,3 +320,22 @@ def test_a_damaged_memory_is_made_again(
 def test_free_bytes_of_a_place_that_is_not_there(tmp_path: Path) -> None:
     here = shutil.disk_usage(tmp_path).free
     assert free_bytes(tmp_path / "not" / "there") == pytest.approx(here, rel=0.05)
+
+
+def test_a_digest_is_known_once_it_was_taken(tmp_path: Path) -> None:
+    made, memo = make_tensors(), tmp_path / "memo"
+    folder = write(tmp_path / "model", made)
+    source = open_source(folder, memo)
+    # to take it may last: not where nothing was read before, or not all
+    assert source.known_digest() is None and not memo.exists()
+    source.digest(["a"])
+    assert source.known_digest() is None
+    whole = source.digest(source.tensors)
+    assert source.known_digest() == whole
+    mark = source.files_mark()
+    # written again: other files, which are read at once since others were known
+    save_file(made, folder / SINGLE)
+    os.utime(folder / SINGLE, ns=(1, 1))
+    assert source.files_mark() != mark and source.known_digest() == whole
+    save_file(made | {"b": made["b"] + 1}, folder / SINGLE)
+    assert source.known_digest() not in (None, whole)

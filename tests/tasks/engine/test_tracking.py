@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.store.tracking import sqlalchemy_store
 
+from tasks.engine.errors import InputError, RunError
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import (
     LONGEST_PARAMETER,
     Point,
     Run,
+    existing_run,
     flatten,
     open_run,
     prepared_client,
@@ -255,3 +258,41 @@ def test_a_database_that_is_there_is_not_touched(place: Settings) -> None:
 )
 def test_recipes_are_flattened(nested: dict[str, Any], flat: dict[str, Any]) -> None:
     assert flatten(nested) == flat
+
+
+def test_another_attempt_stands_at_the_next_step(home: Path) -> None:
+    run = open_run(place_in(home), "work", "a run", {}, {})
+
+    def attempt(nll: float, time_ms: int) -> None:
+        run.log_attempt([Point("served.nll", nll, 0, time_ms), Point("served.n", 5, 0, time_ms)])
+
+    for nll, time_ms in ((3.7, 1), (3.7, 2), (3.5, 3), (3.5, 4)):
+        attempt(nll, time_ms)
+    history = run.client().get_metric_history(run.id, "served.nll")
+    assert [(m.step, m.value) for m in history] == [(0, 3.7), (1, 3.5)]
+    assert run.client().get_run(run.id).data.metrics == {"served.nll": 3.5, "served.n": 5}
+
+
+def test_a_run_of_another_source_is_not_gone_on_in(home: Path) -> None:
+    place = place_in(home)
+
+    def opened(**source: str) -> str:
+        return open_run(place, "work", "a run", {}, {}, source=source).id
+
+    first = opened(files="one")
+    assert opened(files="one", digest="d") == first
+    # written again, with the same bytes
+    assert opened(files="copied", digest="d") == first
+    changed = opened(files="two", digest="e")
+    assert changed != first
+    assert opened(files="three") not in (first, changed)
+    assert opened(files="copied") == first
+    assert MlflowClient(place.tracking_uri).get_run(changed).data.tags["source.digest"] == "e"
+
+
+def test_a_server_that_is_away_is_not_one_without_the_run(home: Path) -> None:
+    with pytest.raises(InputError, match="has no such run"):
+        existing_run(place_in(home), "0123")
+    away = replace(place_in(home), tracking_uri="http://me:pass@127.0.0.1:9")
+    with pytest.raises(RunError, match=r"MLflow at http://\*\*\*@127.0.0.1:9 does not answer"):
+        existing_run(away, "0123")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tasks.engine.journal import Journal
+from tasks.engine.messages import Journal
 from tasks.engine.store import Store
 from tasks.looks.status import in_store, is_held
 from tests.conftest import ROOT
