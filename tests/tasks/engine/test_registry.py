@@ -24,7 +24,14 @@ from tasks.engine import journal as journals_module
 from tasks.engine import registry
 from tasks.engine.gate import FAILED, NO, YES
 from tasks.engine.journal import journals, synchronize, told, told_run
-from tasks.engine.registry import Offer, champion_of, champions, offer, served_later
+from tasks.engine.registry import (
+    Offer,
+    champion_of,
+    champions,
+    is_champions,
+    offer,
+    served_later,
+)
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import open_run
 
@@ -298,6 +305,44 @@ def test_what_was_served_elsewhere_later_is_decided_again(home):
     assert found["gate"].startswith("refused: it was not served as measured")
     version = MlflowClient(place.tracking_uri).get_model_version("tiny-W4A16", "1")
     assert version.tags["served"] == "failed" and present(place, "tiny-W4A16") == "1"
+
+
+def test_two_models_of_one_name_are_not_compared(place, request):
+    model = f"named-{request.node.name}"
+
+    def made(content: str, path: str, digest: str, **more):
+        facts = {"source.path": path, "source.digest": digest}
+        one = replace(offered(content, model, kl=0.01), facts=facts, **more)
+        return offer(open_run(place, f"{model} {content}", content, {}, {}), place, one)
+
+    assert made("first", "/a/model", "d1")["champion"] is True
+    refused = made("other", "/b/model", "d2")
+    assert refused["champion"] is False and present(place, model) == "1"
+    assert refused["gate"] == (
+        "refused: champion version 1 is of another model of this name (/a/model); set "
+        "gate.model_name"
+    )
+    # new weights of one place, and the same weights elsewhere, are the model still
+    assert made("next", "/a/model", "d3")["champion"] is True
+    assert made("moved", "/c/model", "d3")["champion"] is True
+    # so is whatever the recipe gives this name
+    assert made("named", "/b/model", "d2", named=True)["champion"] is True
+
+
+def test_a_champions_folder_is_known(place, tmp_path, request):
+    model = f"folder-{request.node.name}"
+    where = tmp_path / "it's out"
+    run = open_run(place, model, model, {}, {})
+    assert is_champions(place, where) is False
+    offer(run, place, replace(offered("one", model, kl=0.9), location=str(where)))
+    assert is_champions(place, where) is False
+    offer(run, place, replace(offered("two", model), location=str(where)))
+    assert is_champions(place, where) is True
+    assert is_champions(place, tmp_path / "elsewhere") is False
+    with closing(socket.create_server(("127.0.0.1", 0))) as found:
+        port = found.getsockname()[1]
+    # what cannot be asked may be one
+    assert is_champions(replace(place, tracking_uri=f"http://127.0.0.1:{port}"), where) is True
 
 
 # through the journal
