@@ -24,6 +24,8 @@ from tasks.engine import journal as journals_module
 from tasks.engine import registry
 from tasks.engine.gate import FAILED, NO, YES
 from tasks.engine.journal import journals, synchronize, told, told_run
+from tasks.engine.output import content_of
+from tasks.engine.publication import REPORT
 from tasks.engine.registry import (
     Offer,
     champion_of,
@@ -343,6 +345,34 @@ def test_a_champions_folder_is_known(place, tmp_path, request):
         port = found.getsockname()[1]
     # what cannot be asked may be one
     assert is_champions(replace(place, tracking_uri=f"http://127.0.0.1:{port}"), where) is True
+
+
+@pytest.mark.parametrize("dies_at", ["set_registered_model_alias", "log_batch"])
+def test_a_champion_that_waited_takes_its_place_though_the_message_is_cut_short(
+    home, tmp_path, monkeypatch, dies_at
+):
+    place = place_in(home)
+    run = open_run(place, "a", "a", {}, {})
+    out, waiting = tmp_path / "out", tmp_path / "out.12345678"
+    for folder, report in ((out, "old"), (waiting, "new")):
+        folder.mkdir()
+        (folder / REPORT).write_text(report)
+    one = offered("a")
+    one = replace(one, content=content_of(one.identity, "new"))
+    one = replace(one, location=str(waiting), place=str(out))
+    strict = replace(one, limits=LIMITS | {"max_kl": 0.001})
+    assert offer(run, place, strict)["location"] == str(waiting)
+    assert (out / REPORT).read_text() == "old"
+    with monkeypatch.context() as cut:
+        cut.setattr(MlflowClient, dies_at, lambda *_, **__: (_ for _ in ()).throw(OSError("cut")))
+        with pytest.raises(OSError, match="cut"):
+            offer(run, place, one)
+    found = offer(run, place, one)
+    assert (found["champion"], found["location"]) == (True, str(out))
+    assert (out / REPORT).read_text() == "new" and not waiting.exists()
+    version = MlflowClient(place.tracking_uri).get_model_version("tiny-W4A16", "1")
+    assert version.tags["location"] == str(out)
+    assert offer(run, place, one)["location"] == str(out)
 
 
 # through the journal
