@@ -17,6 +17,7 @@ from tasks.check import Request
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun
 from tasks.engine.publication import work_identity
+from tasks.engine.registry import is_champions
 from tasks.engine.served_windows import WINDOWS, served_windows
 from tasks.engine.step import action
 from tasks.engine.store import Entry
@@ -38,12 +39,16 @@ log = logging.getLogger("blockquant")
 
 def publish_products(
     job: Job,
+    run: ToldRun,
     request: Request,
     products: Mapping[str, Product],
     report: Mapping[str, Any],
     evaluated_on: Entry,
 ) -> str | None:
-    """Publish what is asked for; where, or None for a run that only measures."""
+    """Publish what is asked for; where, or None for a run that only measures.
+
+    What would replace a champion lies beside it until the gate has decided.
+    """
     save, output = job.recipe.save, request.output
     asked = {QUANTIZED: save.save_sgl, TRANSFORMED: save.save_trans}
     entries = {folder: p.exported for folder, p in products.items() if asked[folder]}
@@ -58,10 +63,32 @@ def publish_products(
             job.recipe.serving.windows,
             job.source.config.get("max_position_embeddings"),
         )
+    replaces = save.save_sgl and job.recipe.gate.registry and output.exists()
+    waits = replaces and (run.away is not None or is_champions(run.settings, output))
     location: str = action(publish)(
-        job.store, identity, entries, report, output, request.overwrite, windows
+        job.store, identity, entries, report, output, request.overwrite, windows, waits
     )
+    if waits and location != str(output):
+        log.info("%s: waits there for the gate, as %s may be a champion", location, output)
     return location
+
+
+def settled(run: ToldRun, location: str | None, output: Path | None) -> tuple[str | None, bool]:
+    """Where a checkpoint lies once the gate has decided, and whether that is its output.
+
+    One that waits beside the output stays there where it is refused, or not decided about yet.
+    """
+    if location is None or location == str(output):
+        return location, location is not None
+    run.flush()
+    decided = run.decision
+    if decided is None:
+        log.warning("%s: waits there until MLflow answers and the gate decides", location)
+        return location, False
+    place = str(decided["location"])
+    if place != str(output):
+        log.warning("%s: stays there, and %s as it was: %s", place, output, decided["gate"])
+    return place, place == str(output)
 
 
 def serve(

@@ -12,7 +12,7 @@ from prefect import flow
 
 from configs.loading import ineffective_keys, load_recipe
 from flows.course import Course
-from flows.finishing import look, publish_products, sample, scored, serve, show, uploaded
+from flows.finishing import look, publish_products, sample, scored, serve, settled, show, uploaded
 from flows.steps import State, apply, calibration, passes
 from flows.tracked import failure_kept, open_tracked
 from tasks.check import Request, check, output_folder
@@ -30,7 +30,7 @@ from tasks.gate import offer
 from tasks.load_model import load_model
 from tasks.looks.log_looks import Looked
 from tasks.publish import QUANTIZED, TRANSFORMED, launch_line
-from tasks.register import log_measured, register
+from tasks.register import log_measured, register, served_tags
 from tasks.report import Product, make_report
 from tasks.transformed import transformed
 from tasks.verify import verify
@@ -102,9 +102,15 @@ def quantize_model(
             result["mlflow"] = told(run)
             result["gate"] = run.decision
             # the work of a sweep stays begun: the sweep, run again, finds it
-            if request.output is not None and parent is None:
+            if request.output is not None and parent is None and not _undecided(result, request):
                 end(job.store.root, request.output)
             return result
+
+
+def _undecided(result: Mapping[str, Any], request: Request) -> bool:
+    """Say whether a checkpoint waits beside its output for a gate that has not decided."""
+    at = result["checkpoint"]
+    return at not in (None, str(request.output)) and result["gate"] is None
 
 
 def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -> dict[str, Any]:
@@ -134,7 +140,7 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
     blocks = [q.entry for q in state.quantized] if job.quantizes else []
     report = make_report(job, blocks, products, sets)
     sampled = sample(job, course, products, sets["evaluation"])
-    location = publish_products(job, request, products, report, sets["evaluation"])
+    location = publish_products(job, run, request, products, report, sets["evaluation"])
     course.mark("published")
     show(job, report, blocks)
     decided = [d.entry for d in state.decided]
@@ -142,9 +148,8 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
     scores = scored(job, run, course, products)
     identity = work_identity(job, request.output)
     evaluated_on = sets["evaluation"]
-    offered = partial(
-        action(offer, name="gate"), job, run, identity, report, location, evaluated_on
-    )
+    published = (identity, report, location, evaluated_on)
+    offered = partial(action(offer, name="gate"), job, run, *published, output=request.output)
     looked = Looked(report, blocks, decided, len(job.blocks), sampled)
 
     def concluded(served: Mapping[str, Any]) -> None:
@@ -152,8 +157,11 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
         offered(served)
 
     served = serve(job, run, location, concluded)
-    copied = uploaded(run, location, request.upload)
+    # before the upload: one that fails leaves what was measured, served and decided
     concluded(served)
+    run.set_tags(served_tags(served))
+    location, in_place = settled(run, location, request.output)
+    copied = uploaded(run, location, request.upload) if in_place else None
     action(register)(run, report, location, served, log_file)
     done = "measured" if location is None else f"published {location}"
     log.info("%s: %s", done, summary(report["metrics"]))

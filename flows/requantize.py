@@ -11,7 +11,7 @@ from prefect.states import Completed
 
 from configs.loading import load_recipe
 from flows.quantize_model import quantize_model
-from tasks.changes import news
+from tasks.changes import news, waiting
 from tasks.check import Request, check, output_folder
 from tasks.engine.errors import InputError
 from tasks.engine.journal import send_kept
@@ -32,7 +32,8 @@ def requantize(
 ) -> Any:
     """Compare the published checkpoint's report with what would be made now; replace it if it must.
 
-    The old checkpoint stays until the new one takes its place by one rename.
+    The old checkpoint stays until the new one takes its place by one rename; where it is a
+    champion, until the gate lets the new one be champion, which waits beside it.
 
     Args:
         recipe: a recipe file, or the name of one that ships.
@@ -62,11 +63,15 @@ def requantize(
         loaded, model, folder, place.store, device, memory, keep_incompatible, True, upload
     )
     job, _ = check(asked, download=True)
-    reason = news(job, folder)
+    reason, found = news(job, folder), folder
+    if reason is not None and (refused := waiting(job, folder)) is not None:
+        reason, found = None, refused
     if reason is None:
-        said = f"nothing to do: {folder} is of this source, this recipe and this version"
+        said = f"nothing to do: {found} is of this source, this recipe and this version"
+        if found != folder:
+            said += f"; the gate did not let it take the place of {folder}"
         get_run_logger().info(said)
-        return Completed(name="Skipped", message=said, data={"checkpoint": str(folder)})
+        return Completed(name="Skipped", message=said, data={"checkpoint": str(found)})
     get_run_logger().info("quantizing into %s: %s", folder, reason)
     return quantize_model(
         recipe=recipe,

@@ -23,6 +23,8 @@ log = logging.getLogger("blockquant")
 
 # how often a child whose process died is begun again; it goes on from what lies in the store
 AGAIN = 2
+# in place of the reason why a child failed: its pool broke
+LOST = "its process died"
 
 Submit = Callable[[Child], PrefectFuture[Any]]
 Ended = tuple[Child, dict[str, Any] | None, str | None]
@@ -61,36 +63,58 @@ def _outcome(run: Callable[[], Any]) -> tuple[dict[str, Any] | None, str | None]
 def _in_processes(
     children: Sequence[Child], runner: Runner, place: Surroundings
 ) -> Iterator[Ended]:
-    """Run children in processes; one that dies takes the others with it, and all are begun again.
+    """Run children in processes; of one that dies, only those that ran beside it are begun again.
 
-    So often at most that a child which kills its process, for want of memory say, does not do so
-    for ever.
+    A process that dies takes its whole pool with it, and which child killed it is not known: each
+    of those that were under way goes on in a pool of its own, where nobody else can end it.
     """
-    left = list(children)
-    for attempt in range(AGAIN + 1):
+    waiting = list(children)
+    while waiting:
         lost: list[Child] = []
-        with ProcessPoolTaskRunner(max_workers=runner.at_once) as pool:
-
-            def submit(child: Child, pool: Any = pool) -> PrefectFuture[Any]:
-                return pool.submit(run_child, _arguments(child, place))
-
-            for child, future in _ended(left, submit, runner.at_once):
-                try:
-                    value, reason = future.result(), None
-                except BrokenProcessPool:
-                    lost.append(child)
-                    continue
-                except Exception as error:
-                    value, reason = _outcome(_raising(error))
+        for child, value, reason in _in_pool(waiting, runner.at_once or 1, place):
+            if reason is LOST:
+                lost.append(child)
+            else:
                 yield child, value, reason
-        if not lost:
-            return
-        left = lost
-        if attempt < AGAIN:
-            log.warning("a process died: %d children are begun again", len(lost))
-    for child in left:
-        end_lost_runs(child.name)
-        yield child, None, f"its process died {AGAIN + 1} times; is there memory enough?"
+        if lost:
+            log.warning("a process died: %d children are begun again, one by one", len(lost))
+        for child in lost:
+            yield _by_itself(child, place)
+
+
+def _by_itself(child: Child, place: Surroundings) -> Ended:
+    """Go on with a child whose process died once, at most so often that it ends."""
+    for _ in range(AGAIN):
+        ((_, value, reason),) = _in_pool([child], 1, place)
+        if reason is not LOST:
+            return child, value, reason
+    end_lost_runs(child.name)
+    return child, None, f"its process died {AGAIN + 1} times; is there memory enough?"
+
+
+def _in_pool(waiting: list[Child], workers: int, place: Surroundings) -> Iterator[Ended]:
+    """Run children out of ``waiting`` in one pool, until that breaks; LOST are those under way."""
+    under_way: dict[PrefectFuture[Any], Child] = {}
+    broken = False
+    with ProcessPoolTaskRunner(max_workers=workers) as pool:
+        while under_way or (waiting and not broken):
+            while waiting and not broken and len(under_way) < workers:
+                try:
+                    under_way[pool.submit(run_child, _arguments(waiting[0], place))] = waiting[0]
+                    waiting.pop(0)
+                except BrokenProcessPool:
+                    broken = True
+            if not under_way:
+                return
+            done = next(iter(as_completed(list(under_way))))
+            child = under_way.pop(done)
+            try:
+                value, reason = done.result(), None
+            except BrokenProcessPool:
+                value, reason, broken = None, LOST, True
+            except Exception as error:
+                value, reason = _outcome(_raising(error))
+            yield child, value, reason
 
 
 def _on_ray(children: Sequence[Child], runner: Runner, place: Surroundings) -> Iterator[Ended]:

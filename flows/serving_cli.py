@@ -113,7 +113,7 @@ def serve_check(
         arguments=arguments,
     )
     place = check_device(device)
-    known = _known_run(run)
+    known = _known_run(run, checkpoint)
     name = f"serve-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     log_file = settings().store / "logs" / name
     try:
@@ -217,11 +217,24 @@ def _require_sense(server_url: str | None, source: Path | None, speed: bool) -> 
         raise InputError("--source: needs a server of its own; give no --server-url with it")
 
 
-def _known_run(run_id: str | None) -> Any:
+def _known_run(run_id: str | None, checkpoint: Path) -> Any:
+    """The run that is told, None where none is; it must be that of the checkpoint."""
+    from tasks.engine.errors import InputError
+    from tasks.engine.registry import is_of_run
     from tasks.engine.settings import settings
     from tasks.engine.tracking import existing_run
+    from tasks.smoke_test import require_report
 
-    return None if run_id is None else existing_run(settings(), run_id)
+    if run_id is None:
+        return None
+    require_report(checkpoint)
+    run = existing_run(settings(), run_id)
+    if not is_of_run(checkpoint, run):
+        raise InputError(
+            f"--run {run_id}: published another checkpoint than {checkpoint}; give the run that "
+            "made this one"
+        )
+    return run
 
 
 def show_served(served: dict[str, Any]) -> None:
@@ -239,6 +252,9 @@ def show_served(served: dict[str, Any]) -> None:
     speeds = {
         n: served[k] for n, k in (("source", "source_speed"), ("quantized", "speed")) if k in served
     }
+    if "source_unserved" in served:
+        line = f"the source is not timed: {served['source_unserved']}"
+        out.print(line, highlight=False, soft_wrap=True, markup=False)
     if not speeds:
         return
     table = Table("", "first token, ms", "tokens/s", "first token, loaded, ms", "tokens/s, loaded")

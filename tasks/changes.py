@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.engine.job import Job
+from tasks.engine.output import waiting_beside
 from tasks.engine.publication import REPORT, begun
 from tasks.report import without_places
 
@@ -39,6 +40,13 @@ def news(job: Job, output: Path) -> str | None:
     if ignored != list(job.plan.ignored):
         return "other linears are left out"
     return None
+
+
+def waiting(job: Job, output: Path) -> Path | None:
+    """The checkpoint of the same work that the gate refused and that lies beside the output."""
+    if begun(job.store.root, output) is not None:
+        return None
+    return next((one for one in waiting_beside(output) if news(job, one) is None), None)
 
 
 def _differing(before: Any, now: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from tasks.engine.hub import fetched, is_hub_id, look_up
 from tasks.engine.job import Job
 from tasks.engine.kernel_limits import require_parallel
 from tasks.engine.memo import Memo
+from tasks.engine.output import staging_folder
 from tasks.engine.plan import require_fit, require_sizes
 from tasks.engine.prediction import Prediction, predict, sampled
 from tasks.engine.publication import REPORT, begun, published_by
@@ -30,7 +31,6 @@ from tasks.engine.store import Store
 from tasks.engine.task_list import require_tasks
 from tasks.engine.tracking import check_uri
 from tasks.engine.windows import check_section
-from tasks.publish import staging_folder
 from tasks.upload import check_upload
 
 log = logging.getLogger("blockquant")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from configs.gate_schema import Gate, usual_limits
@@ -14,7 +14,8 @@ from tasks.engine.errors import one_line
 from tasks.engine.gate import FAILED, NO, YES, Figures, Limits, Tolerances, as_values
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun
-from tasks.engine.registry import GATE, Offer
+from tasks.engine.output import content_of
+from tasks.engine.registry import DIGEST_TAG, GATE, SOURCE_TAG, Offer
 from tasks.engine.store import Entry
 from tasks.engine.windows import TOKENS
 from tasks.report import report_text
@@ -29,6 +30,7 @@ def offer(
     location: str | None,
     evaluated_on: Entry,
     served: Mapping[str, Any],
+    output: Path | None = None,
 ) -> None:
     """Tell of a published checkpoint, so that it is registered, and champion if the gate holds.
 
@@ -40,13 +42,14 @@ def offer(
         location: where it is published, None where it is not.
         evaluated_on: the evaluation's tokens.
         served: what came of serving it; after an error ``failed_serving``.
+        output: the folder whose place it takes once it is champion, if it waits beside that.
     """
     if not job.recipe.gate.registry:
         run.set_tags({GATE: "not registered: gate.registry is false"})
     elif location is None or not job.recipe.save.save_sgl:
         run.set_tags({GATE: "not registered: no quantized checkpoint is published"})
     else:
-        run.offer(offer_of(job, identity, report, location, evaluated_on, served))
+        run.offer(offer_of(job, identity, report, location, evaluated_on, served, output))
 
 
 def offer_of(
@@ -56,6 +59,7 @@ def offer_of(
     location: str,
     evaluated_on: Entry,
     served: Mapping[str, Any],
+    output: Path | None = None,
 ) -> Offer:
     """What the registry is told of a checkpoint; the arguments are those of ``offer``."""
     gate, quant = job.recipe.gate, job.steps[-1].quant
@@ -64,7 +68,7 @@ def offer_of(
     text = _evaluation(job.recipe, report, tokens)
     return Offer(
         model=gate.model_name or model_name(job.source.name, str(report["scheme"])),
-        content=hashlib.sha256(f"{identity} {report_text(report)}".encode()).hexdigest()[:32],
+        content=content_of(identity, report_text(report)),
         identity=identity,
         location=location,
         facts={
@@ -72,11 +76,14 @@ def offer_of(
             "method": str(report["method"]),
             "bytes": str(report["bytes"]),
             "source": str(report["source"]["name"]),
-            "source.digest": str(report["source"]["digest"]),
+            SOURCE_TAG: job.source.hub_id or str(job.source.path),
+            DIGEST_TAG: str(report["source"]["digest"]),
             "evaluation": text,
         },
         figures=as_values(figures_of(report, served, text, tokens)),
         limits=as_values(limits_of(gate, quant, gap)),
+        place="" if output is None or str(output) == location else str(output),
+        named=gate.model_name is not None,
     )
 
 

@@ -1,8 +1,7 @@
-"""Publish a checkpoint: the export with its report and model card, by one rename."""
+"""Publish a checkpoint: the export with its report and model card, as a whole."""
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -11,7 +10,16 @@ from typing import Any
 
 from tasks.engine.disk import writing_to
 from tasks.engine.errors import InputError
-from tasks.engine.publication import REPORT, begin, publication_key
+from tasks.engine.output import (
+    content_of,
+    held,
+    replace_folder,
+    replaced_folder,
+    restore,
+    staging_folder,
+    waiting_folder,
+)
+from tasks.engine.publication import REPORT, begin
 from tasks.engine.served_windows import WINDOWS, ServedWindows, windows_text
 from tasks.engine.serving.server import launch_command
 from tasks.engine.store import Entry, Store, checksum, link_or_copy
@@ -35,13 +43,18 @@ def publish(
     output: Path,
     overwrite: bool,
     windows: ServedWindows | None = None,
+    waits: bool = False,
 ) -> str:
     """Put exports, by their folders in it, at ``output``: it is there as a whole, or not at all.
 
     Files are hard links to the store where both lie on one disk, else copies whose checksums are
     compared. ``windows`` are to be scored by a server. A folder that holds these very bytes
     already stays: a run that was killed after publishing, or another one of the same work, put it
-    there.
+    there. A checkpoint that ``waits`` replaces no other one: it lies beside the output, named
+    after its content, until the gate lets it take that place.
+
+    Returns:
+        The folder where it lies.
 
     Raises:
         InputError: ``output`` appeared meanwhile, and it may not be overwritten.
@@ -49,33 +62,25 @@ def publish(
         DiskFullError: the output's disk has no room.
     """
     output = output.absolute()
-    with store.lock(publication_key(output)):
-        try:
-            with writing_to(output.parent):
-                return _publish(store, identity, entries, report, output, overwrite, windows)
-        except BaseException:
-            shutil.rmtree(staging_folder(output), ignore_errors=True)
-            raise
+    with writing_to(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with held(output):
+            try:
+                restore(output)
+                _make_ready(entries, report, staging_folder(output), windows)
+                return str(_put(store, identity, report, output, overwrite, waits))
+            finally:
+                shutil.rmtree(staging_folder(output), ignore_errors=True)
 
 
-def staging_folder(output: Path) -> Path:
-    """The folder in which an output is made ready, beside it."""
-    return output.with_name(f".{output.name}.blockquant-new")
-
-
-def _publish(
-    store: Store,
-    identity: str,
+def _make_ready(
     entries: Mapping[str, Entry],
     report: Mapping[str, Any],
-    output: Path,
-    overwrite: bool,
-    windows: ServedWindows | None = None,
-) -> str:
-    staging = staging_folder(output)
-    replaced = output.with_name(f".{output.name}.blockquant-old")
+    staging: Path,
+    windows: ServedWindows | None,
+) -> None:
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging.mkdir()
     for folder, entry in entries.items():
         (staging / folder).mkdir(exist_ok=True)
         for name, stored in entry.files.items():
@@ -86,19 +91,30 @@ def _publish(
     (staging / CARD).write_text(model_card(report), encoding="utf-8")
     if windows is not None:
         (staging / WINDOWS).write_text(windows_text(windows), encoding="utf-8")
+
+
+def _put(
+    store: Store,
+    identity: str,
+    report: Mapping[str, Any],
+    output: Path,
+    overwrite: bool,
+    waits: bool,
+) -> Path:
+    """Put what is ready at the output, or beside it; the folder where it lies."""
+    staging = staging_folder(output)
     if _same_files(staging, output):
-        shutil.rmtree(staging)
-        shutil.rmtree(replaced, ignore_errors=True)
-        return str(output)
-    if output.exists():
-        if not overwrite:
-            raise InputError(f"--output {output}: exists already; give another or use --overwrite")
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(output, replaced)
+        shutil.rmtree(replaced_folder(output), ignore_errors=True)
+        return output
+    if output.exists() and not overwrite:
+        raise InputError(f"--output {output}: exists already; give another or use --overwrite")
+    place = output
+    if waits and output.exists():
+        place = waiting_folder(output, content_of(identity, report_text(report)))
     begin(store.root, output, identity, str(report["source"]["digest"]))
-    os.rename(staging, output)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return str(output)
+    if not _same_files(staging, place):
+        replace_folder(staging, place)
+    return place
 
 
 def _same_files(one: Path, other: Path) -> bool:

@@ -21,11 +21,12 @@ from torch import Tensor
 from configs.serving_schema import Serving
 from tasks.engine.checkpoint import Checkpoint, open_checkpoint
 from tasks.engine.decoder import build_decoder
-from tasks.engine.errors import InputError, RunError
+from tasks.engine.errors import InputError, RunError, one_line
 from tasks.engine.export_format import Scheme
 from tasks.engine.publication import REPORT
 from tasks.engine.served_windows import ServedWindows, read_windows
 from tasks.engine.serving.client import Client
+from tasks.engine.serving.gpus import alone_on, gpus_of
 from tasks.engine.serving.server import (
     LOOPBACK,
     ServerError,
@@ -122,7 +123,8 @@ def serve_and_compare(
         ``nll``, ``measured_nll``, ``nll_gap``, ``max_nll_gap`` (nats); ``greedy_agreement``, the
         share of the server's tokens that transformers finds likeliest at their place;
         ``same_continuations`` of ``prompts``; ``windows``, ``tokens``, ``start_s``, ``sglang``,
-        ``gpu``; with ``serving.speed`` ``speed`` and ``source_speed``.
+        ``gpu``; with ``serving.speed`` ``speed`` and ``source_speed``, or ``source_unserved``:
+        why the source has none.
 
     Raises:
         NotServedError: no SGLang, no GPU, or an export that is not for SGLang.
@@ -142,9 +144,24 @@ def serve_and_compare(
     found["max_nll_gap"] = serving.max_nll_gap or largest_gap(opened)
     _require_small_gap(checkpoint, found)
     if prompts and source is not None:
-        with served(source, serving, log_file.with_suffix(".source.log")) as (client, _):
-            found["source_speed"] = speed_of(client, prompts)
+        found |= source_speed(source, serving, prompts, log_file.with_suffix(".source.log"))
     return found
+
+
+def source_speed(
+    source: Path, serving: Serving, prompts: Sequence[Sequence[int]], log_file: Path
+) -> dict[str, Any]:
+    """Time the source model; why there is no figure where it cannot be served.
+
+    What was found of the checkpoint holds without it: a source that does not fit the card is why
+    it was quantized.
+    """
+    try:
+        with served(source, serving, log_file) as (client, _):
+            return {"source_speed": speed_of(client, prompts)}
+    except RunError as error:
+        log.warning("the source is not timed: %s", error)
+        return {"source_unserved": one_line(error)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,16 +223,26 @@ def require_for_sglang(checkpoint: Path) -> Checkpoint:
         InputError: it was not published by blockquant.
         NotServedError: its report says that it is not for SGLang.
     """
+    report = require_report(checkpoint)
+    if report.get("unserved"):
+        raise NotServedError(str(report["unserved"]))
+    return open_checkpoint(checkpoint)
+
+
+def require_report(checkpoint: Path) -> dict[str, Any]:
+    """The report in a published folder.
+
+    Raises:
+        InputError: it was not published by blockquant.
+    """
     try:
-        report = json.loads((checkpoint / REPORT).read_text(encoding="utf-8"))
+        report: dict[str, Any] = json.loads((checkpoint / REPORT).read_text(encoding="utf-8"))
+        return report
     except (OSError, ValueError) as error:
         raise InputError(
             f"{checkpoint}: no {REPORT} that can be read in it; give a folder that blockquant "
             "published"
         ) from error
-    if report.get("unserved"):
-        raise NotServedError(str(report["unserved"]))
-    return open_checkpoint(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -277,18 +304,21 @@ def served(
     Raises:
         NotServedError: there is nothing to serve with.
         ServerError: the server does not start, or dies.
+        RunError: another server of ours holds the GPU for too long.
     """
     python = serving.python or sys.executable
     serves = can_serve(python)
-    _give_back_memory()
-    port = free_port()
-    client = Client(f"http://{LOOPBACK}:{port}", serving.request_timeout)
-    command = launch_command(python, checkpoint, port, serving.tensor_parallel, serving.server_args)
-    began = time.perf_counter()
-    with running_server(command, client, checkpoint, log_file, serving.start_timeout):
-        start = time.perf_counter() - began
-        log.info("SGLang %s serves %s after %.0f s", serves.sglang, checkpoint, start)
-        yield client, {"sglang": serves.sglang, "gpu": serves.gpu, "start_s": start}
+    parallel, more, limit = serving.tensor_parallel, serving.server_args, serving.start_timeout
+    with alone_on(gpus_of(parallel, more), limit):
+        _give_back_memory()
+        port = free_port()
+        client = Client(f"http://{LOOPBACK}:{port}", serving.request_timeout)
+        command = launch_command(python, checkpoint, port, parallel, more)
+        began = time.perf_counter()
+        with running_server(command, client, checkpoint, log_file, limit):
+            start = time.perf_counter() - began
+            log.info("SGLang %s serves %s after %.0f s", serves.sglang, checkpoint, start)
+            yield client, {"sglang": serves.sglang, "gpu": serves.gpu, "start_s": start}
 
 
 @contextmanager
@@ -308,6 +338,8 @@ def running(
         raise ServerError(
             f"--server-url {client.url}: serves {named}, not {checkpoint}; start it on that"
         )
+    if not here:
+        log.warning("%s serves %s: by its name alone it is %s", client.url, named, checkpoint)
     yield client, {"sglang": client.version(), "gpu": "unknown"}
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tasks.engine.serving import gpus
+
 HERE = Path(__file__).parent / "tasks" / "engine" / "serving"
 RECORDING = HERE / "sglang-0.5.15.json"
 
@@ -26,6 +28,9 @@ def recording() -> dict[str, Any]:
 @pytest.fixture
 def replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     """An interpreter that serves the recording; told what is to go wrong. Nothing of it stays."""
+
+    # a GPU that there is not, which other tests use too
+    monkeypatch.setattr(gpus, "LOCKS", tmp_path / "gpus")
 
     def interpreter(how: str = "") -> str:
         monkeypatch.setenv("REPLAY_RECORDING", str(RECORDING))

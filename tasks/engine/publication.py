@@ -15,7 +15,7 @@ from pathlib import Path
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job
 from tasks.engine.source import Source
-from tasks.engine.store import Store, write_text
+from tasks.engine.store import Store, run_lock, write_text
 
 # lies in every export: what it was made of and what was measured
 REPORT = "blockquant.json"
@@ -53,7 +53,7 @@ def alone(store: Store, output: Path | str) -> Iterator[None]:
     """
     with ExitStack() as held:
         try:
-            held.enter_context(store.lock(f"{publication_key(output)}-run", timeout_s=0))
+            held.enter_context(store.lock(run_lock(publication_key(output)), timeout_s=0))
         except TimeoutError as error:
             raise RunError(
                 f"--output {output}: another run works for it right now; wait until it ends, or "

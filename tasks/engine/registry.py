@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from tasks.engine.gate import Decision, Figures, as_values, decide, figures_of, limits_of
+from tasks.engine.gate import Decision, Figures, Reason, as_values, decide, figures_of, limits_of
+from tasks.engine.output import content_of, take_place
+from tasks.engine.publication import REPORT
 from tasks.engine.settings import Settings
-from tasks.engine.tracking import IDENTITY_TAG, UNKNOWN, Run
+from tasks.engine.tracking import IDENTITY_TAG, UNKNOWN, Run, prepared_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,6 +36,11 @@ GATE_FILE = "gate.json"
 CONTENT_TAG = "blockquant.content"
 OFFER_TAG = "blockquant.offer"
 DECIDED_TAG = "blockquant.decided"
+LOCATION_TAG = "location"
+# what two models of one name are told apart by
+SOURCE_TAG, DIGEST_TAG = "source.path", "source.digest"
+# what a server says that has no registry, or lets nobody read there
+NO_REGISTRY = ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "FEATURE_DISABLED", "PERMISSION_DENIED")
 # how long another process may take to decide
 LOCK_S = 60.0
 LONGEST_TAG = 4900
@@ -47,10 +54,12 @@ class Offer:
         model: name of the registered model.
         content: digest of what was published: the same again is the same version.
         identity: of the work that made it.
-        location: a folder, or an address of an object store.
+        location: the folder where it lies.
         facts: what else the version says of itself.
         figures: what was measured, as ``gate.Figures`` has it.
         limits: what is asked, as ``gate.Limits`` has it.
+        place: the folder whose place it takes once it is champion, empty where it has its own.
+        named: whether the recipe names the model, so that its champion may be of another source.
     """
 
     model: str
@@ -60,6 +69,8 @@ class Offer:
     facts: Mapping[str, str]
     figures: Mapping[str, Any]
     limits: Mapping[str, Any]
+    place: str = ""
+    named: bool = False
 
     @property
     def digest(self) -> str:
@@ -73,7 +84,8 @@ def offer(run: Run, settings: Settings, offered: Offer) -> dict[str, Any]:
     Runs that share a store decide one after another.
 
     Returns:
-        ``model``, ``version``, ``champion`` (whether it is now), ``gate`` (in a line), ``reasons``.
+        ``model``, ``version``, ``champion`` (whether it is now), ``location`` (where it lies now),
+        ``gate`` (in a line), ``reasons``.
     """
     lock = settings.store / "journal" / "registry.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -82,35 +94,41 @@ def offer(run: Run, settings: Settings, offered: Offer) -> dict[str, Any]:
 
 
 def _offer(run: Run, client: MlflowClient, offered: Offer) -> dict[str, Any]:
-    version = _version(run, client, offered)
-    number = str(version.version)
+    known = _known(client, offered)
     champion = champion_of(client, offered.model)
     mark = f"{run.id} {offered.digest}"
-    if version.tags.get(DECIDED_TAG) == mark:
+    if known is not None and known.tags.get(DECIDED_TAG) == mark:
         # sent again after its answer was lost
-        return _kept(version, champion)
-    is_champion = champion is not None and str(champion.version) == number
-    compared = None if is_champion else champion
-    decision = _decision(offered, compared, is_champion)
+        return _kept(known, champion)
+    is_champion = known is not None and _are_one(known, champion)
+    other = None if is_champion else champion
+    decision = _decision(offered, other, is_champion)
+    if decision.accepted or is_champion:
+        offered = _in_place(offered)
+    # after the move: where a version's files are is said once and for all
+    version = known or _registered(run, client, offered)
+    number = str(version.version)
     found: dict[str, Any] = {
         "model": offered.model,
         "version": number,
         "champion": decision.accepted,
+        LOCATION_TAG: offered.location,
         GATE: decision.summary,
         "reasons": [asdict(reason) for reason in decision.reasons],
     }
     if decision.accepted:
         client.set_registered_model_alias(offered.model, CHAMPION, number)
+        if other is not None and other.tags.get(LOCATION_TAG) == offered.location:
+            _tag(client, other, {LOCATION_TAG: f"replaced by version {number}"})
     elif is_champion:
         found["champion"] = True
         log.warning("%s version %s stays champion until another is", offered.model, number)
-    known = {
+    known_of_it = {
         "limits": offered.limits,
         "figures": offered.figures,
-        "location": offered.location,
-        "compared_with": None if compared is None else _described(compared),
+        "compared_with": None if other is None else _described(other),
     }
-    run.log_json({**found, **known}, GATE_FILE)
+    run.log_json({**found, **known_of_it}, GATE_FILE)
     run.set_tags({GATE: decision.summary, "model.name": offered.model, "model.version": number})
     # last: a process that dies before it decides again
     _tag(
@@ -128,6 +146,20 @@ def _offer(run: Run, client: MlflowClient, offered: Offer) -> dict[str, Any]:
     return found
 
 
+def _in_place(offered: Offer) -> Offer:
+    """Let a champion that waited beside its output take that place, where it lies here."""
+    if not offered.place:
+        return offered
+    try:
+        moved = take_place(
+            Path(offered.location), Path(offered.place), offered.identity, offered.content
+        )
+    except OSError as error:
+        log.warning("%s stays where it is: %s", offered.location, error)
+        return offered
+    return replace(offered, location=offered.place, place="") if moved else offered
+
+
 def _say(found: Mapping[str, Any]) -> None:
     log.info("%s version %s: %s", found["model"], found["version"], found[GATE])
     for reason in found["reasons"]:
@@ -140,7 +172,28 @@ def _decision(offered: Offer, champion: ModelVersion | None, is_champion: bool) 
         return decide(figures, limits, alone="it is the champion already")
     if champion is None:
         return decide(figures, limits)
-    return decide(figures, limits, _figures(champion), f"champion version {champion.version}")
+    against = f"champion version {champion.version}"
+    if _is_of_another(offered, champion):
+        alone = decide(figures, limits, alone=f"{against} is not compared with")
+        source = champion.tags[SOURCE_TAG]
+        line = f"{against} is of another model of this name ({source}); set gate.model_name"
+        return Decision(False, (*alone.reasons, Reason(False, line)))
+    return decide(figures, limits, _figures(champion), against)
+
+
+def _is_of_another(offered: Offer, champion: ModelVersion) -> bool:
+    """Say whether a champion's source is another model: other weights of another place.
+
+    New weights of the same place are the model's next state, and the same ones may have moved.
+    """
+    tags = (SOURCE_TAG, DIGEST_TAG)
+    if offered.named or any(tag not in champion.tags for tag in tags):
+        return False
+    return all(champion.tags[tag] != offered.facts.get(tag) for tag in tags)
+
+
+def _are_one(version: ModelVersion, other: ModelVersion | None) -> bool:
+    return other is not None and str(other.version) == str(version.version)
 
 
 def _figures(version: ModelVersion) -> Figures:
@@ -159,7 +212,8 @@ def _kept(version: ModelVersion, champion: ModelVersion | None) -> dict[str, Any
     return {
         "model": version.name,
         "version": str(version.version),
-        "champion": champion is not None and str(champion.version) == str(version.version),
+        "champion": _are_one(version, champion),
+        LOCATION_TAG: version.tags.get(LOCATION_TAG, ""),
         GATE: version.tags[GATE],
         "reasons": [],
     }
@@ -170,7 +224,7 @@ def _tags(offered: Offer) -> dict[str, str]:
     return {
         IDENTITY_TAG: offered.identity,
         CONTENT_TAG: offered.content,
-        "location": offered.location,
+        LOCATION_TAG: offered.location,
         **{name: repr(value) for name, value in numbers.items()},
         "served": str(offered.figures["served"]),
         "served.reason": str(offered.figures["served_reason"]),
@@ -178,8 +232,14 @@ def _tags(offered: Offer) -> dict[str, str]:
     }
 
 
-def _version(run: Run, client: MlflowClient, offered: Offer) -> ModelVersion:
-    """The version of this very checkpoint, registered now if it is not yet."""
+def _known(client: MlflowClient, offered: Offer) -> ModelVersion | None:
+    """The version of this very checkpoint, None where it is not registered."""
+    asked = f"name = '{_quoted(offered.model)}' and tags.`{CONTENT_TAG}` = '{offered.content}'"
+    known = client.search_model_versions(asked, max_results=1)
+    return known[0] if known else None
+
+
+def _registered(run: Run, client: MlflowClient, offered: Offer) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -187,10 +247,6 @@ def _version(run: Run, client: MlflowClient, offered: Offer) -> ModelVersion:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    asked = f"name = '{_quoted(offered.model)}' and tags.`{CONTENT_TAG}` = '{offered.content}'"
-    known = client.search_model_versions(asked, max_results=1)
-    if known:
-        return known[0]
     return client.create_model_version(
         offered.model,
         source=_source(run, offered.location),
@@ -216,6 +272,11 @@ def _quoted(text: str) -> str:
     return text.replace("'", "''")
 
 
+def _as_text(text: str) -> str:
+    """A text in a filter of tags, where MLflow takes either quotes and no escapes."""
+    return f'"{text}"' if "'" in text else f"'{text}'"
+
+
 def champion_of(client: MlflowClient, model: str) -> ModelVersion | None:
     """The version that is champion, None where there is none."""
     from mlflow.exceptions import MlflowException
@@ -227,6 +288,22 @@ def champion_of(client: MlflowClient, model: str) -> ModelVersion | None:
         if error.error_code in UNKNOWN:
             return None
         raise
+
+
+def is_champions(settings: Settings, folder: Path) -> bool:
+    """Say whether a folder is where a champion lies, as its version has it.
+
+    True where the server does not answer: what is not known to be no champion's is kept.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = prepared_client(settings)
+        at = client.search_model_versions(f"tags.`{LOCATION_TAG}` = {_as_text(str(folder))}")
+        found = [champion_of(client, name) for name in {version.name for version in at}]
+    except MlflowException as error:
+        return error.error_code not in NO_REGISTRY
+    return any(one is not None and one.tags.get(LOCATION_TAG) == str(folder) for one in found)
 
 
 def champions(client: MlflowClient) -> list[dict[str, Any]]:
@@ -249,7 +326,7 @@ def _champion(version: ModelVersion) -> dict[str, Any]:
     return {
         "model": version.name,
         "version": str(version.version),
-        "location": version.tags.get("location", version.source),
+        LOCATION_TAG: version.tags.get(LOCATION_TAG, version.source),
         "scheme": version.tags.get("scheme"),
         "served": version.tags.get("served"),
         "nll_increase": figures.nll_increase,
@@ -258,6 +335,35 @@ def _champion(version: ModelVersion) -> dict[str, Any]:
         GATE: version.tags.get(GATE),
         "run": version.tags.get("run", version.run_id),
     }
+
+
+def version_of(run: Run) -> ModelVersion | None:
+    """The version that a run registered, None where it registered none.
+
+    Raises:
+        MlflowException: the server does not answer.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = run.client()
+    tags = client.get_run(run.id).data.tags
+    try:
+        return client.get_model_version(tags["model.name"], tags["model.version"])
+    except KeyError:
+        return None
+    except MlflowException as error:
+        if error.error_code in UNKNOWN:
+            return None
+        raise
+
+
+def is_of_run(folder: Path, run: Run) -> bool:
+    """Say whether a folder holds the checkpoint that a run registered; True where it has none."""
+    version = version_of(run)
+    if version is None or CONTENT_TAG not in version.tags:
+        return True
+    report = (folder / REPORT).read_text(encoding="utf-8")
+    return content_of(version.tags[IDENTITY_TAG], report) == version.tags[CONTENT_TAG]
 
 
 def served_later(run: Run, settings: Settings, served: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -271,19 +377,13 @@ def served_later(run: Run, settings: Settings, served: Mapping[str, Any]) -> dic
     Raises:
         MlflowException: the server does not answer.
     """
-    from mlflow.exceptions import MlflowException
-
-    client = run.client()
-    tags = client.get_run(run.id).data.tags
+    version = version_of(run)
     try:
-        version = client.get_model_version(tags["model.name"], tags["model.version"])
-        kept = Offer(**json.loads(version.tags[OFFER_TAG]))
+        kept = None if version is None else Offer(**json.loads(version.tags[OFFER_TAG]))
     except (KeyError, ValueError, TypeError):
         return None
-    except MlflowException as error:
-        if error.error_code in UNKNOWN:
-            return None
-        raise
+    if kept is None:
+        return None
     return offer(run, settings, replace(kept, figures={**kept.figures, **served}))
 
 

@@ -196,8 +196,8 @@ class Store:
     def collect(self, older_than_s: float) -> tuple[int, int]:
         """Remove what is older than some seconds, and what dead processes left behind.
 
-        Entries, remembered digests and logs have an age; the locks of what is gone go too. What
-        another process is using stays.
+        Entries, remembered digests, logs and records of publications that were not ended have an
+        age; the locks of what is gone go too. What another process is using stays.
 
         Returns:
             How many entries were removed, and the bytes they held.
@@ -210,9 +210,13 @@ class Store:
                 self.remove(entry.key)
                 removed, freed = removed + 1, freed + entry.size
         self._collect_leftovers()
-        for file in [*(self.root / "digests").glob("*"), *(self.root / "logs").glob("*")]:
-            if time.time() - file.stat().st_mtime >= older_than_s:
-                file.unlink(missing_ok=True)
+        for place in [*(self.root / "digests").glob("*"), *(self.root / "logs").glob("*")]:
+            if _age_s(place) >= older_than_s:
+                _remove(place)
+        for record in (self.root / "publishing").glob("*"):
+            with contextlib.suppress(Timeout), FileLock(self._lock_file(run_lock(record.name)), 0):
+                if _age_s(record) >= older_than_s:
+                    record.unlink(missing_ok=True)
         self._collect_records({entry.key for entry in self.entries()})
         return removed, freed
 
@@ -230,7 +234,9 @@ class Store:
         for record in (self.root / "prefect").glob("*"):
             if record.name not in kept:
                 record.unlink(missing_ok=True)
-        for lock in (self.root / "locks").glob("*"):
+        # of journals, those that have something to tell keep theirs
+        told = [p for p in (self.root / "journal").glob("*.lock") if not _tells(p)]
+        for lock in [*(self.root / "locks").glob("*"), *told]:
             if lock.stem not in kept:
                 # whoever waits for a lock whose file is gone takes a new one: filelock sees to it
                 with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
@@ -240,6 +246,31 @@ class Store:
         path = self.root / "locks" / f"{key}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def run_lock(record: str) -> str:
+    """Name of the lock that a run holds which may publish what a record is of."""
+    return f"{record}-run"
+
+
+def _tells(lock: Path) -> bool:
+    return lock.with_suffix(".sqlite").exists()
+
+
+def _age_s(place: Path) -> float:
+    """Seconds since a file changed, or the newest one in a folder; 0 for what is gone."""
+    try:
+        changed = [path.stat().st_mtime for path in [place, *place.rglob("*")]]
+    except FileNotFoundError:
+        return 0.0
+    return time.time() - max(changed)
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
 
 
 def link_or_copy(source: Path, target: Path) -> Path:

@@ -18,10 +18,10 @@ FAST = ("--set", "serving.smoke_test=false", "--set", "eval.windows=2", "--set",
 def quantized(here, services, home, tmp_path):
     """Run the flow on the demo model."""
 
-    def run(output: str, *overrides: str):
+    def run(output: str, *overrides: str, more: tuple[str, ...] = ()):
         given = [part for override in overrides for part in ("--set", override)]
         place = ("--model", DEMO_MODEL, "--output", tmp_path / output, "--overwrite")
-        return here("quantize", "rtn_w4a16", *place, *FAST, *given, "--json")
+        return here("quantize", "rtn_w4a16", *place, *FAST, *given, *more, "--json")
 
     return run
 
@@ -71,3 +71,105 @@ def test_a_run_registers_its_checkpoint_and_the_gate_decides(quantized, here, ho
     assert (one["version"], one["run"]) == ("1", again.json["mlflow"]["run"])
     nothing = here("champion", "other")
     assert nothing.status == 2 and "other: no registered model of that name" in nothing.err
+
+
+def client_and(home: Path, model: str = MODEL):
+    client = client_of(home)
+    return client, client.get_model_version_by_alias(model, "champion")
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_refused_checkpoint_does_not_replace_the_champions_folder(
+    quantized, here, home, tmp_path
+):
+    loose = ("gate.max_nll_increase=9", "gate.max_kl=9", "gate.min_top1_agreement=0")
+    out, kept = tmp_path / "out", tmp_path / "uploaded"
+    assert quantized("out", *loose).json["gate"]["champion"] is True
+    champion = contents_of(out)
+
+    worse = ("quant.weight.group_size=64", "gate.max_kl=0")
+    upload = ("--upload", f"file://{kept}")
+    refused = quantized("out", *worse, more=upload)
+    assert refused.status == 0, refused.err
+    assert refused.json["gate"]["champion"] is False
+    # it is beside the output, and what is champion is where its version says
+    waiting = Path(refused.json["checkpoint"])
+    assert waiting.parent == tmp_path and waiting.name.startswith("out.")
+    assert refused.json["gate"]["location"] == str(waiting)
+    assert f"{waiting}: stays there, and {out} as it was: refused" in " ".join(refused.err.split())
+    assert contents_of(out) == champion and "blockquant.json" in contents_of(waiting)
+    client, version = client_and(home)
+    assert (str(version.version), version.tags["location"]) == ("1", str(out))
+    second = client.get_model_version(MODEL, "2")
+    assert (second.tags["location"], second.source) == (str(waiting), waiting.as_uri())
+    # nor does it replace what was uploaded
+    assert refused.json["uploaded"] is None and not kept.exists()
+    # the very same again changes nothing
+    assert quantized("out", *worse).json["checkpoint"] == str(waiting)
+    assert contents_of(out) == champion
+
+    # once the gate accepts it, it takes the place, and is uploaded
+    tolerant = [f"gate.against_champion.{name}=9" for name in ("kl", "nll_increase")]
+    tolerant.append("gate.against_champion.top1_agreement=1")
+    accepted = quantized("out", worse[0], *loose, *tolerant, more=upload)
+    assert accepted.status == 0, accepted.err
+    assert accepted.json["checkpoint"] == str(out) == accepted.json["gate"]["location"]
+    assert contents_of(out) != champion and not waiting.exists()
+    client, version = client_and(home)
+    assert (str(version.version), version.tags["location"]) == ("2", str(out))
+    assert client.get_model_version(MODEL, "1").tags["location"] == "replaced by version 2"
+    (shown,) = here("champion", "--json").json["champions"]
+    assert (shown["version"], shown["location"]) == ("2", str(out))
+    assert set(contents_of(kept)) == {*contents_of(out), "blockquant-upload.json"}
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))} == {
+        "out"
+    }
+
+
+def test_without_a_registry_an_output_is_replaced_as_ever(quantized, home, tmp_path):
+    assert quantized("out").status == 0
+    again = quantized("out", "quant.weight.group_size=64", "gate.registry=false")
+    assert again.status == 0, again.err
+    assert again.json["checkpoint"] == str(tmp_path / "out")
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_the_nightly_keeps_a_champion_and_does_not_make_a_refused_one_again(
+    services, home, tmp_path, demo_model
+):
+    from flows.requantize import requantize
+
+    fast = [word for word in FAST if word != "--set"]
+    loose = ["gate.max_nll_increase=9", "gate.max_kl=9", "gate.min_top1_agreement=0"]
+    given = {"recipe": "rtn_w4a16", "model": str(demo_model), "output": str(tmp_path / "out")}
+    first = requantize(**given, overrides=[*fast, *loose])
+    assert first["gate"]["champion"] is True
+    champion = contents_of(tmp_path / "out")
+    changed = [*fast, "quant.weight.group_size=64", "gate.max_kl=0"]
+    refused = requantize(**given, overrides=changed)
+    assert refused["gate"]["champion"] is False
+    assert contents_of(tmp_path / "out") == champion
+    state = requantize(**given, overrides=changed, return_state=True)
+    assert state.name == "Skipped" and state.result()["checkpoint"] == refused["checkpoint"]
+    assert "the gate did not let it take the place of" in state.message
+
+
+def test_an_upload_that_fails_leaves_the_decision(quantized, home, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    failed = quantized("out", more=("--upload", f"file://{tmp_path}/file/place"))
+    assert failed.status == 1 and "--upload" in failed.err
+    client = client_of(home)
+    (version,) = client.search_model_versions(f"name = '{MODEL}'")
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FAILED" and "--upload" in run.data.tags["failure"]
+    assert run.data.tags["gate"] == version.tags["gate"]
+    assert run.data.tags["served"] == version.tags["served"] == "no"
+    assert version.tags["location"] == str(tmp_path / "out")
+    assert "report.html" in {file.path for file in client.list_artifacts(version.run_id)}
+    (tmp_path / "file").unlink()
+    done = quantized("out", more=("--upload", f"file://{tmp_path}/file/place"))
+    assert done.status == 0, done.err
+    assert done.json["uploaded"]["sent"] > 0 and done.json["gate"]["version"] == "1"

@@ -160,7 +160,7 @@ def test_serve_check_that_fails_says_why_in_a_line(here, home, recorded_checkpoi
     assert f"no SGLang in {sys.executable}; let serving.python" in outcome.err
 
 
-def test_serve_check_tells_a_run(quantized, here, replayed, recorded_checkpoint, home):
+def test_serve_check_tells_a_run(quantized, here, replayed, recorded_checkpoint, home, tmp_path):
     run_id = quantized("--set", "serving.smoke_test=false").json["mlflow"]["run"]
     bound = ("--max-nll-gap", "0.05", "--run", run_id)
     outcome = here("serve-check", recorded_checkpoint, "--python", replayed(), *bound, "--json")
@@ -180,6 +180,14 @@ def test_serve_check_tells_a_run(quantized, here, replayed, recorded_checkpoint,
     assert version_of(client, run).tags["served"] == "failed"
     logs = [file.path for file in client.list_artifacts(run_id) if file.path.startswith("serve-")]
     assert len(logs) == 2
+    # a run is told of its own checkpoint only
+    other = shutil.copytree(recorded_checkpoint, tmp_path / "other")
+    report = json.loads((other / "blockquant.json").read_text())
+    (other / "blockquant.json").write_text(json.dumps(report | {"bytes": 1}))
+    refused = here("serve-check", other, "--python", replayed(), *bound)
+    assert refused.status == 2
+    assert f"--run {run_id}: published another checkpoint than {other}; give" in refused.err
+    assert newest_run(home)[1].data.tags["served"] == "failed"
     said = "--run 0123: the tracking server has no such run"
     assert said in here("serve-check", recorded_checkpoint, "--run", "0123").err
 

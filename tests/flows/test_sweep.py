@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect import flow
 
 from configs.sweep_schema import load_sweep
+from flows import run_children
 from flows.child_run import Surroundings, surrounded
-from flows.children import check_children, expand
+from flows.children import Child, check_children, expand
 from flows.runner import Runner, check_runner
 from tasks.engine.errors import InputError
 from tests.conftest import Outcome
+from tests.flows import dying
 from tests.flows.conftest import tree
 
 Here = Callable[..., Outcome]
@@ -214,3 +218,30 @@ def test_a_child_that_died_is_kept_as_failed(home: Path) -> None:
 
     found = MlflowClient(place.tracking_uri).get_run(known)
     assert (found.info.status, found.data.tags["failure"]) == ("FAILED", "its worker died")
+
+
+@pytest.mark.ops
+@pytest.mark.timeout(600)
+def test_a_child_that_kills_its_process_stops_no_other_one(
+    services: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(run_children, "run_child", dying.child)
+    monkeypatch.setattr(run_children, "end_lost_runs", ended.append)
+    # each pool takes seconds to begin
+    monkeypatch.setattr(run_children, "AGAIN", 1)
+
+    @flow
+    def all_of(*names: str) -> dict[str, Any]:
+        children = [Child(name, "m", "r", (), {}) for name in names]
+        place = Surroundings(str(tmp_path), str(tmp_path))
+        ran = run_children.run_children(children, Runner("local", at_once=2), place)
+        return {child.name: value or reason for child, value, reason in ran}
+
+    found = all_of("killer", "a", "b", "c")
+    died = "its process died 2 times; is there memory enough?"
+    assert found == {"killer": died, **{name: {"ran": name} for name in "abc"}}
+    assert ended == ["killer"]
+    ran = Counter((tmp_path / "ran").read_text().split())
+    # of the others, only the one beside it was begun again
+    assert ran["killer"] == 2 and sum(ran.values()) <= 2 + 3 + 1

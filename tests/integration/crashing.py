@@ -269,16 +269,25 @@ def _wrap_publish(recorder: Recorder) -> None:
     import flows.finishing as finishing
     import flows.quantize_model as flow
     import flows.steps as steps
+    import tasks.engine.output as places
     import tasks.publish as publishing
 
-    rmtree = publishing.shutil.rmtree
+    rmtree, exchange = publishing.shutil.rmtree, places.exchange
 
     def removed(path: Path, **kwargs: Any) -> None:
         rmtree(path, **kwargs)
         recorder.at(f"{_move_name(path)} removed")
 
+    def exchanged(one: Path, other: Path) -> bool:
+        recorder.at(f"before exchange with {_move_name(other)}")
+        done = exchange(one, other)
+        recorder.at(f"exchanged with {_move_name(other)}")
+        return done
+
     publishing.shutil = Stand(publishing.shutil, rmtree=removed)  # type: ignore[assignment]
-    publishing.os = _moves(recorder, publishing.os)  # type: ignore[assignment]
+    places.shutil = publishing.shutil  # type: ignore[assignment]
+    places.os = _moves(recorder, places.os)  # type: ignore[assignment]
+    places.exchange = exchanged
     acting = {
         flow: ("check", "open_tracked", "log_measured", "offer", "register"),
         finishing: ("publish",),

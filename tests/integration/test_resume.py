@@ -148,6 +148,7 @@ def test_one_kill_of_each_kind(w8a8: Case) -> None:
         "publish: blockquant.json torn",
         "publish: before rename to out",
         "publish: .out.blockquant-old removed",
+        "publish: ends",
         "log_measured: log_points told",
         "offer: offer told",
         "register: finish told",
@@ -186,8 +187,8 @@ def test_searches_killed_at_every_task_boundary(searched: Case) -> None:
 
 def test_kills_while_an_older_output_is_replaced(w8a8: Case) -> None:
     points = (
-        "publish: before rename to .out.blockquant-old",
-        "publish: before rename to out",
+        "publish: before exchange with out",
+        "publish: exchanged with out",
         "publish: ends",
     )
     kill_each(w8a8, points, "overwrite", old=True, overwrite=True)

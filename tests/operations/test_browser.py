@@ -20,6 +20,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from tests.conftest import skip_or_fail
 from tests.models import DEMO_MODEL, make_text
 from tests.operations.services import ROOT, Up, brought_up
 
@@ -60,7 +61,7 @@ class Ran:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     """A searched recipe on the demo model, through servers that ``make up`` starts."""
     if BROWSER is None or DRIVER is None:
-        pytest.skip("no Chromium here; make ops-packages installs Debian's")
+        skip_or_fail("no Chromium here; make ops-packages installs Debian's")
     folder = tmp_path_factory.mktemp("seen")
     text = make_text(folder / "words.txt", words=3000)
     given = [word for each in OVERRIDES for word in ("--set", each.format(text=text))]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Cli
+from tests.conftest import Cli, skip_or_fail
 from tests.integration.resuming import assert_tracked, contents
 
 pytestmark = [pytest.mark.ops, pytest.mark.usefixtures("services")]
@@ -26,7 +26,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", folder], capture_output=True
     )
     if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+        skip_or_fail(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
     try:
         yield folder
     finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from tasks.upload import MANIFEST
 from tests.integration.resuming import contents
 from tests.models import make_checkpoint, make_text
 from tests.operations.postgres import PASSWORD, postgres
-from tests.operations.services import Up, brought_up
+from tests.operations.services import Up, brought_up, eventually
 from tests.operations.test_deployments import RECIPE
 
 pytestmark = [pytest.mark.ops, pytest.mark.timeout(600)]
@@ -89,9 +91,39 @@ def four(up: Up, bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> list[
         for seed in range(RUNS)
     ]
     runs = [up.submit("quantize/quantize", parameters) for parameters in asked]
-    states = [up.ended(run)["state"] for run in runs]
+    ended = [up.ended(run) for run in runs]
+    states = [run["state"] for run in ended]
     assert [state["type"] for state in states] == ["COMPLETED"] * RUNS, states
+    assert_at_once(up, ended)
     return asked
+
+
+def assert_at_once(up: Up, ended: list[dict[str, Any]]) -> None:
+    """Both workers took runs, and runs of both were under way at one time."""
+    workers = {worker_of(up, run) for run in ended}
+    assert len(workers) == 2, workers
+    times = [
+        (datetime.fromisoformat(run["start_time"]), datetime.fromisoformat(run["end_time"]))
+        for run in ended
+    ]
+    overlapping = [
+        (one, other)
+        for one, other in combinations(range(len(ended)), 2)
+        if max(times[one][0], times[other][0]) < min(times[one][1], times[other][1])
+        and worker_of(up, ended[one]) != worker_of(up, ended[other])
+    ]
+    assert overlapping, times
+
+
+def worker_of(up: Up, run: dict[str, Any]) -> str:
+    """Name of the worker that took a run, as the run's log says."""
+
+    def named() -> str | None:
+        said = [line for line in up.log(run["id"]) if line.startswith("Worker '")]
+        return said[0].split("'")[1] if said else None
+
+    # logs are sent in batches, some after the run's end
+    return eventually(named, "the worker of a run", 60)
 
 
 def test_four_checkpoints_are_right(up: Up, four: list[dict[str, str]], tmp_path: Path) -> None:

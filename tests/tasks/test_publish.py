@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import tasks.engine.output as places
 import tasks.engine.store as store_module
 from tasks.engine.errors import InputError
 from tasks.engine.publication import REPORT as REPORT_FILE
@@ -137,8 +139,31 @@ def test_a_folder_is_replaced_where_that_is_asked(put: Callable[..., str], outpu
     assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
-def test_an_old_folder_is_there_until_the_new_one_is(
+def test_an_old_folder_is_exchanged_for_the_new_one_at_once(
     put: Callable[..., str], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put()
+    old = contents(output)
+    swap = places.exchange
+
+    def watch(new: Path, place: Path) -> bool:
+        assert place == output and contents(output) == old
+        done = swap(new, place)
+        assert contents(new) == old and contents(output)["blockquant.json"] != old
+        return done
+
+    def never(source: Path, target: Path) -> None:
+        raise AssertionError("the output would not be there for a moment")
+
+    monkeypatch.setattr(places, "exchange", watch)
+    monkeypatch.setattr(os, "rename", never)
+    put(overwrite=True, bytes=2)
+    assert json.loads((output / "blockquant.json").read_text())["bytes"] == 2
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_without_an_exchange_the_old_folder_comes_back_after_a_kill(
+    put: Callable[..., str], output: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put()
     old = contents(output)
@@ -149,13 +174,71 @@ def test_an_old_folder_is_there_until_the_new_one_is(
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", die)
-    with pytest.raises(KeyboardInterrupt):
-        put(overwrite=True, bytes=2)
-    monkeypatch.undo()
-    (kept,) = [p for p in output.parent.iterdir() if p.name.endswith("-old")]
-    assert contents(kept) == old
-    put(bytes=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(places, "exchange", lambda one, other: False)
+        patch.setattr(os, "rename", die)
+        with pytest.raises(KeyboardInterrupt):
+            put(overwrite=True, bytes=2)
+        assert not output.exists()
+    # whoever publishes next finds it again, even one that may not replace it
+    with pytest.raises(InputError, match="exists already"):
+        put(bytes=3)
+    assert contents(output) == old
+    monkeypatch.setattr(places, "exchange", lambda one, other: False)
+    put(overwrite=True, bytes=2)
+    assert json.loads((output / "blockquant.json").read_text())["bytes"] == 2
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_a_system_that_cannot_exchange_says_so(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    assert places.exchange(tmp_path / "one", tmp_path / "other") is True
+    with pytest.raises(FileNotFoundError):
+        places.exchange(tmp_path / "one", tmp_path / "nowhere")
+
+
+def test_one_that_waits_lies_beside_the_output_until_it_takes_that_place(
+    store: Store, entry: Entry, output: Path
+) -> None:
+    def wait(**changes: Any) -> Path:
+        report = REPORT | changes
+        given = (store, "work", {".": entry}, report, output, True)
+        return Path(publish(*given, waits=True))
+
+    # nothing is there to be kept
+    assert wait() == output
+    old = contents(output)
+    waiting = wait(bytes=2)
+    content = places.content_of("work", (waiting / REPORT_FILE).read_text("utf-8"))
+    assert waiting == output.with_name(f"out.{content[:8]}")
+    assert contents(output) == old and wait(bytes=2) == waiting
+    assert places.waiting_beside(output) == [waiting]
+    # what lies at the output already need not wait
+    assert wait() == output
+    new = contents(waiting)
+    assert not places.take_place(waiting, output, "work", "of another machine")
+    assert places.take_place(waiting, output, "work", content)
+    assert contents(output) == new and places.waiting_beside(output) == []
+    # said again, also where a kill left what was replaced
+    shutil.copytree(output, waiting)
+    (waiting / REPORT_FILE).write_bytes(old["blockquant.json"])
+    assert places.take_place(waiting, output, "work", content)
+    assert contents(output) == new
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_whoever_publishes_at_an_output_waits_for_another_whatever_its_store(
+    put: Callable[..., str], output: Path
+) -> None:
+    output.parent.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with places.held(output):
+            waits = pool.submit(put)
+            with pytest.raises(TimeoutError):
+                waits.result(1.0)
+            assert not places.staging_folder(output).exists()
+        assert waits.result(10) == str(output)
     assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from tasks.engine.checkpoint import open_checkpoint
 from tasks.engine.errors import InputError, RunError
 from tasks.engine.publication import REPORT
 from tasks.engine.served_windows import WINDOWS, read_windows
+from tasks.engine.serving import gpus
 from tasks.engine.serving.client import AnswerError, Client
 from tasks.engine.serving.server import ServerError, free_port, launch_command, running_server
 from tasks.smoke_test import (
@@ -113,6 +115,51 @@ def test_its_speed_is_measured_where_that_is_asked(recorded_checkpoint, replayed
     assert found["speed"]["at_once"] == speed.AT_ONCE
     assert found["speed"]["new_tokens"] == 4
     assert "source_speed" not in found
+
+
+def test_a_source_that_does_not_fit_leaves_the_figures_of_the_checkpoint(
+    recorded_checkpoint, replayed, log, monkeypatch, tmp_path
+):
+    from tasks.engine.serving import speed
+
+    monkeypatch.setattr(speed.measure_speed, "__defaults__", (4,))
+    # a stand-in that ends where it is to serve another folder than the recorded one
+    source, python = tmp_path / "source", Path(replayed())
+    script = python.read_text().replace(
+        "exec ",
+        f'case "$*" in *{source}*) '
+        'echo "torch.OutOfMemoryError: CUDA out of memory" >&2; exit 1;; esac\nexec ',
+    )
+    python.write_text(script)
+    serving = Serving(python=str(python), max_nll_gap=GAP, speed=True)
+    found = serve_and_compare(recorded_checkpoint, serving, "cpu", log, source)
+    assert found["served"] is True and found["speed"]["tokens_per_s"] > 0
+    assert "source_speed" not in found
+    assert "CUDA out of memory" in found["source_unserved"]
+
+
+def test_two_servers_on_one_gpu_run_one_after_the_other(
+    recorded_checkpoint, replayed, log, monkeypatch
+):
+    python = replayed()
+    with gpus.alone_on(["0"], 1.0):
+        said = rf"GPU 0: process {os.getpid()} still serves on it after 1 s \(serving.start_timeout"
+        with pytest.raises(RunError, match=said):
+            check(recorded_checkpoint, python, log, start_timeout=1)
+        assert not log.exists()
+        # another GPU is free
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+        assert check(recorded_checkpoint, python, log)["served"] is True
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert check(recorded_checkpoint, python, log)["served"] is True
+
+
+def test_which_gpus_a_server_takes(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus.gpus_of(2) == ["0", "1"]
+    assert gpus.gpus_of(1, ["--dtype", "half", "--base-gpu-id", "3"]) == ["3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a1,GPU-b2, 7")
+    assert gpus.gpus_of(2, ["--base-gpu-id=1"]) == ["GPU-b2", "7"]
 
 
 def test_a_running_server_is_asked_instead(recorded_checkpoint, replayed, log, tmp_path):

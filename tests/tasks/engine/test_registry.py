@@ -24,7 +24,16 @@ from tasks.engine import registry
 from tasks.engine.gate import FAILED, NO, YES
 from tasks.engine.journal import synchronize, told, told_run
 from tasks.engine.messages import journals
-from tasks.engine.registry import Offer, champion_of, champions, offer, served_later
+from tasks.engine.output import content_of
+from tasks.engine.publication import REPORT
+from tasks.engine.registry import (
+    Offer,
+    champion_of,
+    champions,
+    is_champions,
+    offer,
+    served_later,
+)
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import open_run
 
@@ -312,6 +321,72 @@ def test_a_lost_connection_is_not_a_run_without_a_version(home, monkeypatch):
     monkeypatch.setattr(MlflowClient, "get_model_version", lost)
     with pytest.raises(MlflowException, match="connection refused"):
         served_later(run, place, served)
+
+
+def test_two_models_of_one_name_are_not_compared(place, request):
+    model = f"named-{request.node.name}"
+
+    def made(content: str, path: str, digest: str, **more):
+        facts = {"source.path": path, "source.digest": digest}
+        one = replace(offered(content, model, kl=0.01), facts=facts, **more)
+        return offer(open_run(place, f"{model} {content}", content, {}, {}), place, one)
+
+    assert made("first", "/a/model", "d1")["champion"] is True
+    refused = made("other", "/b/model", "d2")
+    assert refused["champion"] is False and present(place, model) == "1"
+    assert refused["gate"] == (
+        "refused: champion version 1 is of another model of this name (/a/model); set "
+        "gate.model_name"
+    )
+    # new weights of one place, and the same weights elsewhere, are the model still
+    assert made("next", "/a/model", "d3")["champion"] is True
+    assert made("moved", "/c/model", "d3")["champion"] is True
+    # so is whatever the recipe gives this name
+    assert made("named", "/b/model", "d2", named=True)["champion"] is True
+
+
+def test_a_champions_folder_is_known(place, tmp_path, request):
+    model = f"folder-{request.node.name}"
+    where = tmp_path / "it's out"
+    run = open_run(place, model, model, {}, {})
+    assert is_champions(place, where) is False
+    offer(run, place, replace(offered("one", model, kl=0.9), location=str(where)))
+    assert is_champions(place, where) is False
+    offer(run, place, replace(offered("two", model), location=str(where)))
+    assert is_champions(place, where) is True
+    assert is_champions(place, tmp_path / "elsewhere") is False
+    with closing(socket.create_server(("127.0.0.1", 0))) as found:
+        port = found.getsockname()[1]
+    # what cannot be asked may be one
+    assert is_champions(replace(place, tracking_uri=f"http://127.0.0.1:{port}"), where) is True
+
+
+@pytest.mark.parametrize("dies_at", ["set_registered_model_alias", "log_batch"])
+def test_a_champion_that_waited_takes_its_place_though_the_message_is_cut_short(
+    home, tmp_path, monkeypatch, dies_at
+):
+    place = place_in(home)
+    run = open_run(place, "a", "a", {}, {})
+    out, waiting = tmp_path / "out", tmp_path / "out.12345678"
+    for folder, report in ((out, "old"), (waiting, "new")):
+        folder.mkdir()
+        (folder / REPORT).write_text(report)
+    one = offered("a")
+    one = replace(one, content=content_of(one.identity, "new"))
+    one = replace(one, location=str(waiting), place=str(out))
+    strict = replace(one, limits=LIMITS | {"max_kl": 0.001})
+    assert offer(run, place, strict)["location"] == str(waiting)
+    assert (out / REPORT).read_text() == "old"
+    with monkeypatch.context() as cut:
+        cut.setattr(MlflowClient, dies_at, lambda *_, **__: (_ for _ in ()).throw(OSError("cut")))
+        with pytest.raises(OSError, match="cut"):
+            offer(run, place, one)
+    found = offer(run, place, one)
+    assert (found["champion"], found["location"]) == (True, str(out))
+    assert (out / REPORT).read_text() == "new" and not waiting.exists()
+    version = MlflowClient(place.tracking_uri).get_model_version("tiny-W4A16", "1")
+    assert version.tags["location"] == str(out)
+    assert offer(run, place, one)["location"] == str(out)
 
 
 # through the journal

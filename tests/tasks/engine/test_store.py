@@ -17,7 +17,15 @@ import xxhash
 from filelock import FileLock, Timeout
 
 import tasks.engine.store as module
-from tasks.engine.store import MANIFEST, Entry, Store, link_or_copy, load_tensors, write_text
+from tasks.engine.store import (
+    MANIFEST,
+    Entry,
+    Store,
+    link_or_copy,
+    load_tensors,
+    run_lock,
+    write_text,
+)
 
 KEY = "ab" + "0" * 62
 OTHER = "cd" + "1" * 62
@@ -364,6 +372,32 @@ def test_collect_removes_old_logs_digests_and_locks_of_nothing(store: Store) -> 
         assert sorted(p.stem for p in (store.root / "locks").iterdir()) == sorted([KEY, "held"])
     for folder in ("logs", "digests"):
         assert [p.name for p in (store.root / folder).iterdir()] == ["new"]
+
+
+def test_collect_removes_old_folders_of_logs(store: Store) -> None:
+    for name, age in (("old", 1000), ("under-way", 10)):
+        folder = store.root / "logs" / f"sweep-{name}"
+        folder.mkdir(parents=True)
+        (folder / "child.log").write_text("")
+        os.utime(folder / "child.log", (time.time() - age,) * 2)
+        os.utime(folder, (time.time() - 1000,) * 2)
+    store.collect(older_than_s=500)
+    assert [p.name for p in (store.root / "logs").iterdir()] == ["sweep-under-way"]
+
+
+def test_collect_removes_old_publications_and_locks_of_journals(store: Store) -> None:
+    records, journals = store.root / "publishing", store.root / "journal"
+    records.mkdir(parents=True)
+    journals.mkdir()
+    for name, age in (("old", 1000), ("new", 10), ("held", 1000)):
+        (records / name).write_text("work")
+        os.utime(records / name, (time.time() - age,) * 2)
+    for name in ("sent.lock", "kept.lock", "kept.sqlite", "busy.lock"):
+        (journals / name).write_text("")
+    with store.lock(run_lock("held")), FileLock(journals / "busy.lock"):
+        store.collect(older_than_s=500)
+    assert sorted(p.name for p in records.iterdir()) == ["held", "new"]
+    assert sorted(p.name for p in journals.iterdir()) == ["busy.lock", "kept.lock", "kept.sqlite"]
 
 
 def test_lock_waits_no_longer_than_asked(store: Store) -> None:

@@ -55,9 +55,10 @@ def test_nothing_is_left_of_a_replayed_server_after_an_error(replayed, checkpoin
     assert processes_of(checkpoint) == []
 
 
-def test_a_slow_replayed_server_is_waited_for(replayed, checkpoint):
+def test_a_slow_replayed_server_is_waited_for(replayed, checkpoint, processes_of):
     with run(replayed("slow"), checkpoint) as server:
         assert server.client.model_path() == str(checkpoint)
+    assert processes_of(checkpoint) == []
 
 
 def test_a_replayed_server_that_never_answers(replayed, checkpoint, processes_of):
@@ -67,9 +68,12 @@ def test_a_replayed_server_that_never_answers(replayed, checkpoint, processes_of
     assert processes_of(checkpoint) == []
 
 
-def test_a_replayed_failure_to_start_is_told_with_its_last_lines(replayed, checkpoint, recording):
+def test_a_replayed_failure_to_start_is_told_with_its_last_lines(
+    replayed, checkpoint, recording, processes_of
+):
     with pytest.raises(ServerError) as raised, run(replayed("refuses"), checkpoint):
         pass
+    assert processes_of(checkpoint) == []
     # the error in the real log, which is not its last line
     said = "ImportError: Other method (CompressedTensorsW4A16Sparse24) is not supported now"
     assert str(raised.value).startswith(f"the server ended with status 1: {said}; its log is ")
@@ -80,15 +84,16 @@ def test_a_replayed_failure_to_start_is_told_with_its_last_lines(replayed, check
     assert (str(again), again.lines) == (str(raised.value), raised.value.lines)
 
 
-def test_a_replayed_server_that_dies_is_told_as_that(replayed, checkpoint, recording):
+def test_a_replayed_server_that_dies_is_told_as_that(replayed, checkpoint, recording, processes_of):
     tokens = recording["exchanges"][1]["body"]["input_ids"]
     said = "status 9: RuntimeError: CUDA error: device-side assert triggered; its log is"
     with pytest.raises(ServerError, match=said), run(replayed("dies"), checkpoint) as server:
         server.client.token_nll(tokens)
         server.client.token_nll(tokens)
+    assert processes_of(checkpoint) == []
 
 
-def test_a_port_that_is_taken(replayed, checkpoint):
+def test_a_port_that_is_taken(replayed, checkpoint, processes_of):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -96,12 +101,14 @@ def test_a_port_that_is_taken(replayed, checkpoint):
         said = "OSError: .*Address already in use"
         with pytest.raises(ServerError, match=said), run(replayed(), checkpoint, port=port):
             pass
+    assert processes_of(checkpoint) == []
 
 
-def test_another_replayed_server_at_the_port(replayed, checkpoint):
+def test_another_replayed_server_at_the_port(replayed, checkpoint, processes_of):
     said = "another server answers there, with /another/model; end it"
     with pytest.raises(ServerError, match=said), run(replayed("another"), checkpoint):
         pass
+    assert processes_of(checkpoint) == []
 
 
 def test_a_program_that_is_not_there(checkpoint):

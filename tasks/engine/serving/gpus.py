@@ -1,0 +1,85 @@
+"""GPUs that servers of ours run on, one server at a time: each takes the memory that it finds."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tasks.engine.errors import RunError
+
+log = logging.getLogger("blockquant")
+
+# of this user on this machine, whatever the home and the store
+LOCKS = Path(tempfile.gettempdir()) / f"blockquant-gpus-{os.getuid()}"
+_FIRST = "--base-gpu-id"
+
+
+def gpus_of(parallel: int, arguments: Sequence[str] = ()) -> list[str]:
+    """Names of the GPUs that a server takes: the first ones that this process may see.
+
+    Args:
+        parallel: how many.
+        arguments: those of SGLang's own, among which may be which one is the first.
+    """
+    first = 0
+    for place, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        following = arguments[place + 1] if place + 1 < len(arguments) else ""
+        if name == _FIRST and (value or following).isdigit():
+            first = int(value or following)
+    seen = [n.strip() for n in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if n.strip()]
+    wanted = range(first, first + parallel)
+    return [seen[n] if n < len(seen) else str(n) for n in wanted]
+
+
+@contextmanager
+def alone_on(gpus: Sequence[str], limit_s: float) -> Iterator[None]:
+    """Be the only one of this user who serves on some GPUs; another one is waited for.
+
+    Raises:
+        RunError: another process still serves on one of them.
+    """
+    LOCKS.mkdir(mode=0o700, parents=True, exist_ok=True)
+    deadline = time.monotonic() + limit_s
+    with ExitStack() as held:
+        # in one order, so that no two wait for each other
+        for gpu in sorted(set(gpus)):
+            held.enter_context(_held(gpu, deadline, limit_s))
+        yield
+
+
+@contextmanager
+def _held(gpu: str, deadline: float, limit_s: float) -> Iterator[None]:
+    name = re.sub(r"[^A-Za-z0-9-]", "-", gpu)
+    lock, holder = FileLock(LOCKS / f"{name}.lock"), LOCKS / f"{name}.holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("GPU %s: waiting for process %s, which serves on it", gpu, _said(holder))
+        try:
+            lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        except Timeout as error:
+            raise RunError(
+                f"GPU {gpu}: process {_said(holder)} still serves on it after {limit_s:g} s "
+                "(serving.start_timeout); end it, or wait longer"
+            ) from error
+    try:
+        holder.write_text(str(os.getpid()))
+        yield
+    finally:
+        lock.release()
+
+
+def _said(holder: Path) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        return holder.read_text().strip() or "of another run"
+    return "of another run"

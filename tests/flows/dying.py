@@ -1,0 +1,26 @@
+"""A child of a sweep that notes that it ran, and kills its process where its name says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from flows.child_run import Surroundings
+
+
+@task(persist_result=False)
+def child(name: str, parameters: dict[str, Any], place: Surroundings) -> dict[str, str]:
+    """Run for a moment; ``killer`` dies."""
+    notes = Path(place.folder) / "ran"
+    with notes.open("a") as file:
+        file.write(f"{name}\n")
+    time.sleep(0.5)
+    if name == "killer":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)
+    return {"ran": name}
