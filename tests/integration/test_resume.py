@@ -367,7 +367,7 @@ def test_locks_of_a_killed_process_are_free(w8a8: Case) -> None:
     assert_published(w8a8, home.parent / "published" / "out")
 
 
-def test_a_failed_run_is_kept_and_gone_on_with(w8a8: Case) -> None:
+def test_a_failed_run_is_kept_beside_that_of_mended_weights(w8a8: Case) -> None:
     from mlflow import MlflowClient
 
     home = new_home(w8a8, "failed")
@@ -393,6 +393,10 @@ def test_a_failed_run_is_kept_and_gone_on_with(w8a8: Case) -> None:
     assert mended.exitcode == 0, mended.result
     assert mended.made == [step for step in STEPS if step not in FIRST_BLOCK]
     assert_published(w8a8, home.parent / "published" / "out")
+    # mended weights are another source: their run is their own, and the failed one stays as it was
+    kept = client.get_run(tracked.info.run_id)
+    assert (kept.info.status, kept.data.tags) == ("FAILED", tracked.data.tags)
+    client.delete_run(tracked.info.run_id)
     assert_tracked(home)
 
 
