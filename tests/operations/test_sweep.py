@@ -239,7 +239,9 @@ def test_a_child_that_fails_stops_no_other_one(place: Place) -> None:
     found = {row["child"]: (row["found"], row["steps"]) for row in mended["children"]}
     assert found["tiny-recipe"][0] == found["tiny-recipe"][1]
     parent, children = tracked(place, mended["mlflow"]["run"])
-    assert [parent.info.status, *(c.info.status for c in children)] == ["FINISHED"] * 3
+    # mended weights are another source: their run is their own, and the failed one stays
+    assert parent.info.status == "FINISHED"
+    assert sorted(c.info.status for c in children) == ["FAILED", "FINISHED", "FINISHED"]
 
 
 def test_on_ray_it_gives_the_same_bytes(
