@@ -172,7 +172,7 @@ def test_first_run_for_a_machine(made: Made, tiny: Path) -> None:
     result = made.result
     assert set(result) == {
         *("checkpoint", "metrics", "bytes", "scheme", "seconds", "steps", "mlflow", "launch"),
-        *("unserved", "served", "gate", "uploaded", "scores"),
+        *("unserved", "served", "gate", "uploaded", "scores", "marks", "block_ends", "peaks"),
     }
     assert result["unserved"] is None
     assert result["served"]["served"] is False
