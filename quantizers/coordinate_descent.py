@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from quantizers.gptq import round_columns
-from quantizers.losses import row_errors
 from quantizers.rounding import QuantizedWeight, dequantize, expand_scale
+from quantizers.scale_refit import better_rows
 from quantizers.schemes import WeightScheme
 
 __all__ = ["descend"]
@@ -73,7 +73,7 @@ def descend(
             break
     found = codes.t().to(quantized.codes.dtype).contiguous()
     descended = QuantizedWeight(found, quantized.scale, quantized.zero_point)
-    return _better(weight, quantized, descended, gram, scheme)
+    return better_rows(weight, quantized, descended, gram, scheme)
 
 
 def _pull(gram: Tensor) -> Tensor:
@@ -88,18 +88,3 @@ def _pull(gram: Tensor) -> Tensor:
 def _parts(columns: int, block_size: int) -> Iterator[slice]:
     for start in range(0, columns, block_size):
         yield slice(start, min(start + block_size, columns))
-
-
-def _better(
-    weight: Tensor,
-    first: QuantizedWeight,
-    second: QuantizedWeight,
-    gram: Tensor,
-    scheme: WeightScheme,
-) -> QuantizedWeight:
-    """Row by row, the codes that lose less; the first where they lose the same."""
-    losses = [row_errors(weight - dequantize(q, scheme), gram) for q in (first, second)]
-    better = (losses[1] < losses[0])[:, None]
-    # float8 knows no where
-    kept = torch.where(better, second.codes.view(torch.int8), first.codes.view(torch.int8))
-    return QuantizedWeight(kept.view(first.codes.dtype), first.scale, first.zero_point)

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from quantizers.losses import row_errors
 from quantizers.rounding import QuantizedWeight, dequantize
 from quantizers.schemes import Granularity, WeightScheme
 
-__all__ = ["refit_scales"]
+__all__ = ["better_rows", "refit_scales"]
 
 # a scale that would leave this range around the one it replaces is not believed
 _RANGE = (0.5, 2.0)
@@ -62,6 +63,32 @@ def refit_scales(
         found,
         quantized.scale,
     )
+
+
+def better_rows(
+    weight: Tensor,
+    first: QuantizedWeight,
+    second: QuantizedWeight,
+    gram: Tensor,
+    scheme: WeightScheme,
+) -> QuantizedWeight:
+    """Row by row, the codes and scales that lose less; the first where both lose the same.
+
+    Args:
+        weight: (N, K) float32.
+        first: codes of it.
+        second: others, with the same zero points; with the same scales, or one per row or group.
+        gram: (K, K) float32, the inputs' Gram matrix.
+        scheme: the scheme.
+    """
+    errors = [row_errors(dequantize(q, scheme) - weight, gram) for q in (first, second)]
+    better = (errors[1] < errors[0])[:, None]
+    # float8 knows no where
+    codes = torch.where(better, second.codes.view(torch.int8), first.codes.view(torch.int8))
+    scale = first.scale
+    if second.scale is not scale:
+        scale = torch.where(better, second.scale, scale)
+    return QuantizedWeight(codes.view(first.codes.dtype), scale, first.zero_point)
 
 
 def _errors(work: Tensor, levels: Tensor, scale: Tensor, gram: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 from configs.special_keys import GptqSpecial
 from quantizers.coordinate_descent import descend
 from quantizers.gptq import GramFactor, factorize, gptq, made_up_target
-from quantizers.losses import relative_output_error, row_errors
+from quantizers.losses import relative_output_error
 from quantizers.rounding import ClipRange, QuantizedWeight, dequantize, round_group, weight_scales
-from quantizers.scale_refit import refit_scales
+from quantizers.scale_refit import better_rows, refit_scales
 from quantizers.schemes import Granularity, WeightScheme
 from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics, observe, observe_beside
@@ -196,30 +196,9 @@ def _refitted(
     for _ in range(special.refit_scales):
         scale = refit_scales(weight, best, gram, scheme)
         found = gptq(weight, factor, scheme, (scale, best.zero_point), block_size=special.blocksize)
-        best = _better_rows(weight, best, found, gram, scheme)
+        best = better_rows(weight, best, found, gram, scheme)
     for _ in range(special.descend):
         if special.refit_scales:
             best = replace(best, scale=refit_scales(weight, best, gram, scheme))
         best = descend(weight, best, gram, scheme, sweeps=1, block_size=special.blocksize)
     return best
-
-
-def _better_rows(
-    weight: Tensor,
-    first: QuantizedWeight,
-    second: QuantizedWeight,
-    gram: Tensor,
-    scheme: WeightScheme,
-) -> QuantizedWeight:
-    """Row by row, the codes that lose less."""
-    errors = [row_errors(dequantize(q, scheme) - weight, gram) for q in (first, second)]
-    better = (errors[1] < errors[0])[:, None]
-    zero = first.zero_point
-    return QuantizedWeight(
-        # float8 knows no where
-        torch.where(better, second.codes.view(torch.int8), first.codes.view(torch.int8)).view(
-            first.codes.dtype
-        ),
-        torch.where(better, second.scale, first.scale),
-        zero,
-    )

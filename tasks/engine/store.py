@@ -180,7 +180,7 @@ class Store:
             mark = _mark(path)
             if mark in self._verified:
                 return True
-            if path.stat().st_size != stored.size or checksum(path) != stored.checksum:
+            if mark[1] != stored.size or checksum(path) != stored.checksum:
                 return False
         except OSError:
             return False
