@@ -27,16 +27,6 @@ from tasks.engine.settings import Settings
 from tests.conftest import ROOT
 
 
-def place_in(home: Path, uri: str | None = None) -> Settings:
-    local = f"sqlite:///{home}/mlflow.db"
-    return Settings(home / "store", uri or local, home / "artifacts", home / "p")
-
-
-@pytest.fixture
-def place(home: Path) -> Settings:
-    return place_in(home)
-
-
 def runs_of(place: Settings) -> list:
     client = MlflowClient(place.tracking_uri)
     experiment = client.get_experiment_by_name("blockquant")
@@ -86,7 +76,7 @@ import sys, time
 from pathlib import Path
 import mlflow
 from tasks.engine import journal
-from tests.tasks.engine.test_delivery import place_in
+from tests.places import place_in
 journal.END_S = 9.0
 began = time.monotonic()
 with journal.told_run(place_in(Path(sys.argv[1]), sys.argv[2]), "work") as run:

@@ -20,19 +20,10 @@ from tasks.engine.journal import Sent, synchronize, told, told_run
 from tasks.engine.messages import Journal, journals
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import Point
+from tests.places import place_in
 from tests.tasks.engine.test_delivery import slow_server
 
 POINTS = [Point(f"error.{n}", block / 2, block, 1000 + block) for n in "ab" for block in (0, 1)]
-
-
-def place_in(home: Path, uri: str | None = None) -> Settings:
-    local = f"sqlite:///{home}/mlflow.db"
-    return Settings(home / "store", uri or local, home / "artifacts", home / "p")
-
-
-@pytest.fixture
-def place(home: Path) -> Settings:
-    return place_in(home)
 
 
 @pytest.fixture
@@ -186,7 +177,8 @@ def test_messages_outlive_a_killed_process(place, home, away, tmp_path):
     script = """
 import os, signal, sys
 from pathlib import Path
-from tests.tasks.engine.test_journal import place_in, tell
+from tests.places import place_in
+from tests.tasks.engine.test_journal import tell
 from tasks.engine.journal import told_run
 with told_run(place_in(Path(sys.argv[1]), sys.argv[2]), "work") as run:
     tell(run, Path(sys.argv[3]))

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import NESTED_TAG, Point, Run, open_run
-
-
-@pytest.fixture
-def place(home: Path) -> Settings:
-    return Settings(home / "store", f"sqlite:///{home}/mlflow.db", home / "artifacts", home / "p")
 
 
 def opened(place: Settings, identity: str, parent: str | None = None, **more: Any) -> Run:

@@ -36,6 +36,7 @@ from tasks.engine.registry import (
 )
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import open_run
+from tests.places import place_in
 
 FIGURES = {
     "nll_increase": 0.03,
@@ -77,11 +78,6 @@ def offered(content: str, model: str = "tiny-W4A16", **figures) -> Offer:
         figures=FIGURES | figures,
         limits=LIMITS,
     )
-
-
-def place_in(home: Path, uri: str | None = None) -> Settings:
-    local = f"sqlite:///{home}/mlflow.db"
-    return Settings(home / "store", uri or local, home / "artifacts", home / "p")
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +256,8 @@ def test_two_at_once_leave_one_champion_the_better(home):
     script = """
 import json, sys
 from pathlib import Path
-from tests.tasks.engine.test_registry import offered, place_in
+from tests.places import place_in
+from tests.tasks.engine.test_registry import offered
 from tasks.engine.registry import offer
 from tasks.engine.tracking import open_run
 place, name = place_in(Path(sys.argv[1])), sys.argv[2]

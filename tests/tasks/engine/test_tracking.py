@@ -28,19 +28,9 @@ from tasks.engine.tracking import (
     open_run,
     prepared_client,
 )
+from tests.places import place_in
 
 PARAMETERS = {"quant.weight.bit": 4, "source": "/models/one", "seed": None, "names": ["a"]}
-
-
-def place_in(folder: Path) -> Settings:
-    return Settings(
-        folder / "store", f"sqlite:///{folder}/mlflow.db", folder / "artifacts", folder / "p"
-    )
-
-
-@pytest.fixture
-def place(home: Path) -> Settings:
-    return place_in(home)
 
 
 @pytest.fixture
