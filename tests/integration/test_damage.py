@@ -10,12 +10,16 @@ import pytest
 from flows.quantize_model import quantize_model
 from tasks.engine.store import Entry, Store
 from tests.integration.resuming import contents
+from tests.questions import make_task
 
 pytestmark = pytest.mark.usefixtures("services")
 SETTINGS = ["serving.smoke_test=false", "serving.check_kernels=false", "eval.sample_tokens=4"]
 # recipe: its own settings, and kinds of steps that are among those it makes
 RECIPES: dict[str, tuple[list[str], set[str]]] = {
-    "awq_w4a16": (["calib", "quant.special.ratios=4"], {"transform", "clip", "sample_text"}),
+    "awq_w4a16": (
+        ["calib", "quant.special.ratios=4", "eval.lm_eval.tasks"],
+        {"transform", "clip", "sample_text", "task_scores"},
+    ),
     "w4a16_combin": (
         [
             "steps.0.calib",
@@ -31,8 +35,12 @@ RECIPES: dict[str, tuple[list[str], set[str]]] = {
 
 def quantized(home: Path, model: Path, text: Path, name: str, recipe: str) -> dict[str, Any]:
     source = f"{{name: text, path: {text}, n_samples: 4, seq_len: 32}}"
-    asked = [f"{key}={source}" if key.endswith("calib") else key for key in RECIPES[recipe][0]]
-    asked.append(f"eval={{name: text, path: {text}, windows: 2, seq_len: 32}}")
+    made = {"calib": source, "tasks": str(make_task(home))}
+    asked = [
+        f"{setting}={made[key]}" if (key := setting.split(".")[-1]) in made else setting
+        for setting in RECIPES[recipe][0]
+    ]
+    asked.insert(0, f"eval={{name: text, path: {text}, windows: 2, seq_len: 32}}")
     result: dict[str, Any] = quantize_model(
         recipe, str(model), str(home / name), [*asked, *SETTINGS], store=str(home / "store")
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +22,13 @@ from tasks.task_scores import (
     scores,
     scoring_model,
 )
-
-QUESTIONS = [
-    {"question": "The people", "answers": ["saw the way", "of"], "right": 0},
-    {"question": "One day the world", "answers": ["was good", "and and and", "the"], "right": 2},
-    {"question": "Over time", "answers": ["work", "some of the same", "a"], "right": 1},
-]
+from tests.questions import QUESTIONS, make_task
 
 
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
     """A task of multiple choice described in a file."""
-    data = tmp_path / "questions.jsonl"
-    data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    described = {
-        "task": "questions",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{answers}}",
-        "doc_to_target": "{{right}}",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    }
-    path = tmp_path / "questions.yml"
-    path.write_text(yaml.safe_dump(described))
-    return path
+    return make_task(tmp_path)
 
 
 def log_probability(model: Any, context: list[int], answer: list[int]) -> tuple[float, bool]:
