@@ -10,7 +10,7 @@ from typing import Any
 from flows.progress import reporter
 from flows.progress_artifact import ProgressArtifact
 from tasks.engine.job import Job
-from tasks.engine.step import Result, Step
+from tasks.engine.step import Result, Step, Upcoming
 
 
 @dataclass
@@ -51,8 +51,19 @@ class Course:
     def _since(self) -> float:
         return round(time.perf_counter() - self._began, 4)
 
-    def run(self, step: Step[...], job: Job, *args: Any, **kwargs: Any) -> Result:
-        """Run a step, tell the reporter, and note it.
+    def leaned(self, job: Job) -> Job:
+        """The job, or the one that keeps less on the device once that was full."""
+        return self._lean or job
+
+    def run(
+        self,
+        step: Step[...],
+        job: Job,
+        *args: Any,
+        ahead: Upcoming | None = None,
+        **kwargs: Any,
+    ) -> Result:
+        """Run a step, or write what was computed ahead of it, tell the reporter, and note it.
 
         Once the device was full, all later steps keep less on it.
         """
@@ -60,7 +71,7 @@ class Course:
         label = step.name if block is None else f"{step.name}[block {block}]"
         reporter().begin(label)
         start = time.perf_counter()
-        result = step(self._lean or job, *args, **kwargs)
+        result = step.run(self.leaned(job), ahead, *args, **kwargs)
         self._lean = result.lean or self._lean
         self.seconds[step.name] += time.perf_counter() - start
         self.steps.append({"step": label, "cached": result.cached})

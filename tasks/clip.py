@@ -18,7 +18,7 @@ from quantizers.schemes import Granularity
 from tasks.engine.architectures import Architecture, LinearGroup
 from tasks.engine.collect import block_statistics
 from tasks.engine.folding import quantized_groups
-from tasks.engine.job import Job, require, result_tensors, scheme_lineage
+from tasks.engine.job import Job, result_files, result_tensors, scheme_lineage
 from tasks.engine.precision import search_products
 from tasks.engine.step import step
 from tasks.engine.store import Draft
@@ -155,7 +155,7 @@ def block_clip(job: Job, clipped: str | None) -> Mapping[str, ClipRange]:
     """
     if clipped is None:
         return {}
-    if LEARNED in require(job, clipped).files:
+    if LEARNED in result_files(job, clipped):
         learned = result_tensors(job, clipped, LEARNED)
         names = [name.removesuffix(".low") for name in learned if name.endswith(".low")]
         return {name: (learned[f"{name}.low"], learned[f"{name}.high"]) for name in names}

@@ -41,6 +41,7 @@ class Job:
     Attributes:
         behind: writes what a run could do without.
         before: reads what will be needed.
+        held: files of results that are not in the store yet, by their keys.
     """
 
     recipe: Recipe
@@ -53,6 +54,7 @@ class Job:
     lean: bool = False
     behind: Behind = field(default_factory=Behind)
     before: Behind = field(default_factory=Behind)
+    held: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -222,11 +224,17 @@ def result_tensors(job: Job, key: str, file: str) -> Mapping[str, torch.Tensor]:
     return job.memo.get(_result_kind(file), key, read) if kept else read()
 
 
+def result_files(job: Job, key: str) -> tuple[str, ...]:
+    """Names of the files of a step's result, be it written or not."""
+    held = job.held.get(key)
+    return tuple(sorted(require(job, key).files)) if held is None else held
+
+
 def keep_result(job: Job, key: str, draft: Draft) -> None:
     """Keep what a step saved for the steps that come next, where the work is done on a GPU."""
     if job.on_gpu and not job.lean:
-        for file, tensors in draft.saved.items():
-            moved = {name: tensor.to(job.device) for name, tensor in tensors.items()}
+        for file, saved in draft.saved.items():
+            moved = {name: tensor.to(job.device) for name, tensor in saved.tensors.items()}
             job.memo.put(_result_kind(file), key, moved)
 
 

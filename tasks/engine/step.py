@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Concatenate, Generic, ParamSpec
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol
 
+import torch
 from prefect import Task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.serializers import JSONSerializer
@@ -27,12 +28,38 @@ from tasks.engine.job import Job, keep_result
 from tasks.engine.lineage import code_digest, lineage_key, quantizer_imports
 from tasks.engine.residency import DeviceMemoryError, ran_out_of_memory
 from tasks.engine.store import Draft, Entry
+from tasks.engine.transfer import beside, reached
 
 log = logging.getLogger("blockquant")
 
 Parameters = ParamSpec("Parameters")
 RETRIES = 2
 FIRST_DELAY_S = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What a step computed before its task writes it.
+
+    Attributes:
+        draft: holds its tensors.
+        value: its small values.
+        ready: reached on the device once all of it is computed.
+    """
+
+    draft: Draft
+    value: dict[str, Any]
+    ready: torch.cuda.Event | None
+
+
+class Upcoming(Protocol):
+    """What is computed ahead of its task."""
+
+    def take(self) -> Made | None:
+        """Wait for it; None where the task has to make it."""
+
+    def halt(self) -> None:
+        """Have nothing more computed ahead, until what was begun is done."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +108,26 @@ class Step(Generic[Parameters]):
         )
 
     def __call__(self, job: Job, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        """Run the step under Prefect and return its entry.
+        """Run the step under Prefect and return its entry."""
+        return self.run(job, None, *args, **kwargs)
+
+    def make(self, job: Job, key: str, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Made:
+        """Compute the result and write nothing; the steps that come next find it in memory."""
+        draft = Draft(job.store.root / "staging" / key, held=True)
+        value = self.compute(job, draft, *args, **kwargs)
+        if self.kept:
+            keep_result(job, key, draft)
+        job.held[key] = tuple(sorted(draft.saved))
+        return Made(draft, value, reached(job.device))
+
+    def run(
+        self,
+        job: Job,
+        ahead: Upcoming | None,
+        *args: Parameters.args,
+        **kwargs: Parameters.kwargs,
+    ) -> Result:
+        """Run the step under Prefect, which may write what was computed ahead; return its entry.
 
         Where the device has no room, it is tried again with less kept there: the same bytes.
 
@@ -99,8 +145,8 @@ class Step(Generic[Parameters]):
         label = self.name if block is None else f"{self.name}[block {block}]"
 
         def body() -> dict[str, Any]:
-            with _out_of_memory(label, jobs):
-                return self._make(key, ran, jobs[-1], *args, **kwargs)
+            with _out_of_memory(label, jobs, ahead):
+                return self._make(key, ran, jobs[-1], ahead, *args, **kwargs)
 
         task = Task(
             body,
@@ -128,6 +174,7 @@ class Step(Generic[Parameters]):
         key: str,
         ran: list[bool],
         job: Job,
+        ahead: Upcoming | None,
         *args: Parameters.args,
         **kwargs: Parameters.kwargs,
     ) -> dict[str, Any]:
@@ -136,10 +183,17 @@ class Step(Generic[Parameters]):
             if job.store.get(key) is None:
                 ran.append(True)
                 with writing_to(job.store.root), job.store.draft(key) as draft:
-                    value = self.compute(job, draft, *args, **kwargs)
+                    made = None if ahead is None else ahead.take()
+                    if made is None:
+                        value = self.compute(job, draft, *args, **kwargs)
+                        if self.kept:
+                            keep_result(job, key, draft)
+                    else:
+                        value = made.value
+                        with beside(job.device, made.ready):
+                            draft.take(made.draft)
                     job.store.commit(key, self.name, draft, value)
-                    if self.kept:
-                        keep_result(job, key, draft)
+        job.held.pop(key, None)
         return {"key": key, "step": self.name}
 
 
@@ -187,7 +241,7 @@ def action(
 
 
 @contextmanager
-def _out_of_memory(label: str, jobs: list[Job]) -> Iterator[None]:
+def _out_of_memory(label: str, jobs: list[Job], ahead: Upcoming | None) -> Iterator[None]:
     """Where the device has no room, let go of what is there and put a leaner job behind the last.
 
     Raises:
@@ -202,6 +256,8 @@ def _out_of_memory(label: str, jobs: list[Job]) -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)
     else:
         return
+    if ahead is not None:
+        ahead.halt()
     leaner = jobs[-1].leaner()
     if leaner is None:
         raise DeviceMemoryError(

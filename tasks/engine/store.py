@@ -59,30 +59,45 @@ class Entry:
         return sum(f.size for f in self.files.values())
 
 
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """What a draft was given for one file."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] | None
+
+
 class Draft:
     """An entry being written; files go into ``folder`` until the store commits it.
 
     Attributes:
         folder: where its files lie.
-        saved: the tensors of its files, as they were given.
+        saved: what was given for each file of tensors.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Start a draft in an empty ``folder``."""
+    def __init__(self, folder: Path, held: bool = False) -> None:
+        """Start a draft in an empty ``folder``; of a held one, tensors are not written yet."""
         self.folder = folder
-        self.saved: dict[str, Mapping[str, Tensor]] = {}
+        self.saved: dict[str, Saved] = {}
+        self._held = held
 
     def save_tensors(
         self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-    ) -> Path:
+    ) -> None:
         """Write ``tensors`` as a safetensors file called ``name``."""
+        self.saved[name] = Saved(tensors, metadata)
+        if self._held:
+            return
         path = self.folder / name
-        self.saved[name] = tensors
         ordered = {key: to_host(tensors[key]) for key in sorted(tensors)}
         save_file(ordered, path, metadata=dict(metadata) if metadata else None)
         # safetensors makes files for their owner only; a server may run as somebody else
         path.chmod(0o644)
-        return path
+
+    def take(self, held: Draft) -> None:
+        """Write what another draft holds."""
+        for name, saved in held.saved.items():
+            self.save_tensors(name, saved.tensors, saved.metadata)
 
     def link(self, name: str, source: Path) -> Path:
         """Put ``source`` into the draft under ``name``: a hard link, a copy across disks."""
@@ -134,6 +149,14 @@ class Store:
         """
         with FileLock(self._lock_file(key), timeout=timeout_s):
             yield
+
+    def is_locked(self, key: str) -> bool:
+        """Whether somebody holds ``key`` now."""
+        try:
+            with self.lock(key, 0):
+                return False
+        except Timeout:
+            return True
 
     @contextlib.contextmanager
     def draft(self, key: str) -> Iterator[Draft]:

@@ -25,7 +25,7 @@ from tasks.engine.decoder import (
 )
 from tasks.engine.errors import RunError
 from tasks.engine.export_format import INPUT_SCALE, export_dtype, restore_block
-from tasks.engine.job import Job, require, result_tensors
+from tasks.engine.job import Job, require, result_files, result_tensors
 from tasks.engine.store import load_tensors
 from tasks.engine.transfer import host_memory, to_host
 from tasks.engine.version import SOURCE, Version, outside_tensors, version_block
@@ -196,7 +196,7 @@ def _packed_tensors(job: Job, block: int, packed: str) -> dict[str, Tensor]:
     prefix = job.plan.blocks[block].prefix
     return {
         name.removeprefix(prefix): tensor
-        for file in sorted(require(job, packed).files)
+        for file in result_files(job, packed)
         for name, tensor in result_tensors(job, packed, file).items()
     }
 

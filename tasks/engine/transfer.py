@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,6 +24,26 @@ def to_host(tensor: Tensor) -> Tensor:
     host.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensor.device).synchronize()
     return host
+
+
+def reached(device: str) -> torch.cuda.Event | None:
+    """What a GPU reaches once it is through with all that it was given; None for a CPU."""
+    if torch.device(device).type != "cuda":
+        return None
+    return torch.cuda.current_stream(device).record_event()
+
+
+@contextlib.contextmanager
+def beside(device: str, ready: torch.cuda.Event | None) -> Iterator[None]:
+    """Copy beside what a GPU goes on with, once it has reached ``ready``."""
+    if ready is None:
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        yield
+        stream.synchronize()
 
 
 def host_memory(shape: torch.Size, dtype: torch.dtype, *, pinned: bool) -> Tensor:

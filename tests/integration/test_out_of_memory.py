@@ -5,6 +5,7 @@ There is no GPU where the tests run: its error is raised where a GPU would raise
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 import tasks.quantize
 from flows.quantize_model import quantize_model
+from tasks.engine.job import Job
 from tasks.engine.residency import DeviceMemoryError
 from tests.integration.resuming import contents
 
@@ -50,17 +52,23 @@ def fails(function: Callable[..., Any], times: list[int]) -> Callable[..., Any]:
     return called
 
 
-@pytest.mark.parametrize("recipe", ["awq_w4a16", "gptq_w4a16"])
+@pytest.mark.parametrize(
+    ("recipe", "ahead"), [("awq_w4a16", False), ("awq_w4a16", True), ("gptq_w4a16", False)]
+)
 def test_the_same_bytes_where_a_gpu_would_be_full_once(
-    home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+    home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, ahead: bool
 ) -> None:
     undisturbed = quantized(home, tiny, words, "roomy", recipe)
+    # beside a GPU, blocks are computed ahead of their tasks
+    monkeypatch.setattr(Job, "on_gpu", property(lambda job: ahead))
     leans: list[bool] = []
+    threads: list[str] = []
     # full while the first block is rounded
     rounded = fails(tasks.quantize.rounded_block, [0])
 
     def seen(job: Any, *args: Any, **kwargs: Any) -> Any:
         leans.append(job.lean)
+        threads.append(threading.current_thread().name)
         return rounded(job, *args, **kwargs)
 
     monkeypatch.setattr(tasks.quantize, "rounded_block", seen)
@@ -72,6 +80,8 @@ def test_the_same_bytes_where_a_gpu_would_be_full_once(
     assert leans[0] is False
     assert len(leans) > 2
     assert all(leans[1:])
+    assert threads[0].startswith("blockquant-ahead") is ahead
+    assert set(threads[1:]) == {threading.main_thread().name}
 
 
 def test_one_line_where_a_gpu_is_full_with_the_least_on_it(

@@ -44,6 +44,7 @@ class Work:
     failures: list[BaseException] = field(default_factory=list)
     device: str = "cuda:0"
     leaner_jobs: list[Work] = field(default_factory=list)
+    held: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def leaner(self) -> Work | None:
         return self.leaner_jobs.pop(0) if self.leaner_jobs else None

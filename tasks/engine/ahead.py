@@ -1,0 +1,155 @@
+"""Results of the steps to come, computed beside the one that is being written.
+
+A thread computes; the tasks that steps are run as take what it made, write it and note it. Where it
+fails, the task of that step fails in its place, and all that was begun is left to the tasks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tasks.engine.job import Job
+from tasks.engine.step import Made, Step
+
+# steps that are begun before they are written: about those of a block
+DEPTH = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One step of the flow and what it is given."""
+
+    step: Step[...]
+    args: tuple[Any, ...]
+    block: int
+
+    def key(self, job: Job) -> str:
+        """Lineage key of its result."""
+        return self.step.key(job, *self.args, block=self.block)
+
+
+# what is planned is told the key of each call
+Plan = Generator[Call, str, None]
+
+
+class Lane:
+    """The thread that computes ahead, one step after the other, in the order of a plan."""
+
+    def __init__(self, job: Job, lean: Callable[[], bool]) -> None:
+        """Begin with nothing to do; where ``lean`` says so, nothing is computed ahead."""
+        self._job = job
+        self._lean = lean
+        self._thread = ThreadPoolExecutor(
+            1,
+            thread_name_prefix="blockquant-ahead",
+            initializer=torch.set_num_threads,
+            initargs=(torch.get_num_threads(),),
+        )
+        self._halted = False
+
+    def calls(self, plan: Plan) -> Iterator[tuple[Call, Upcoming]]:
+        """The calls of a plan, each with its result, which may still be computed."""
+        begun: deque[tuple[Call, Upcoming]] = deque()
+        planned = _keyed(self._job, plan)
+        while True:
+            if not begun:
+                # after a failure, what was begun was made by the tasks
+                self._halted = self._lean()
+            while not begun or (len(begun) < DEPTH and not self._halted):
+                found = next(planned, None)
+                if found is None:
+                    break
+                call, key = found
+                begun.append((call, Upcoming(self, self._thread.submit(self._make, call, key))))
+            if not begun:
+                return
+            yield begun.popleft()
+
+    def _make(self, call: Call, key: str) -> Made | None:
+        # what another process is making is waited for
+        self._halted = self._halted or self._job.store.is_locked(key)
+        if self._halted or self._job.store.get(key) is not None:
+            return None
+        try:
+            return call.step.make(self._job, key, *call.args, block=call.block)
+        except BaseException:
+            self._halted = True
+            raise
+
+    def halt(self) -> None:
+        """Leave what was begun to the tasks; returns once nothing is computed any more."""
+        self._halted = True
+        self._thread.submit(_nothing).result()
+
+    def close(self) -> None:
+        """End the thread, after what it is computing."""
+        self._halted = True
+        self._thread.shutdown(cancel_futures=True)
+
+
+class Upcoming:
+    """A result that the lane makes."""
+
+    def __init__(self, lane: Lane, future: Future[Made | None]) -> None:
+        """Of a lane, promised."""
+        self._lane = lane
+        self._future = future
+        self._failed = False
+
+    def take(self) -> Made | None:
+        """Wait for it; None where the task has to make it, and nothing else is computed then.
+
+        Raises:
+            Exception: what went wrong, once: asked again, the task makes it.
+        """
+        made = None
+        if not self._failed:
+            try:
+                made = self._future.result()
+            except BaseException:
+                self._failed = True
+                raise
+        if made is None:
+            self._lane.halt()
+        return made
+
+    def halt(self) -> None:
+        """Have nothing more computed ahead, until what was begun is done."""
+        self._lane.halt()
+
+
+@contextmanager
+def in_turn(
+    job: Job, plan: Plan, lean: Callable[[], bool]
+) -> Iterator[Iterator[tuple[Call, Upcoming | None]]]:
+    """The calls of a plan; beside a GPU, each with its result, which may still be computed."""
+    if not job.on_gpu:
+        yield ((call, None) for call, _ in _keyed(job, plan))
+        return
+    lane = Lane(job, lean)
+    try:
+        yield lane.calls(plan)
+    finally:
+        lane.close()
+
+
+def _keyed(job: Job, plan: Plan) -> Iterator[tuple[Call, str]]:
+    try:
+        call = next(plan)
+        while True:
+            key = call.key(job)
+            yield call, key
+            call = plan.send(key)
+    except StopIteration:
+        return
+
+
+def _nothing() -> None:
+    return
