@@ -206,10 +206,10 @@ def test_committing_again_replaces(store: Store) -> None:
 def test_tensors_are_written_whatever_their_layout(store: Store) -> None:
     weight = torch.arange(12.0).reshape(3, 4)
     with store.draft(KEY) as draft:
-        one = draft.save_tensors("a", {"t": weight.t(), "v": weight[1:]}).read_bytes()
-        two = draft.save_tensors("b", {"v": weight[1:].clone(), "t": weight.t().clone()})
-        assert one == two.read_bytes()
-        assert torch.equal(load_tensors(two)["t"], weight.t())
+        draft.save_tensors("a", {"t": weight.t(), "v": weight[1:]})
+        draft.save_tensors("b", {"v": weight[1:].clone(), "t": weight.t().clone()})
+        assert (draft.folder / "a").read_bytes() == (draft.folder / "b").read_bytes()
+        assert torch.equal(load_tensors(draft.folder / "b")["t"], weight.t())
 
 
 def test_a_store_travels_as_its_folder(store: Store) -> None:
