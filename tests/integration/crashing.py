@@ -195,13 +195,13 @@ def _wrap_steps(recorder: Recorder) -> None:
 
     from tasks.engine.step import Step
 
-    call, make = Step.__call__, Step._make
+    call, make = Step.run, Step._make
 
-    def called(self: Any, job: Any, *args: Any, **kwargs: Any) -> Any:
+    def called(self: Any, job: Any, ahead: Any, *args: Any, **kwargs: Any) -> Any:
         block = kwargs.get("block")
         with recorder.inside(self.name if block is None else f"{self.name}[block {block}]"):
             recorder.at("begins")
-            return call(self, job, *args, **kwargs)
+            return call(self, job, ahead, *args, **kwargs)
 
     def made(self: Any, *args: Any, **kwargs: Any) -> Any:
         value = make(self, *args, **kwargs)
@@ -218,7 +218,7 @@ def _wrap_steps(recorder: Recorder) -> None:
         recorder.at("record torn", tear)
         return persist(self, result_record, *args, **kwargs)
 
-    Step.__call__, Step._make = called, made  # type: ignore[method-assign]
+    Step.run, Step._make = called, made  # type: ignore[method-assign]
     ResultStore._persist_result_record = persisted  # type: ignore[method-assign]
 
 

@@ -129,7 +129,7 @@ def test_one_kill_of_each_kind(w8a8: Case) -> None:
         "offer sent",
         "log_first_points sent",
         "finish sent",
-        "transform[block 0]: digests torn",
+        "flow: digests torn",
         "quantize[block 0]: committed",
         "advance[block 0]: hidden.safetensors torn",
         "advance[block 0]: before rename to entries",
