@@ -37,8 +37,9 @@ def main(
     ] = None,
 ) -> None:
     """Check both; fails if the whole one is refused, or the broken one is not."""
+    checkpoint = checkpoint.resolve()
     with tempfile.TemporaryDirectory(prefix="broken-") as work:
-        broken = Path(work) / checkpoint.resolve().name
+        broken = Path(work) / checkpoint.name
         doubled = double_a_scale(checkpoint, broken)
         whole = serve_check(checkpoint, python, arguments or [])
         console.print(f"whole: status {whole.returncode}\n{whole.stdout}{last_line(whole)}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from configs.schema import ResolvedStep
 from tasks.advance import advance
 from tasks.clip import clip, has_clip
-from tasks.engine.ahead import Call
+from tasks.engine.ahead import Call, Plan
 from tasks.engine.job import Job
 from tasks.engine.streams import Stream, Streams, start_stream
 from tasks.engine.version import Version
@@ -16,8 +16,6 @@ from tasks.learn import has_learned_clip, has_learned_transform, has_learning, l
 from tasks.pack import pack
 from tasks.quantize import Origin, makes_up, quantize
 from tasks.transform import has_transform, transform
-
-Calls = Generator[Call, str, None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class BlockPlan:
         clipped: per block, the key of the ranges that those decided.
         last: whether what is rounded is exported.
         choices: what was planned so far to be decided about each block.
-        streams: hidden states, as far as they were planned to be passed on.
+        streams: of hidden states, as they are after the last block; known once all is planned.
     """
 
     job: Job
@@ -54,7 +52,7 @@ class BlockPlan:
     choices: list[Choice] = field(default_factory=list)
     streams: list[Stream] = field(default_factory=list)
 
-    def calls(self) -> Calls:
+    def calls(self) -> Plan:
         """The calls of all blocks in their order; each is answered with the key of its result."""
         quant = self.step.quant
         stream = None if self.tokens is None else start_stream(self.job, self.tokens, self.version)
@@ -75,7 +73,7 @@ class BlockPlan:
                 stream = stream.after(key, through)
                 if floats is not None:
                     floats = floats.after((yield Call(advance, (floats, None), block)), None)
-            self.streams = [passed for passed in (stream, floats) if passed is not None]
+        self.streams = [passed for passed in (stream, floats) if passed is not None]
 
     def _rounded(
         self, stream: Stream | None, floats: Stream | None, choice: Choice, block: int

@@ -10,13 +10,13 @@ from configs.special_keys import GptqSpecial
 from configs.vocabulary import Method
 from flows.block_plan import BlockPlan
 from flows.course import Course
-from tasks.advance import advance
 from tasks.calibration_set import calibration_set
+from tasks.clip import clip
 from tasks.engine.ahead import in_turn
 from tasks.engine.feedback import warn_of_rank
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun
-from tasks.engine.step import Result
+from tasks.engine.step import Result, Step
 from tasks.engine.store import Entry
 from tasks.engine.streams import drop_boundaries
 from tasks.engine.version import SOURCE, Version
@@ -25,6 +25,7 @@ from tasks.pack import pack
 from tasks.quantize import quantize
 from tasks.register import block_points, loss_points
 from tasks.rotate import rotate
+from tasks.transform import transform
 
 log = logging.getLogger("blockquant")
 
@@ -96,15 +97,9 @@ def _blocks(
     state: State,
     last: bool,
 ) -> State:
-    """Take every block through a step; what the method does not have is left out.
-
-    Blocks are rounded and packed by the last step, and by one whose next block is to see them.
-    """
+    """Take every block through a step, as :mod:`flows.block_plan` plans it."""
     plan = BlockPlan(job, step, tokens, state.version, state.clipped, last)
-    quantized: list[Result] = []
-    packed: list[Result] = []
-    decided: list[Result] = []
-    kinds = {quantize.name: quantized, pack.name: packed, advance.name: []}
+    results: list[tuple[Step[...], Result]] = []
     done = 0
     with in_turn(job, plan.calls(), lambda: course.leaned(job).lean) as calls:
         for call, ahead in calls:
@@ -112,7 +107,7 @@ def _blocks(
                 course.block_done(done)
                 done += 1
             result = course.run(call.step, job, *call.args, ahead=ahead, block=call.block)
-            kinds.get(call.step.name, decided).append(result)
+            results.append((call.step, result))
             if call.step is quantize and last:
                 run.log_points(block_points(call.block, result.entry))
             if call.step is learn:
@@ -125,7 +120,7 @@ def _blocks(
     return State(
         state.version.after([choice.decision for choice in plan.choices]),
         tuple(choice.clipped for choice in plan.choices),
-        tuple(quantized),
-        tuple(packed),
-        (*state.decided, *decided),
+        tuple(result for made, result in results if made is quantize),
+        tuple(result for made, result in results if made is pack),
+        (*state.decided, *(r for made, r in results if made in (transform, learn, clip))),
     )

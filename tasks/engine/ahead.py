@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tasks.engine.job import Job
-from tasks.engine.step import Made, Step
+from tasks.engine.step import Made, Step, Upcoming
 
 # steps that are begun before they are written: about those of a block
 DEPTH = 6
@@ -56,7 +56,7 @@ class Lane:
 
     def calls(self, plan: Plan) -> Iterator[tuple[Call, Upcoming]]:
         """The calls of a plan, each with its result, which may still be computed."""
-        begun: deque[tuple[Call, Upcoming]] = deque()
+        begun: deque[tuple[Call, _Begun]] = deque()
         planned = _keyed(self._job, plan)
         while True:
             if not begun:
@@ -67,15 +67,18 @@ class Lane:
                 if found is None:
                     break
                 call, key = found
-                begun.append((call, Upcoming(self, self._thread.submit(self._make, call, key))))
+                begun.append((call, _Begun(self, self._thread.submit(self._make, call, key))))
             if not begun:
                 return
             yield begun.popleft()
 
     def _make(self, call: Call, key: str) -> Made | None:
-        # what another process is making is waited for
-        self._halted = self._halted or self._job.store.is_locked(key)
-        if self._halted or self._job.store.get(key) is not None:
+        store = self._job.store
+        if self._halted or store.get(key) is not None:
+            return None
+        if store.is_locked(key):
+            # another process is making it, and the task waits for that
+            self._halted = True
             return None
         try:
             return call.step.make(self._job, key, *call.args, block=call.block)
@@ -94,7 +97,7 @@ class Lane:
         self._thread.shutdown(cancel_futures=True)
 
 
-class Upcoming:
+class _Begun:
     """A result that the lane makes."""
 
     def __init__(self, lane: Lane, future: Future[Made | None]) -> None:
