@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -139,7 +138,7 @@ def quantize(
 def run_quantization(parameters: dict[str, Any]) -> dict[str, Any]:
     """Check the input, then run the flow under a Prefect API."""
     from flows.prefect_api import prefect_api
-    from tasks.engine.settings import settings
+    from tasks.engine.settings import new_log, settings
 
     store = parameters["store"]
     place = settings(Path(store) if store else None)
@@ -147,8 +146,7 @@ def run_quantization(parameters: dict[str, Any]) -> dict[str, Any]:
     _check(parameters)
     from flows.progress import shown
 
-    logs = place.store / "logs"
-    log_file = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    log_file = new_log(place.store)
     server_log = log_file.with_name(f"prefect-server-{os.getpid()}.log")
     with logging_to(log_file), prefect_api(server_log), shown(err):
         from flows.quantize_model import quantize_model

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from tasks.engine.journal import ToldRun
 from tasks.engine.publication import work_identity
 from tasks.engine.registry import is_champions
 from tasks.engine.served_windows import WINDOWS, served_windows
+from tasks.engine.settings import new_log
 from tasks.engine.step import action
 from tasks.engine.store import Entry
 from tasks.engine.task_list import MISSING, is_installed
@@ -111,9 +110,7 @@ def serve(
         return {"served": False, "reason": "no evaluation windows are published to compare with"}
     # a server takes the memory that it finds free
     job.memo.clear()
-    log_file = (
-        job.store.root / "logs" / f"server-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    )
+    log_file = new_log(job.store.root, "server-")
     try:
         outcome = action(smoke_test)(Path(location), serving, job.device, log_file, job.source.path)
     except Exception as error:

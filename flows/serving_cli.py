@@ -99,7 +99,7 @@ def serve_check(
     """Start SGLang on a checkpoint and compare what it computes with what was measured."""
     from tasks.check import check_device
     from tasks.engine.errors import RunError
-    from tasks.engine.settings import settings
+    from tasks.engine.settings import new_log, settings
     from tasks.smoke_test import serve_and_compare
     from tasks.verify import require_served
 
@@ -114,8 +114,7 @@ def serve_check(
     )
     place = check_device(device)
     known = _known_run(run, checkpoint)
-    name = f"serve-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    log_file = settings().store / "logs" / name
+    log_file = new_log(settings().store, "serve-")
     try:
         served = serve_and_compare(
             checkpoint.absolute(), serving, place, log_file, source, server_url

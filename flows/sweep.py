@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun, told, told_run
 from tasks.engine.messages import journal_of
 from tasks.engine.publication import alone
-from tasks.engine.settings import Settings, settings
+from tasks.engine.settings import Settings, new_log, settings
 from tasks.engine.step import action
 from tasks.engine.store import Store
 from tasks.engine.tracking import Point
@@ -156,7 +155,7 @@ def _open(run: ToldRun, loaded: Sweep, checked: Checked, runner: Runner, folder:
 
 def _run(checked: Checked, runner: Runner, place: Settings) -> list[Outcome]:
     """Run all children; what came of each, in their order."""
-    logs = place.store / "logs" / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    logs = new_log(place.store, "sweep-", suffix="")
     surroundings = Surroundings(
         str(Path.cwd()),
         str(logs),

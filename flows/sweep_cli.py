@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,11 +97,10 @@ def run_sweep(parameters: dict[str, Any]) -> dict[str, Any]:
     """Run the flow under a Prefect API."""
     from flows.prefect_api import prefect_api
     from flows.sweep import sweep as sweep_flow
-    from tasks.engine.settings import settings
+    from tasks.engine.settings import new_log, settings
 
     store = parameters["store"]
-    logs = settings(Path(store) if store else None).store / "logs"
-    log_file = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    log_file = new_log(settings(Path(store) if store else None).store)
     server_log = log_file.with_name(f"prefect-server-{os.getpid()}.log")
     with logging_to(log_file), prefect_api(server_log):
         result: dict[str, Any] = sweep_flow(**parameters, log_file=str(log_file))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from platformdirs import user_data_path
@@ -35,3 +36,10 @@ def settings(store: Path | None = None) -> Settings:
         artifact_root=base / "mlartifacts",
         prefect_home=base / "prefect",
     )
+
+
+def new_log(store: Path, kind: str = "", suffix: str = ".log") -> Path:
+    """Return where a run or server that begins now logs: a path of its own, which sorts by time."""
+    # to the microsecond: a process may begin two in one second
+    moment = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    return store / "logs" / f"{kind}{moment}-{os.getpid()}{suffix}"

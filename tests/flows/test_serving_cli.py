@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -284,8 +285,9 @@ def test_serve_becomes_the_replayed_server(home, recorded_checkpoint, replayed, 
                 time.sleep(0.1)
         assert json.loads(answer.text)["model_path"] == str(copied)
     finally:
+        group = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         os.killpg(process.pid, 9)
-        process.wait()
+        psutil.wait_procs(group, timeout=20)
     assert process.stdout is not None
     assert process.stdout.readline().split()[1:3] == ["-m", "sglang.launch_server"]
 

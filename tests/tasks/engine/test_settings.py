@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import platformdirs
 import pytest
 
-from tasks.engine.settings import Settings, home, settings
+from tasks.engine.settings import Settings, home, new_log, settings
 
 VARIABLES = ("BLOCKQUANT_HOME", "BLOCKQUANT_STORE", "MLFLOW_TRACKING_URI")
 
@@ -78,3 +79,12 @@ def test_nothing_is_created_by_asking(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("BLOCKQUANT_HOME", str(tmp_path / "bq"))
     settings(tmp_path / "store")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_logs_of_one_second_are_told_apart(tmp_path: Path) -> None:
+    made = [new_log(tmp_path, "serve-") for _ in range(3) if not time.sleep(0.001)]
+    assert made == sorted(set(made))
+    for log in made:
+        assert log.parent == tmp_path / "logs"
+        assert log.name.startswith("serve-2") and log.name.endswith(f"-{os.getpid()}.log")
+    assert new_log(tmp_path, suffix="").suffix == ""
