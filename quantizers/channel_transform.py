@@ -49,9 +49,11 @@ def transformed_gram(statistics: InputStatistics, transform: ChannelTransform) -
     if transform.shift is not None:
         shift, total = transform.shift, statistics.total
         mixed = torch.outer(total, shift)
-        gram = gram - mixed - mixed.t() + torch.outer(shift, shift) * statistics.tokens
+        gram = (gram - mixed).sub_(mixed.t())
+        gram.add_(torch.outer(shift, shift).mul_(statistics.tokens))
     inverse = 1.0 / transform.scale
-    return gram * inverse[:, None] * (inverse[None, :] / max(statistics.tokens, 1))
+    # in place: of wide inputs each more matrix counts
+    return (gram * inverse[:, None]).mul_(inverse[None, :] / max(statistics.tokens, 1))
 
 
 def transformed_sample(statistics: InputStatistics, transform: ChannelTransform) -> Tensor:

@@ -63,8 +63,7 @@ def factorize(gram: Tensor, *, percdamp: float = 0.01, actorder: bool = False) -
         percdamp: share of the mean diagonal of the columns that were not always zero.
         actorder: largest diagonal first (the first of equals), else as they stand.
     """
-    gram = gram.to(torch.float64)
-    diagonal = gram.diagonal()
+    diagonal = gram.diagonal().to(torch.float64)
     dead = diagonal <= 0
     order = torch.arange(len(diagonal), device=gram.device)
     if actorder:
@@ -73,13 +72,15 @@ def factorize(gram: Tensor, *, percdamp: float = 0.01, actorder: bool = False) -
     live = torch.where(dead, torch.ones_like(diagonal), diagonal)
     # reversed in both directions a lower factor is an upper one
     backwards = order.flip(0)
-    reversed_gram = gram[backwards][:, backwards]
+    # copied once, and only then in float64: of a wide matrix each copy counts
+    reversed_gram = gram[backwards[:, None], backwards].to(torch.float64)
     for times in _RAISES:
         damped = torch.where(dead, live, live + percdamp * times * mean)
         reversed_gram.diagonal().copy_(damped[backwards])
         lower, failed = torch.linalg.cholesky_ex(reversed_gram)
         if not bool(failed) and bool(lower.diagonal().isfinite().all()):
-            return GramFactor(lower.flip(0, 1).to(torch.float32), order, percdamp * times)
+            del reversed_gram
+            return GramFactor(lower.to(torch.float32).flip(0, 1), order, percdamp * times)
     return None
 
 

@@ -108,8 +108,9 @@ def add_batch(
     keep: Tensor | None = None,
     draw: bool = True,
     chunk: int | None = None,
+    reuse: bool = False,
 ) -> InputStatistics:
-    """Statistics with a batch added; the argument stays as it is.
+    """Statistics with a batch added; the argument stays as it is, unless it may be used up.
 
     Rows are taken chunk by chunk, each from the batch's start, and summed in float32, so equal
     batches and an equal chunk give equal bits. On CUDA, bf16 and fp16 rows are multiplied in
@@ -122,6 +123,7 @@ def add_batch(
         keep: int64, numbers of the rows of this batch that are kept as a sample.
         draw: whether rows are drawn for weighted_rows, which searches of weights alone do not ask.
         chunk: rows per product, part of what decides the last bits; by the device where None.
+        reuse: whether the sum is made in the argument's Gram matrix, instead of a second one.
 
     Raises:
         NonFiniteError: x holds NaN or infinity, or a sum overflows float32.
@@ -145,7 +147,7 @@ def add_batch(
     as_they_are = native or x.dtype == torch.float32
     factors = rows if as_they_are else torch.empty_like(rows, dtype=torch.float32)
     low, high = _sums_(windows, factors, total, sums, chunk)
-    gram = statistics.gram.clone()
+    gram = statistics.gram if reuse else statistics.gram.clone()
     for part in torch.split(factors, chunk):
         _add_product_(gram, part)
     _mirror_(gram)

@@ -32,6 +32,9 @@ def advance(
 ) -> dict[str, Any]:
     """Run the stream through a block: quantized, or as it was where packed is None."""
     del draft
+    if packed is not None:
+        # nothing more is asked of the block; what it had in memory is the pass's
+        job.memo.forget("statistics", "codes", "transformed block")
     hidden = pass_block(job, stream, hidden_states(job, stream), packed)
     mean_square = require_finite(hidden, block)
     after = stream.after(advance.key(job, stream, packed, block=block), packed)

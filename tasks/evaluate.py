@@ -18,6 +18,7 @@ from torch.nn import functional
 from configs.schema import Evaluation
 from tasks.engine.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
 from tasks.engine.decoder import (
+    HEAD_ROWS,
     STREAM_BYTES,
     Decoder,
     build_decoder,
@@ -31,8 +32,6 @@ from tasks.engine.store import Draft, Entry, load_tensors
 from tasks.engine.weights import Weights, weights_of
 from tasks.engine.windows import read_tokens
 
-# rows whose logits are held at once
-HEAD_ROWS = 1024
 TOKEN_NLL = "token_nll.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -172,6 +171,8 @@ def final_hidden(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:
         hidden, per_block = decoder.embed(embedding, batch.to(device))
         batches.append(hidden.cpu())
         arguments.append(shapes.setdefault(batch.shape, per_block))
+    # neither it nor a block that is done lies beside the next one
+    del embedding
     for block in range(model.blocks):
         tensors = weights.block(block)
         hook = model.input_hook(block, device)
@@ -182,6 +183,7 @@ def final_hidden(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:
             ).cpu()
             for hidden, given in zip(batches, arguments, strict=True)
         ]
+        del tensors
     norm = {"weight": weights.outside(model.architecture.final_norm)}
     with torch.no_grad():
         finals = [

@@ -17,6 +17,7 @@ from quantizers.losses import relative_output_error, relative_weight_error
 from quantizers.output_error import group_input_scale
 from quantizers.rounding import QuantizedWeight, dequantize, round_group
 from tasks.clip import rounding_ranges
+from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics
 from tasks.engine.feedback import RoundedBlock, feed_back
 from tasks.engine.folding import quantized_groups
@@ -117,29 +118,30 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
     weights = transformed_block(job, block, origin.decision, origin.version)
     rounded = rounded_block(job, origin, block)
     codes = rounded.codes
-    # a method that measures its own inputs reports of those
-    grams = {} if rounded.notes else _grams(job, origin, block)
     scales = _input_scales(job, origin, block)
     source = job.read_block(block)
     linears, ranges = {}, {}
-    for name, quantized in codes.items():
-        weight = weights[f"{name}.weight"]
-        restored = dequantize(quantized, job.scheme.weight)
-        report: dict[str, Any] = {
-            "weight_error": relative_weight_error(weight, restored),
-            "digest": codes_digest(quantized, scales.get(name)),
-            **rounded.notes.get(name, {}),
-        }
-        if name in grams:
-            with search_products(job.device):
-                report["output_error"] = relative_output_error(weight, restored, grams[name])
-        if name in scales:
-            report["input_scale"] = float(scales[name])
-        linears[name] = report
-        ranges[name] = {
-            "before": weight_range(source[f"{name}.weight"]),
-            "after": weight_range(restored),
-        }
+    for group in quantized_groups(job, block):
+        # a method that measures its own inputs reports of those
+        gram = None if rounded.notes else _gram(job, origin, block, group)
+        for name in group.linears:
+            weight = weights[f"{name}.weight"]
+            restored = dequantize(codes[name], job.scheme.weight)
+            report: dict[str, Any] = {
+                "weight_error": relative_weight_error(weight, restored),
+                "digest": codes_digest(codes[name], scales.get(name)),
+                **rounded.notes.get(name, {}),
+            }
+            if gram is not None:
+                with search_products(job.device):
+                    report["output_error"] = relative_output_error(weight, restored, gram)
+            if name in scales:
+                report["input_scale"] = float(scales[name])
+            linears[name] = report
+            ranges[name] = {
+                "before": weight_range(source[f"{name}.weight"]),
+                "after": weight_range(restored),
+            }
     if scales:
         draft.save_tensors(INPUT_SCALES, {name: scale.clone() for name, scale in scales.items()})
     return {
@@ -220,15 +222,10 @@ def _inputs(job: Job, origin: Origin, block: int) -> dict[str, Any]:
     return input_ranges(found, block_transforms(job, origin.decision))
 
 
-def _grams(job: Job, origin: Origin, block: int) -> dict[str, Tensor]:
-    """Gram matrices of the transformed inputs, by linear; empty where none were collected."""
+def _gram(job: Job, origin: Origin, block: int, group: LinearGroup) -> Tensor | None:
+    """Gram matrix of a group's transformed inputs; None where none were collected."""
     if origin.stream is None:
-        return {}
-    statistics = block_statistics(job, origin.stream, block)
-    transforms = block_transforms(job, origin.decision)
-    grams: dict[str, Tensor] = {}
-    for group in quantized_groups(job, block):
-        found = statistics[group.name]
-        gram = transformed_gram(found, transforms.get(group.name) or no_transform(found))
-        grams |= dict.fromkeys(group.linears, gram)
-    return grams
+        return None
+    found = block_statistics(job, origin.stream, block)[group.name]
+    transform = block_transforms(job, origin.decision).get(group.name)
+    return transformed_gram(found, transform or no_transform(found))

@@ -25,6 +25,7 @@ from tasks.engine.export_format import (
     quantization_config,
     restore,
 )
+from tasks.engine.footprint import WHOLE_MODEL_BYTES
 from tasks.engine.job import Job, require
 from tasks.engine.kernel_limits import misfits, require_parallel
 from tasks.engine.plan import outside_shapes
@@ -34,8 +35,6 @@ from tasks.engine.step import step
 from tasks.engine.store import Draft
 from tasks.quantize import codes_digest
 
-# models up to this size in float32 are also loaded whole by transformers
-WHOLE_MODEL_BYTES = 512 * 2**20
 LOGIT_TOLERANCE = 1e-4
 PROBE_TOKENS = 64
 

@@ -148,7 +148,10 @@ def _added(
     x: Tensor,
     sample: Tensor,
 ) -> InputStatistics:
-    """Statistics with a micro-batch added; ``sample`` are the numbers of all rows to be kept."""
+    """Statistics with a micro-batch added, those before used up.
+
+    ``sample`` are the numbers of all rows to be kept.
+    """
     before = before or empty_statistics(x.shape[-1], x.device)
     inside = (sample >= before.tokens) & (sample < before.tokens + x.shape[:-1].numel())
     keep = (sample[inside] - before.tokens).to(x.device)
@@ -157,7 +160,7 @@ def _added(
     try:
         # its products take the inputs as they are: bf16 factors, float32 sums
         with search_products(job.device) if x.dtype == torch.bfloat16 else nullcontext():
-            return add_batch(before, x, keep=keep, draw=draw)
+            return add_batch(before, x, keep=keep, draw=draw, reuse=True)
     except NonFiniteError as error:
         place = f"{job.plan.blocks[block].prefix}{linear}"
         raise RunError(f"block {block}: the inputs of {place} hold NaN or Inf") from error

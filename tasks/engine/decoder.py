@@ -25,6 +25,8 @@ MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 # hidden states of both models that an evaluation holds at once
 STREAM_BYTES = 1 << 30
+# rows whose logits are held at once
+HEAD_ROWS = 1024
 
 InputHook = Callable[[str, Tensor], Tensor]
 

@@ -26,9 +26,12 @@ class Memo:
         return Memo, (self._keep,)
 
     def get(self, kind: str, key: str, compute: Callable[[], Value]) -> Value:
-        """Return the value of ``key``, computed if it is not here."""
+        """Return the value of ``key``, computed if it is not here, in the room of the oldest."""
         values = self._values.setdefault(kind, OrderedDict())
         if key not in values:
+            # an old value beside the new one would be twice the memory
+            while len(values) >= self._keep:
+                values.popitem(last=False)
             self.put(kind, key, compute())
         values.move_to_end(key)
         value: Value = values[key]
@@ -45,6 +48,11 @@ class Memo:
     def has(self, kind: str, key: str) -> bool:
         """Say whether the value of ``key`` is here."""
         return key in self._values.get(kind, {})
+
+    def forget(self, *kinds: str) -> None:
+        """Drop the values of some kinds."""
+        for kind in kinds:
+            self._values.pop(kind, None)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from configs.schema import Quant
 from configs.special_keys import GptqSpecial, OmniQuantSpecial
 from configs.vocabulary import DataName, Method
-from tasks.engine.decoder import MICRO_BATCH_TOKENS, STREAM_BYTES
 from tasks.engine.export_format import export_dtype
+from tasks.engine.footprint import evaluation_tokens, stages, stream_bytes, waiting
 from tasks.engine.generate import BATCH
 from tasks.engine.job import Job
 from tasks.engine.streams import KEPT_BOUNDARIES
 
-# what Python, torch, transformers, MLflow and Prefect hold before any tensor
-LIBRARY_BYTES = 900 * 2**20
+# what Python, torch, transformers, MLflow and Prefect hold before any tensor, 520 MiB, and what the
+# allocator keeps of memory that is free again
+LIBRARY_BYTES = 640 * 2**20
 START_SECONDS = 12.0
 DISK_BYTES_PER_SECOND = 1e9
 # launching the operations of one block for one token: as on two CPU cores; a guess for a GPU
 BLOCK_CALL_SECONDS = {"cpu": 0.002, "cuda": 0.0005}
-# an attention score, and it in float32 before and after the softmax: most, of bf16 on a CPU
-SCORE_BYTES = 2 + 4 + 4
 
 
 @dataclass(frozen=True)
@@ -48,50 +46,26 @@ class Prediction:
 
 def predict(job: Job) -> Prediction:
     """Predict the size of the export, the peak of memory and the time of a run."""
-    sizes = job.source.tensors
-    numbers = {name: info.size // info.dtype.itemsize for name, info in sizes.items()}
+    held = max(stages(job).values())
+    on_cpu = job.device == "cpu"
+    numbers = {n: info.size // info.dtype.itemsize for n, info in job.source.tensors.items()}
     blocks = [sum(numbers[n] for n in b.full(b.tensors)) for b in job.plan.blocks]
     embedding = numbers[job.plan.architecture.embedding]
-    width, hidden = job.compute_dtype.itemsize, int(job.source.config["hidden_size"])
-    # steps run one after the other
-    stream = max([0, *(tokens for _, tokens in _calibrations(job))]) * hidden * width
-    # two models are evaluated side by side, on a CPU in float32
-    evaluated = 4 if job.device == "cpu" else width
-    evaluation = _evaluation_tokens(job) * hidden * 2 * evaluated
-    columns = max(
-        (sizes[name].shape[1] for b in job.plan.blocks for name in b.full(b.weights)), default=0
-    )
-    # one block as read, in the compute dtype and restored; the head; a Gram matrix in float32
-    device = 3 * max(blocks) * width + embedding * width + (4 * columns * columns if stream else 0)
-    device += _score_bytes(job)
-    # a learned block has its targets and the stream before rounding beside it
-    learned = any(isinstance(step.quant.special, OmniQuantSpecial) for step in job.steps)
-    peak = LIBRARY_BYTES + (4 if learned else 2) * stream + min(evaluation, 2 * STREAM_BYTES)
-    peak += device if job.device == "cpu" else 0
+    read = sum(info.size for info in job.source.tensors.values())
+    # what a GPU has no room for waits on the host
+    device, peak = held, LIBRARY_BYTES + (held if on_cpu else waiting(job))
+    if not on_cpu and sampled(job):
+        # sampling text needs the whole model on the device
+        device = max(device, read)
     calibrated = sum(tokens * _passes(quant) for quant, tokens in _calibrations(job))
-    forward = 2.0 * sum(blocks) * (calibrated + 2 * _evaluation_tokens(job))
-    forward += 2.0 * 2 * embedding * _evaluation_tokens(job)
-    read = sum(info.size for info in sizes.values())
+    forward = 2.0 * sum(blocks) * (calibrated + 2 * evaluation_tokens(job))
+    forward += 2.0 * 2 * embedding * evaluation_tokens(job)
     made, published = _export_bytes(job)
     seconds = START_SECONDS + forward / _throughput(job.device)
     seconds += (3 * read + made) / DISK_BYTES_PER_SECOND
     seconds += _sampling_seconds(job, sum(numbers.values()))
-    if job.device != "cpu" and sampled(job):
-        # sampling text needs the whole model on the device
-        device = max(device, read)
-    boundaries = (KEPT_BOUNDARIES + 1) * stream
-    return Prediction(published, made + boundaries, int(peak), device, seconds)
-
-
-def _score_bytes(job: Job) -> int:
-    """Attention scores of a micro-batch, where attention is not torch's own, which holds none."""
-    if job.plan.architecture.attention == "sdpa":
-        return 0
-    config: Any = job.decoder.model.config
-    calibration = [step.calib.seq_len for step in job.steps if step.calib is not None]
-    longest = max([*calibration, job.evaluation.seq_len])
-    tokens = max(MICRO_BATCH_TOKENS[torch.device(job.device).type], longest)
-    return tokens * longest * int(config.num_attention_heads) * SCORE_BYTES
+    boundaries = (KEPT_BOUNDARIES + 1) * stream_bytes(job)
+    return Prediction(published, made + boundaries, peak, device, seconds)
 
 
 def sampled(job: Job) -> list[tuple[int, int]]:
@@ -134,11 +108,6 @@ def _passes(quant: Quant) -> float:
         learned = (1 + special.epochs) * (2 if special.aug_loss else 1) + 2 * special.epochs
         return 4 + learned
     return 2
-
-
-def _evaluation_tokens(job: Job) -> int:
-    # where all windows are asked for, a text of the size of WikiText-2's test set is assumed
-    return (job.evaluation.windows or 150) * job.evaluation.seq_len
 
 
 def _export_bytes(job: Job) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from quantizers.rotation import Rotation, fold_norm, rotate
 from tasks.engine.architectures import Architecture
 
 __all__ = ["Rotation", "rotated_block", "rotated_outside", "rotation_from", "rotation_tensors"]
+
+# entries of an embedding that are rotated at once
+PART_ENTRIES = 1 << 22
 
 
 def rotation_tensors(rotation: Rotation) -> dict[str, Tensor]:
@@ -51,14 +54,39 @@ def rotated_block(
 
 
 def rotated_outside(
-    tensors: Mapping[str, Tensor], architecture: Architecture, rotation: Rotation
+    tensors: Mapping[str, Tensor],
+    architecture: Architecture,
+    rotation: Rotation,
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Embedding, final norm and head of a rotated model; the head takes the norm and is untied."""
-    embedding, norm = tensors[architecture.embedding], tensors[architecture.final_norm]
-    head = tensors.get(architecture.head, embedding)
-    folded = fold_norm(head, norm, architecture.norm_offset)
+    """Embedding, final norm and head of a rotated model; the head takes the norm and is untied.
+
+    Args:
+        tensors: the embedding alone, or all three, a tied head left out.
+        architecture: of the model.
+        rotation: of the hidden size.
+        dtype: of the rotated embedding and head, each rounded to float32 before.
+    """
+    embedding = tensors[architecture.embedding]
+    turned = _by_parts(embedding, lambda part: rotate(part, rotation), dtype)
+    norm = tensors.get(architecture.final_norm)
+    if norm is None:
+        return {architecture.embedding: turned}
+
+    def folded(part: Tensor) -> Tensor:
+        return rotate(fold_norm(part, norm, architecture.norm_offset), rotation)
+
     return {
-        architecture.embedding: rotate(embedding, rotation).float(),
+        architecture.embedding: turned,
         architecture.final_norm: torch.full_like(norm, 1 - architecture.norm_offset),
-        architecture.head: rotate(folded, rotation).float(),
+        architecture.head: _by_parts(tensors.get(architecture.head, embedding), folded, dtype),
     }
+
+
+def _by_parts(matrix: Tensor, turn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    """A matrix of many rows, turned some at a time: all of them in float64 would fill memory."""
+    done = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    rows = max(1, PART_ENTRIES // matrix.shape[1])
+    for part, room in zip(matrix.split(rows), done.split(rows), strict=True):
+        room.copy_(turn(part).float())
+    return done

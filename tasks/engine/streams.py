@@ -24,11 +24,11 @@ from tasks.engine.decoder import (
     run_block,
 )
 from tasks.engine.errors import RunError
-from tasks.engine.export_format import INPUT_SCALE, export_dtype, restore_block
+from tasks.engine.export_format import INPUT_SCALE, restore_block
 from tasks.engine.job import Job, require, result_files, result_tensors
 from tasks.engine.store import load_tensors
 from tasks.engine.transfer import host_memory, to_host
-from tasks.engine.version import SOURCE, Version, outside_tensors, version_block
+from tasks.engine.version import SOURCE, Version, embedding_of, version_block
 from tasks.engine.windows import read_tokens
 
 HIDDEN = "hidden.safetensors"
@@ -115,7 +115,11 @@ def hidden_states(job: Job, stream: Stream) -> Tensor:
 
     Taken from memory, from a boundary on disk, or made again from the newest one before.
     """
-    return job.memo.get(stream.kind, stream.key, lambda: _find_or_make(job, stream))
+    if not job.memo.has(stream.kind, stream.key):
+        # those of the block before stay until these are there: they are what these are made of
+        job.memo.put(stream.kind, stream.key, _find_or_make(job, stream))
+    hidden: Tensor = job.memo.get(stream.kind, stream.key, _never)
+    return hidden
 
 
 def _find_or_make(job: Job, stream: Stream) -> Tensor:
@@ -167,11 +171,7 @@ def _embed(job: Job, stream: Stream) -> Tensor:
 
 def read_embedding(job: Job, version: Version) -> Tensor:
     """Read the embedding (V, D) as it is exported, in the compute dtype, on the device."""
-    name = job.plan.architecture.embedding
-    if version.rotation is None:
-        return job.source.read([name], job.device)[name].to(job.compute_dtype)
-    rotated = outside_tensors(job, version)[name]
-    return rotated.to(export_dtype(job.dtype)).to(job.compute_dtype)
+    return embedding_of(job, version).to(job.compute_dtype)
 
 
 def pass_block(job: Job, stream: Stream, hidden: Tensor, packed: str | None) -> Tensor:

@@ -89,16 +89,28 @@ def transformed_block(
 
 
 def outside_tensors(job: Job, version: Version) -> dict[str, Tensor]:
-    """The tensors outside of the blocks: the source's as stored, or rotated in float32.
+    """The tensors outside of the blocks: the source's as stored, or rotated, as exported.
 
     A rotated model's head is no longer its embedding: both are there.
     """
     if version.rotation is None:
         # nothing is computed with them
         return job.source.read(job.plan.outside)
-    stored = job.source.read(job.plan.outside, job.device)
-    rotation = _rotation(job, version.rotation)
-    return stored | rotated_outside(stored, job.plan.architecture, rotation)
+    return _rotated(job, version.rotation, job.plan.outside)
+
+
+def embedding_of(job: Job, version: Version) -> Tensor:
+    """The embedding (V, D), on the device: the source's as stored, or rotated, as exported."""
+    name = job.plan.architecture.embedding
+    if version.rotation is None:
+        return job.source.read([name], job.device)[name]
+    return _rotated(job, version.rotation, [name])[name]
+
+
+def _rotated(job: Job, rotation: str, names: Sequence[str]) -> dict[str, Tensor]:
+    stored = job.source.read(names, job.device)
+    turn, dtype = _rotation(job, rotation), export_dtype(job.dtype)
+    return stored | rotated_outside(stored, job.plan.architecture, turn, dtype)
 
 
 def _transformed(job: Job, tensors: Mapping[str, Tensor], decision: str) -> Mapping[str, Tensor]:

@@ -81,6 +81,16 @@ def test_arguments_stay_as_they_are(device):
         first.tokens = 0
 
 
+def test_the_sum_may_be_made_in_place(device):
+    first, second = (inputs(9, 12, seed=seed, device=device) for seed in (1, 2))
+    apart = add_batch(add_batch(empty_statistics(12, device), first), second)
+    before = add_batch(empty_statistics(12, device), first)
+    together = add_batch(before, second, reuse=True)
+    assert together.gram.data_ptr() == before.gram.data_ptr()
+    for name in SUMS + EXTREMES:
+        assert torch.equal(getattr(together, name), getattr(apart, name))
+
+
 def test_equal_chunks_give_equal_bits(device):
     x = inputs(64, 16, device=device)
     runs = [add_batch(empty_statistics(16, device), x, chunk=16) for _ in range(2)]

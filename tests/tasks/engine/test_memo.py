@@ -70,7 +70,20 @@ def test_none_is_a_value() -> None:
     assert calls == []
 
 
-def test_a_failed_computation_leaves_what_was_there() -> None:
+def test_room_is_made_before_a_value_is_computed() -> None:
+    memo = Memo()
+    old = weakref.ref(memo.get("codes", "a", Value))
+
+    def compute() -> Value:
+        gc.collect()
+        assert old() is None
+        return Value()
+
+    memo.get("codes", "b", compute)
+    assert memo.has("codes", "b")
+
+
+def test_a_failed_computation_leaves_nothing_half_done() -> None:
     memo = Memo()
     memo.put("codes", "a", 1)
 
@@ -79,8 +92,17 @@ def test_a_failed_computation_leaves_what_was_there() -> None:
 
     with pytest.raises(RuntimeError, match="stop"):
         memo.get("codes", "b", fail)
-    assert memo.has("codes", "a")
     assert not memo.has("codes", "b")
+    assert memo.get("codes", "a", lambda: 2) == 2
+
+
+def test_kinds_are_forgotten() -> None:
+    memo = Memo()
+    for kind in ("codes", "statistics", "stream"):
+        memo.put(kind, "a", kind)
+    memo.forget("codes", "statistics", "never there")
+    held = [kind for kind in ("codes", "statistics", "stream") if memo.has(kind, "a")]
+    assert held == ["stream"]
 
 
 def test_values_may_need_others_of_their_kind() -> None:

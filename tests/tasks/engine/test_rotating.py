@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from quantizers import rotation as rotations
 from quantizers.rotation import RotationKind, draw_rotation
 from tasks.engine.architectures import ARCHITECTURES
 from tasks.engine.job import Job
@@ -40,7 +41,8 @@ def difference(job: Job, kind: RotationKind = RotationKind.HADAMARD) -> float:
         tensors = rotated_block(job.read_block(block), architecture, rotation)
         state |= {job.plan.blocks[block].prefix + n: t.float() for n, t in tensors.items()}
     stored = job.source.read(job.plan.outside)
-    state |= {n: t.float() for n, t in rotated_outside(stored, architecture, rotation).items()}
+    outside = rotated_outside(stored, architecture, rotation, torch.float32)
+    state |= {n: t.float() for n, t in outside.items()}
     config = AutoConfig.from_pretrained(job.source.path)
     config.tie_word_embeddings = False
     rotated = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -65,6 +67,26 @@ def test_a_rotation_does_not_pass_norms_of_what_a_block_adds(job_of: JobOf, tmp_
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 def test_logits_stay_with_tied_embeddings(name: str, job_of: JobOf, tmp_path: Path) -> None:
     assert difference(job_for(job_of, tmp_path, name, tied=True)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_what_lies_outside_is_rotated_in_parts(
+    name: str, job_of: JobOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_for(job_of, tmp_path, name)
+    architecture, rotation = job.plan.architecture, draw_rotation(64, 0)
+    stored = job.source.read(job.plan.outside)
+    monkeypatch.setattr("tasks.engine.rotating.PART_ENTRIES", 100 * 64 + 1)
+    found = rotated_outside(stored, architecture, rotation, torch.bfloat16)
+    embedding, norm = stored[architecture.embedding], stored[architecture.final_norm]
+    head = stored.get(architecture.head, embedding).double()
+    folded = head * (norm.double() + architecture.norm_offset)
+    for name, before in ((architecture.embedding, embedding), (architecture.head, folded)):
+        assert torch.equal(found[name], rotations.rotate(before, rotation).float().bfloat16())
+    alone = {architecture.embedding: embedding}
+    again = rotated_outside(alone, architecture, rotation, torch.bfloat16)
+    assert set(again) == set(alone)
+    assert torch.equal(again[architecture.embedding], found[architecture.embedding])
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])

@@ -1,0 +1,208 @@
+"""What each stage of a run holds at once, in bytes: on a CPU beside the libraries, or on a GPU.
+
+Stages follow one another and leave only hidden states behind, so a run's peak is that of its
+largest stage. Files that are mapped into memory are not counted: they can be dropped at any time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from configs.schema import ResolvedStep
+from configs.special_keys import GptqSpecial, OmniQuantSpecial
+from configs.vocabulary import Method
+from tasks.engine.decoder import HEAD_ROWS, MICRO_BATCH_TOKENS, STREAM_BYTES
+from tasks.engine.export_format import export_dtype
+from tasks.engine.folding import quantized_groups
+from tasks.engine.job import Job
+
+FLOAT = 4
+DOUBLE = 8
+# models up to this size in float32 are also loaded whole by transformers when they are verified
+WHOLE_MODEL_BYTES = 512 * 2**20
+# an attention score, and it in float32 before and after the softmax: most, of bf16 on a CPU
+SCORE_BYTES = 2 + 4 + 4
+# of a linear's input: what the block computes around it, its norm, its gate, its residual
+AROUND = 3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of a model's largest block, and of what lies around it.
+
+    Attributes:
+        block: entries of all tensors of a block.
+        group: entries of the weights of the linears that share one input, at most.
+        linear: entries of one weight, at most.
+        grams: entries of the Gram matrices of all groups.
+        widest: entries of the largest one.
+        inner: channels of the widest input of a linear.
+        hidden: channels of the hidden states.
+        head: entries of the embedding.
+        vocabulary: tokens of it.
+        width: bytes of an entry that is computed with.
+    """
+
+    block: int
+    group: int
+    linear: int
+    grams: int
+    widest: int
+    inner: int
+    hidden: int
+    head: int
+    vocabulary: int
+    width: int
+
+
+def sizes_of(job: Job) -> Sizes:
+    """Measure a model by the shapes that its files give."""
+    tensors = job.source.tensors
+    entries = {name: torch.Size(info.shape).numel() for name, info in tensors.items()}
+    groups, grams, linears, columns = [0], [0], [0], [0]
+    for number, block in enumerate(job.plan.blocks):
+        inputs = []
+        for group in quantized_groups(job, number):
+            names = [f"{block.prefix}{linear}.weight" for linear in group.linears]
+            groups.append(sum(entries[name] for name in names))
+            linears.extend(entries[name] for name in names)
+            inputs.append(int(tensors[names[0]].shape[1]))
+        columns.extend(inputs)
+        grams.append(sum(width * width for width in inputs))
+    embedding = job.plan.architecture.embedding
+    return Sizes(
+        block=max(sum(entries[n] for n in b.full(b.tensors)) for b in job.plan.blocks),
+        group=max(groups),
+        linear=max(linears),
+        grams=max(grams),
+        widest=max(columns) ** 2,
+        inner=max(columns),
+        hidden=int(job.source.config["hidden_size"]),
+        head=entries[embedding],
+        vocabulary=int(tensors[embedding].shape[0]),
+        width=job.compute_dtype.itemsize,
+    )
+
+
+def stages(job: Job) -> dict[str, int]:
+    """Bytes that each stage of a run holds at most, by its name."""
+    sizes = sizes_of(job)
+    found: dict[str, int] = {}
+    for step in job.steps:
+        for name, size in _of_step(job, step, sizes).items():
+            found[name] = max(size, found.get(name, 0))
+    if job.device != "cpu":
+        # a GPU has copies of what a CPU maps: the block as stored, and as it is exported
+        stored = job.source.tensors
+        copied = max(sum(stored[n].size for n in b.full(b.tensors)) for b in job.plan.blocks)
+        found = {name: size + copied for name, size in found.items()}
+    return found | {"verify": _verify(job, sizes), "evaluate": _evaluate(job, sizes)}
+
+
+def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
+    """What the stages of one step of a recipe hold, the hidden states that wait included."""
+    quant, special = step.quant, step.quant.special
+    # what a step before has rotated or transformed
+    before = FLOAT * sizes.block if len(job.steps) > 1 else 0
+    codes = sizes.block
+    if quant.method is Method.QUAROT:
+        # a rotated head is no longer the embedding
+        return {"export": 2 * export_dtype(job.dtype).itemsize * sizes.head}
+    if step.calib is None:
+        return {"quantize": before + codes + FLOAT * 2 * sizes.group}
+    stream = _stream(job, step)
+    length, windows = step.calib.seq_len, step.calib.n_samples
+    pass_ = sizes.width * (sizes.block + _activations(job, length, windows, sizes))
+    pass_ += _score_bytes(job, length, windows)
+    grams, gram = FLOAT * sizes.grams, FLOAT * sizes.widest
+    changed = before + FLOAT * sizes.block
+    found = {
+        "observe": stream + before + pass_ + grams,
+        "advance": 2 * stream + before + pass_,
+        "transform": stream + before + grams + gram + FLOAT * sizes.group,
+        # the weights after the transforms, codes, and one linear in four forms
+        "quantize": stream + grams + changed + codes + gram + 4 * FLOAT * sizes.linear,
+    }
+    if isinstance(special, GptqSpecial):
+        # the matrix, its mean, and in float64 it and its factor, beside the linears done so far
+        factor = 2 * gram + 2 * DOUBLE * sizes.widest + FLOAT * sizes.linear
+        others = 0 if special.true_sequential else grams
+        found["quantize"] = stream + changed + codes + factor + others
+    if isinstance(special, OmniQuantSpecial):
+        # targets and the stream before rounding; a graph holds what each operation was given
+        found["learn"] = 4 * stream + before + 6 * FLOAT * sizes.block + 3 * pass_
+    return found
+
+
+def _together(job: Job, length: int, windows: int) -> int:
+    """Tokens of a micro-batch."""
+    most = max(MICRO_BATCH_TOKENS[torch.device(job.device).type], length)
+    return min(most, length * windows)
+
+
+def _activations(job: Job, length: int, windows: int, sizes: Sizes) -> int:
+    """Entries of what a block computes of one micro-batch."""
+    return _together(job, length, windows) * AROUND * (sizes.inner + sizes.hidden)
+
+
+def _score_bytes(job: Job, length: int, windows: int) -> int:
+    """Attention scores of a micro-batch, where attention is not torch's own, which holds none."""
+    if job.plan.architecture.attention == "sdpa":
+        return 0
+    config: Any = job.decoder.model.config
+    heads = int(config.num_attention_heads)
+    return _together(job, length, windows) * length * heads * SCORE_BYTES
+
+
+def _verify(job: Job, sizes: Sizes) -> int:
+    """A block, read back and as it was; a small model whole, on the host."""
+    infos = job.source.tensors.values()
+    whole = FLOAT * sum(torch.Size(info.shape).numel() for info in infos)
+    if job.device != "cpu" or whole > WHOLE_MODEL_BYTES:
+        whole = 0
+    return 2 * sizes.width * sizes.block + whole
+
+
+def _evaluate(job: Job, sizes: Sizes) -> int:
+    """Two models in turn, their heads side by side; on a CPU in float32."""
+    width = FLOAT if job.device == "cpu" else sizes.width
+    length = job.evaluation.seq_len
+    rows = min(HEAD_ROWS, length)
+    heads = 2 * width * sizes.head + 4 * FLOAT * rows * sizes.vocabulary
+    windows = evaluation_tokens(job) // length
+    block = width * (sizes.block + _activations(job, length, windows, sizes))
+    block += _score_bytes(job, length, windows)
+    return heads + block + (_evaluated(job) if job.device == "cpu" else 0)
+
+
+def waiting(job: Job) -> int:
+    """Hidden states that wait on the host, beside a GPU that has no room for them."""
+    learned = any(isinstance(step.quant.special, OmniQuantSpecial) for step in job.steps)
+    return (4 if learned else 2) * stream_bytes(job) + _evaluated(job)
+
+
+def stream_bytes(job: Job) -> int:
+    """Hidden states of the largest calibration set."""
+    return max([0, *(_stream(job, step) for step in job.steps)])
+
+
+def _stream(job: Job, step: ResolvedStep) -> int:
+    if step.calib is None:
+        return 0
+    hidden = int(job.source.config["hidden_size"])
+    return step.calib.n_samples * step.calib.seq_len * hidden * job.compute_dtype.itemsize
+
+
+def _evaluated(job: Job) -> int:
+    """Last hidden states of both models that are evaluated, and those of one a block before."""
+    width = FLOAT if job.device == "cpu" else job.compute_dtype.itemsize
+    both = evaluation_tokens(job) * int(job.source.config["hidden_size"]) * 2 * width
+    return min(both, STREAM_BYTES) * 3 // 2
+
+
+def evaluation_tokens(job: Job) -> int:
+    """Tokens that are evaluated; of all windows of a text, those of one like WikiText-2's test."""
+    return (job.evaluation.windows or 150) * job.evaluation.seq_len
