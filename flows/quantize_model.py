@@ -123,11 +123,13 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
     calibrated = [calibration(job, course, step, sets) for step in job.steps]
     state = State()
     forget_peaks(job.device)
+    job.phases.begin()
     course.mark("first block")
     for step, tokens in zip(job.steps, calibrated, strict=True):
         state = apply(job, run, course, step, tokens, state)
     course.mark("last block")
     taken = peaks(job.device)
+    phases = job.phases.of(course.marks["last block"] - course.marks["first block"])
     products: dict[str, Product] = {}
     if job.quantizes:
         packed = tuple(p.key for p in state.packed)
@@ -171,6 +173,7 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
         "bytes": report["bytes"],
         "scheme": report["scheme"],
         "seconds": {name: round(s, 3) for name, s in course.seconds.items()},
+        "phases": {name: round(s, 3) for name, s in phases.items()},
         "marks": course.marks,
         "block_ends": course.block_ends,
         "peaks": taken,

@@ -19,6 +19,7 @@ from tasks.engine.errors import InputError
 from tasks.engine.export_format import Scheme, scheme_of
 from tasks.engine.kernel_limits import Shapes, misfits
 from tasks.engine.memo import Memo
+from tasks.engine.phases import Phases
 from tasks.engine.plan import Plan, matrix_shape, plan_model
 from tasks.engine.precision import compute_dtype
 from tasks.engine.residency import OnHost
@@ -42,6 +43,7 @@ class Job:
         behind: writes what a run could do without.
         before: reads what will be needed.
         held: files of results that are not in the store yet, by their keys.
+        phases: where the time of its steps goes.
     """
 
     recipe: Recipe
@@ -55,6 +57,7 @@ class Job:
     behind: Behind = field(default_factory=Behind)
     before: Behind = field(default_factory=Behind)
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    phases: Phases = field(default_factory=Phases)
 
     @cached_property
     def dtype(self) -> torch.dtype:

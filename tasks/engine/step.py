@@ -26,6 +26,7 @@ from tasks.engine.disk import writing_to
 from tasks.engine.errors import one_line
 from tasks.engine.job import Job, keep_result
 from tasks.engine.lineage import code_digest, lineage_key, quantizer_imports
+from tasks.engine.phases import AHEAD, IN_TASK, WAITED, WRITTEN
 from tasks.engine.residency import DeviceMemoryError, ran_out_of_memory
 from tasks.engine.store import Draft, Entry
 from tasks.engine.transfer import beside, reached
@@ -114,11 +115,12 @@ class Step(Generic[Parameters]):
     def make(self, job: Job, key: str, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Made:
         """Compute the result and write nothing; the steps that come next find it in memory."""
         draft = Draft(job.store.root / "staging" / key, held=True)
-        value = self.compute(job, draft, *args, **kwargs)
-        if self.kept:
-            keep_result(job, key, draft)
-        job.held[key] = tuple(sorted(draft.saved))
-        return Made(draft, value, reached(job.device))
+        with job.phases.measured(AHEAD):
+            value = self.compute(job, draft, *args, **kwargs)
+            if self.kept:
+                keep_result(job, key, draft)
+            job.held[key] = tuple(sorted(draft.saved))
+            return Made(draft, value, reached(job.device))
 
     def run(
         self,
@@ -183,18 +185,27 @@ class Step(Generic[Parameters]):
             if job.store.get(key) is None:
                 ran.append(True)
                 with writing_to(job.store.root), job.store.draft(key) as draft:
-                    made = None if ahead is None else ahead.take()
+                    made = _made_ahead(job, ahead)
                     if made is None:
-                        value = self.compute(job, draft, *args, **kwargs)
-                        if self.kept:
-                            keep_result(job, key, draft)
-                    else:
-                        value = made.value
-                        with beside(job.device, made.ready):
-                            draft.take(made.draft)
-                    job.store.commit(key, self.name, draft, value)
+                        with job.phases.measured(IN_TASK):
+                            value = self.compute(job, draft, *args, **kwargs)
+                            if self.kept:
+                                keep_result(job, key, draft)
+                    with job.phases.measured(WRITTEN):
+                        if made is not None:
+                            value = made.value
+                            with beside(job.device, made.ready):
+                                draft.take(made.draft)
+                        job.store.commit(key, self.name, draft, value)
         job.held.pop(key, None)
         return {"key": key, "step": self.name}
+
+
+def _made_ahead(job: Job, ahead: Upcoming | None) -> Made | None:
+    if ahead is None:
+        return None
+    with job.phases.measured(WAITED):
+        return ahead.take()
 
 
 def step(

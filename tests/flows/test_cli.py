@@ -173,7 +173,14 @@ def test_first_run_for_a_machine(made: Made, tiny: Path) -> None:
     assert set(result) == {
         *("checkpoint", "metrics", "bytes", "scheme", "seconds", "steps", "mlflow", "launch"),
         *("unserved", "served", "gate", "uploaded", "scores", "marks", "block_ends", "peaks"),
+        "phases",
     }
+    phases, marks = result["phases"], result["marks"]
+    assert phases.pop("computed ahead") == phases["waited for what is computed ahead"] == 0
+    assert phases["computed in tasks"] > 0 and phases["written"] > 0
+    assert phases["orchestrated"] > 0
+    took = marks["last block"] - marks["first block"]
+    assert sum(phases.values()) == pytest.approx(took, abs=0.005)
     assert result["unserved"] is None
     assert result["served"]["served"] is False
     assert result["served"]["reason"].startswith(f"no SGLang in {sys.executable}")

@@ -15,6 +15,7 @@ import torch
 
 import tasks.engine.step as module
 from tasks.engine.ahead import DEPTH, Call, Plan, in_turn
+from tasks.engine.phases import AHEAD, ORCHESTRATED, WAITED, WRITTEN, Phases
 from tasks.engine.residency import DeviceMemoryError
 from tasks.engine.step import Result, step
 from tasks.engine.store import Draft, Store, load_tensors
@@ -36,6 +37,7 @@ class Work:
     device: str = "cpu"
     fingerprint: dict[str, str] = field(default_factory=lambda: {"device": "cpu"})
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    phases: Phases = field(default_factory=Phases)
     sums: dict[str, int] = field(default_factory=dict)
     threads: dict[int, list[str]] = field(default_factory=dict)
     failures: dict[int, BaseException] = field(default_factory=dict)
@@ -100,6 +102,8 @@ def test_all_are_computed_ahead_and_written_in_order(work: Work) -> None:
     assert sums(list(run(work))) == EXPECTED
     assert work.threads == {block: ["ahead"] for block in range(COUNT)}
     assert work.held == {}
+    kinds = {kind: seconds for kind, seconds in work.phases.of(60.0).items() if seconds > 0}
+    assert set(kinds) == {AHEAD, WAITED, WRITTEN, ORCHESTRATED}
     assert "blockquant-ahead" not in {thread.name[:16] for thread in threading.enumerate()}
 
 

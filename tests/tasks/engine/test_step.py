@@ -24,6 +24,7 @@ from tasks.engine import lineage
 from tasks.engine.disk import DiskFullError
 from tasks.engine.errors import InputError, NonFiniteWeightError, RunError
 from tasks.engine.lineage import code_digest
+from tasks.engine.phases import Phases
 from tasks.engine.residency import DeviceMemoryError
 from tasks.engine.step import Step, action, step
 from tasks.engine.store import MANIFEST, Draft, Store, load_tensors
@@ -45,6 +46,7 @@ class Work:
     device: str = "cuda:0"
     leaner_jobs: list[Work] = field(default_factory=list)
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    phases: Phases = field(default_factory=Phases)
 
     def leaner(self) -> Work | None:
         return self.leaner_jobs.pop(0) if self.leaner_jobs else None
