@@ -17,7 +17,7 @@ for the next call. Each recipe is run by this project's command line and by llm-
   as the checkpoint has, in files of as many, with nothing between.
 - again: the same command once more, when all steps are found in the store.
 - peaks: of the device's memory (allocated by torch) and the host's (resident), while blocks are
-  quantized.
+  quantized; and what `blockquant check` predicted for the device.
 """
 
 from __future__ import annotations
@@ -182,6 +182,7 @@ def _ours(bench: Bench, recipe: str) -> tuple[dict[str, Any], Path | None]:
     environment = os.environ | {"BLOCKQUANT_HOME": str(bench.work / "home")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     (bench.work / "home").mkdir(exist_ok=True)
+    predicted = _predicted(command, environment)
     start = time.perf_counter()
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     whole = time.perf_counter() - start
@@ -203,13 +204,21 @@ def _ours(bench: Bench, recipe: str) -> tuple[dict[str, Any], Path | None]:
         "whole": whole,
         "again": again,
         "disk": _disk_alone(bench.model, place / "out", place / "written"),
-        "peaks": found["peaks"],
+        "peaks": found["peaks"] | {"predicted": predicted},
         "seconds": found["seconds"],
         "phases": found.get("phases", {}),
     }
     tokens = sorted((place / "store" / "entries").glob("*/*/tokens.safetensors"))
     longest = max(tokens, key=lambda file: file.stat().st_size, default=None)
     return figures, longest
+
+
+def _predicted(command: list[str], environment: dict[str, str]) -> int:
+    """Bytes that `check` expects on the device while blocks are quantized."""
+    asked = [*command[:3], "check", *command[4:]]
+    done = subprocess.run(asked, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    stages: dict[str, int] = json.loads(done.stdout)["stages"]
+    return max(size for name, size in stages.items() if name not in BESIDE)
 
 
 def _disk_alone(model: Path, made: Path, scratch: Path) -> float:
@@ -268,7 +277,7 @@ def _theirs(bench: Bench, recipe: str, tokens: Path | None) -> dict[str, Any]:
 def _table(report: dict[str, Any]) -> Table:
     table = Table(box=box.MARKDOWN)
     headings = ("recipe", "s/block", "llm-compressor", "ratio", "blocks, s", "to published, s")
-    rest = ("disk alone, s", "whole, s", "again, s", "device, GiB", "host, GiB")
+    rest = ("disk alone, s", "whole, s", "again, s", "device, GiB", "predicted, GiB", "host, GiB")
     for heading in (*headings, *BESIDE, *rest):
         table.add_column(heading)
     for row in report["rows"]:
@@ -287,6 +296,7 @@ def _table(report: dict[str, Any]) -> Table:
             f"{best['whole']:.2f}",
             f"{best['again']:.2f}",
             f"{best['peaks'].get('device', 0) / GIB:.2f}",
+            f"{best['peaks']['predicted'] / GIB:.2f}",
             f"{best['peaks']['host'] / GIB:.2f}",
         )
     return table

@@ -17,6 +17,7 @@ from configs.schemes import export_problems, not_implemented
 from configs.vocabulary import Method
 from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.errors import InputError
+from tasks.engine.footprint import stages
 from tasks.engine.hub import fetched, is_hub_id, look_up
 from tasks.engine.job import Job
 from tasks.engine.kernel_limits import require_parallel
@@ -277,12 +278,12 @@ def _check_room(job: Job, request: Request, prediction: Prediction) -> None:
             f"machine has {total / 1e9:.1f}; use fewer calibration tokens"
         )
     allowed = job.memory if job.device != "cpu" else request.memory
-    if allowed is not None and prediction.device_bytes > allowed:
+    if allowed is not None and prediction.least_bytes > allowed:
         what, mend = "one block and the head take", "allow as much"
         if job.device != "cpu" and sampled(job):
             what, mend = "the model, which writes its own text, takes", "name a text file instead"
         raise InputError(
-            f"--memory: {what} about {prediction.device_bytes / 1e6:.1f} MB on {request.device}, "
+            f"--memory: {what} about {prediction.least_bytes / 1e6:.1f} MB on {request.device}, "
             f"but {allowed / 1e6:.1f} are free or allowed; {mend}"
         )
     _check_disk("store", request.store, prediction.store_bytes)
@@ -312,5 +313,6 @@ def describe(job: Job, prediction: Prediction) -> dict[str, Any]:
         "store_bytes": prediction.store_bytes,
         "peak_memory_bytes": prediction.peak_memory_bytes,
         "device_bytes": prediction.device_bytes,
+        "stages": stages(job),
         "seconds": round(prediction.seconds, 1),
     }

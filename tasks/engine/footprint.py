@@ -114,6 +114,8 @@ def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
     if step.calib is None:
         return {"quantize": before + codes + FLOAT * 2 * sizes.group}
     stream = _stream(job, step)
+    if job.stream_place(stream) != job.device:
+        stream = 0
     length, windows = step.calib.seq_len, step.calib.n_samples
     pass_ = sizes.width * (sizes.block + _activations(job, length, windows, sizes))
     pass_ += _score_bytes(job, length, windows)
@@ -135,6 +137,16 @@ def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
         # targets and the stream before rounding; a graph holds what each operation was given
         found["learn"] = 4 * stream + before + 6 * FLOAT * sizes.block + 3 * pass_
     return found
+
+
+def least_bytes(job: Job) -> int:
+    """What a device has to hold where all else waits on the host: a block, the head, one matrix."""
+    sizes = sizes_of(job)
+    calibrated = any(step.calib is not None for step in job.steps)
+    gram = FLOAT * sizes.widest if calibrated else 0
+    scores = [_score_bytes(job, job.evaluation.seq_len, 1)]
+    scores += [_score_bytes(job, s.calib.seq_len, 1) for s in job.steps if s.calib is not None]
+    return sizes.width * (3 * sizes.block + sizes.head) + gram + max(scores)
 
 
 def _together(job: Job, length: int, windows: int) -> int:

@@ -11,7 +11,7 @@ from configs.schema import Quant
 from configs.special_keys import GptqSpecial, OmniQuantSpecial
 from configs.vocabulary import DataName, Method
 from tasks.engine.export_format import export_dtype
-from tasks.engine.footprint import evaluation_tokens, stages, stream_bytes, waiting
+from tasks.engine.footprint import evaluation_tokens, least_bytes, stages, stream_bytes, waiting
 from tasks.engine.generate import BATCH
 from tasks.engine.job import Job
 from tasks.engine.streams import KEPT_BOUNDARIES
@@ -34,6 +34,7 @@ class Prediction:
         store_bytes: of what the store grows by.
         peak_memory_bytes: of the process.
         device_bytes: on the device.
+        least_bytes: on the device, where all that can waits on the host.
         seconds: from start to end.
     """
 
@@ -41,6 +42,7 @@ class Prediction:
     store_bytes: int
     peak_memory_bytes: int
     device_bytes: int
+    least_bytes: int
     seconds: float
 
 
@@ -53,10 +55,11 @@ def predict(job: Job) -> Prediction:
     embedding = numbers[job.plan.architecture.embedding]
     read = sum(info.size for info in job.source.tensors.values())
     # what a GPU has no room for waits on the host
+    least = least_bytes(job)
     device, peak = held, LIBRARY_BYTES + (held if on_cpu else waiting(job))
     if not on_cpu and sampled(job):
         # sampling text needs the whole model on the device
-        device = max(device, read)
+        device, least = max(device, read), max(least, read)
     calibrated = sum(tokens * _passes(quant) for quant, tokens in _calibrations(job))
     forward = 2.0 * sum(blocks) * (calibrated + 2 * evaluation_tokens(job))
     forward += 2.0 * 2 * embedding * evaluation_tokens(job)
@@ -65,7 +68,7 @@ def predict(job: Job) -> Prediction:
     seconds += (3 * read + made) / DISK_BYTES_PER_SECOND
     seconds += _sampling_seconds(job, sum(numbers.values()))
     boundaries = (KEPT_BOUNDARIES + 1) * stream_bytes(job)
-    return Prediction(published, made + boundaries, peak, device, seconds)
+    return Prediction(published, made + boundaries, peak, device, least, seconds)
 
 
 def sampled(job: Job) -> list[tuple[int, int]]:

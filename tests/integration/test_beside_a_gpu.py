@@ -1,7 +1,6 @@
 """How results move where a GPU computes: in memory, and behind the computation; the same bytes.
 
-There is no GPU where the tests run: the CPU takes its place, and all that depends on there being
-one is done.
+Where there is no GPU the CPU takes its place, and all that depends on there being one is done.
 """
 
 from __future__ import annotations
@@ -10,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tasks.engine.job
 import tasks.engine.streams
 from flows.quantize_model import quantize_model
+from tasks.engine.ahead import Lane
 from tasks.engine.job import Job
+from tasks.engine.phases import AHEAD, IN_TASK
 from tasks.engine.store import Store
 from tests.integration.resuming import contents
 
@@ -31,14 +33,16 @@ RECIPES = {
 STEPS = ("tuned/best_w4a16", "w4a16_combin")
 
 
-def quantized(home: Path, model: Path, text: Path, name: str, recipe: str) -> dict[str, Any]:
+def quantized(
+    home: Path, model: Path, text: Path, name: str, recipe: str, device: str = "cpu"
+) -> dict[str, Any]:
     source = f"{{name: text, path: {text}, n_samples: 4, seq_len: 32}}"
     given = [f"{key}={source}" if key.endswith("calib") else key for key in RECIPES[recipe]]
     evaluated = f"eval={{name: text, path: {text}, windows: 2, seq_len: 32}}"
     store = str(home / f"store-{name}")
     overrides = [*given, evaluated, *SETTINGS]
     result: dict[str, Any] = quantize_model(
-        recipe, str(model), str(home / name), overrides, store=store
+        recipe, str(model), str(home / name), overrides, store=store, device=device
     )
     return result
 
@@ -71,3 +75,17 @@ def test_the_same_bytes_and_no_block_read_back(
     assert written
     left = [entry.task for entry in Store(home / "store-beside").entries()]
     assert "boundary" not in left
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_gpu_gives_the_same_bytes_whether_or_not_it_computes_ahead(
+    home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    ahead = quantized(home, tiny, words, "ahead", recipe, "cuda")["phases"]
+    assert ahead[AHEAD] > 0 and ahead[IN_TASK] == 0
+    # what is not made ahead is made by the tasks
+    monkeypatch.setattr(Lane, "_make", lambda lane, call, key: None)
+    in_tasks = quantized(home, tiny, words, "in-tasks", recipe, "cuda")["phases"]
+    assert in_tasks[AHEAD] == 0 and in_tasks[IN_TASK] > 0
+    assert contents(home / "ahead") == contents(home / "in-tasks")
