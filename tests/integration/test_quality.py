@@ -80,6 +80,7 @@ def published(recipe: str, overrides: list[str], shared: Path, output: Path) -> 
     """The real model, quantized."""
     text = shared / "text" / "heldout.txt"
     short = ["eval.name=text", f"eval.path={text}", "eval.windows=1", "eval.seq_len=256"]
+    short += ["eval.report=false"]
     quantize_model(
         f"configs/{recipe}.yml",
         model=str(shared / "models" / "llama-26m"),
