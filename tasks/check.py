@@ -17,7 +17,6 @@ from configs.schemes import export_problems, not_implemented
 from configs.vocabulary import Method
 from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.errors import InputError
-from tasks.engine.footprint import stages
 from tasks.engine.hub import fetched, is_hub_id, look_up
 from tasks.engine.job import Job
 from tasks.engine.kernel_limits import require_parallel
@@ -313,6 +312,6 @@ def describe(job: Job, prediction: Prediction) -> dict[str, Any]:
         "store_bytes": prediction.store_bytes,
         "peak_memory_bytes": prediction.peak_memory_bytes,
         "device_bytes": prediction.device_bytes,
-        "stages": stages(job),
+        "stages": dict(prediction.stages),
         "seconds": round(prediction.seconds, 1),
     }

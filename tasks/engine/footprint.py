@@ -109,8 +109,11 @@ def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
     before = FLOAT * sizes.block if len(job.steps) > 1 else 0
     codes = sizes.block
     if quant.method is Method.QUAROT:
-        # a rotated head is no longer the embedding
-        return {"export": 2 * export_dtype(job.dtype).itemsize * sizes.head}
+        # a rotated head is no longer the embedding; what comes last rounds what it rotated
+        return {
+            "export": 2 * export_dtype(job.dtype).itemsize * sizes.head,
+            "quantize": FLOAT * sizes.block + codes + FLOAT * 2 * sizes.group,
+        }
     if step.calib is None:
         return {"quantize": before + codes + FLOAT * 2 * sizes.group}
     stream = _stream(job, step)
@@ -144,8 +147,11 @@ def least_bytes(job: Job) -> int:
     sizes = sizes_of(job)
     calibrated = any(step.calib is not None for step in job.steps)
     gram = FLOAT * sizes.widest if calibrated else 0
-    scores = [_score_bytes(job, job.evaluation.seq_len, 1)]
-    scores += [_score_bytes(job, s.calib.seq_len, 1) for s in job.steps if s.calib is not None]
+    # a micro-batch stays as it is: the order of its sums decides bytes
+    length = job.evaluation.seq_len
+    texts = [(length, evaluation_tokens(job) // length)]
+    texts += [(s.calib.seq_len, s.calib.n_samples) for s in job.steps if s.calib is not None]
+    scores = [_score_bytes(job, *text) for text in texts]
     return sizes.width * (3 * sizes.block + sizes.head) + gram + max(scores)
 
 

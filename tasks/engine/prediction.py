@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,8 @@ from tasks.engine.job import Job
 from tasks.engine.streams import KEPT_BOUNDARIES
 
 # what Python, torch, transformers, MLflow and Prefect hold before any tensor, 520 MiB, and what the
-# allocator keeps of memory that is free again
-LIBRARY_BYTES = 640 * 2**20
+# allocator keeps of memory that is free again; beside a GPU a guess, with what its driver takes
+LIBRARY_BYTES = {"cpu": 640 * 2**20, "cuda": 900 * 2**20}
 START_SECONDS = 12.0
 DISK_BYTES_PER_SECOND = 1e9
 # launching the operations of one block for one token: as on two CPU cores; a guess for a GPU
@@ -36,6 +37,7 @@ class Prediction:
         device_bytes: on the device.
         least_bytes: on the device, where all that can waits on the host.
         seconds: from start to end.
+        stages: bytes that each stage holds where it computes, by its name.
     """
 
     export_bytes: int
@@ -44,19 +46,21 @@ class Prediction:
     device_bytes: int
     least_bytes: int
     seconds: float
+    stages: Mapping[str, int]
 
 
 def predict(job: Job) -> Prediction:
     """Predict the size of the export, the peak of memory and the time of a run."""
-    held = max(stages(job).values())
+    by_stage = stages(job)
+    held = max(by_stage.values())
     on_cpu = job.device == "cpu"
     numbers = {n: info.size // info.dtype.itemsize for n, info in job.source.tensors.items()}
     blocks = [sum(numbers[n] for n in b.full(b.tensors)) for b in job.plan.blocks]
     embedding = numbers[job.plan.architecture.embedding]
     read = sum(info.size for info in job.source.tensors.values())
+    device, least = held, least_bytes(job)
     # what a GPU has no room for waits on the host
-    least = least_bytes(job)
-    device, peak = held, LIBRARY_BYTES + (held if on_cpu else waiting(job))
+    peak = LIBRARY_BYTES[torch.device(job.device).type] + (held if on_cpu else waiting(job))
     if not on_cpu and sampled(job):
         # sampling text needs the whole model on the device
         device, least = max(device, read), max(least, read)
@@ -68,7 +72,7 @@ def predict(job: Job) -> Prediction:
     seconds += (3 * read + made) / DISK_BYTES_PER_SECOND
     seconds += _sampling_seconds(job, sum(numbers.values()))
     boundaries = (KEPT_BOUNDARIES + 1) * stream_bytes(job)
-    return Prediction(published, made + boundaries, peak, device, least, seconds)
+    return Prediction(published, made + boundaries, peak, device, least, seconds, by_stage)
 
 
 def sampled(job: Job) -> list[tuple[int, int]]:
