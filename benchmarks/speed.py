@@ -112,8 +112,8 @@ def main(
     shape = Shape(blocks, hidden, intermediate, vocabulary, kv_share)
     bench = Bench(
         work,
-        _model(work, shape, device),
-        _text(work, samples),
+        made_model(work, shape, device),
+        made_text(work, samples),
         blocks,
         samples,
         device,
@@ -147,7 +147,8 @@ def _machine(device: str) -> str:
     return f"{os.cpu_count()} cores, torch {torch.__version__}"
 
 
-def _model(work: Path, shape: Shape, device: str) -> Path:
+def made_model(work: Path, shape: Shape, device: str) -> Path:
+    """The model of random weights, made where it is not there."""
     folder = work / f"model-{shape.blocks}-{shape.hidden}-{shape.intermediate}-{shape.vocabulary}"
     if not (folder / "tokenizer.json").is_file():
         command = [sys.executable, str(HERE / "random_model.py"), str(folder)]
@@ -156,12 +157,21 @@ def _model(work: Path, shape: Shape, device: str) -> Path:
     return folder
 
 
-def _text(work: Path, samples: int) -> Path:
+def made_text(work: Path, samples: int) -> Path:
     """Random common words, enough for the longest calibration windows."""
     from tests.models import make_text
 
     path = work / f"words-{samples}.txt"
     return path if path.is_file() else make_text(path, words=int(samples * 2048 * 1.1) + 5000)
+
+
+def settings(recipe: str, text: Path, samples: int) -> list[str]:
+    """Overrides: texts of their own, and nothing that takes a server."""
+    given = [f"eval={{name: text, path: {text}, windows: 2, seq_len: 512}}"]
+    for section in calibrations(recipe):
+        given += [f"{section}.name=text", f"{section}.path={text}"]
+        given += [f"{section}.n_samples={samples}"]
+    return [*given, "serving.smoke_test=false", "gate.registry=false"]
 
 
 def _ours(bench: Bench, recipe: str) -> tuple[dict[str, Any], Path | None]:
@@ -172,12 +182,7 @@ def _ours(bench: Bench, recipe: str) -> tuple[dict[str, Any], Path | None]:
     command = [sys.executable, "-m", "flows.cli", "quantize", recipe, "--json"]
     command += ["--device", bench.device, "--store", str(place / "store"), "--overwrite"]
     command += ["--model", str(bench.model), "--output", str(place / "out")]
-    given = [f"eval={{name: text, path: {bench.text}, windows: 2, seq_len: 512}}"]
-    for section in calibrations(recipe):
-        given += [f"{section}.name=text", f"{section}.path={bench.text}"]
-        given += [f"{section}.n_samples={bench.samples}"]
-    given += ["serving.smoke_test=false", "gate.registry=false", *bench.overrides]
-    for override in given:
+    for override in (*settings(recipe, bench.text, bench.samples), *bench.overrides):
         command += ["--set", override]
     environment = os.environ | {"BLOCKQUANT_HOME": str(bench.work / "home")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -29,7 +29,7 @@ from tasks.engine.lineage import code_digest, lineage_key, quantizer_imports
 from tasks.engine.phases import AHEAD, IN_TASK, WAITED, WRITTEN
 from tasks.engine.residency import DeviceMemoryError, ran_out_of_memory
 from tasks.engine.store import Draft, Entry
-from tasks.engine.transfer import beside, reached
+from tasks.engine.transfer import beside, reached, working_on
 
 log = logging.getLogger("blockquant")
 
@@ -115,7 +115,7 @@ class Step(Generic[Parameters]):
     def make(self, job: Job, key: str, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Made:
         """Compute the result and write nothing; the steps that come next find it in memory."""
         draft = Draft(job.store.root / "staging" / key, held=True)
-        with job.phases.measured(AHEAD):
+        with job.phases.measured(AHEAD), working_on(job.device, self.name):
             value = self.compute(job, draft, *args, **kwargs)
             if self.kept:
                 keep_result(job, key, draft)
@@ -187,7 +187,7 @@ class Step(Generic[Parameters]):
                 with writing_to(job.store.root), job.store.draft(key) as draft:
                     made = _made_ahead(job, ahead)
                     if made is None:
-                        with job.phases.measured(IN_TASK):
+                        with job.phases.measured(IN_TASK), working_on(job.device, self.name):
                             value = self.compute(job, draft, *args, **kwargs)
                             if self.kept:
                                 keep_result(job, key, draft)

@@ -1,4 +1,4 @@
-"""Copies from a GPU to the host: through memory that the GPU can write to by itself."""
+"""A GPU beside the host: which one works, and copies through memory that it writes to by itself."""
 
 from __future__ import annotations
 
@@ -7,9 +7,21 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 # smaller ones are not worth it
 _PINNED_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def working_on(device: str, what: str) -> Iterator[None]:
+    """Have a device do what this thread asks for; a profiler sees it under the name ``what``.
+
+    Kernels are launched on a thread's current device, which is the first one where none is set.
+    """
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext(), record_function(what):
+        yield
 
 
 def to_host(tensor: Tensor) -> Tensor:

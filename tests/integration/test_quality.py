@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from filelock import FileLock
@@ -15,7 +15,9 @@ from configs.loading import load_recipe
 from flows.quantize_model import quantize_model
 from tasks import evaluate
 from tasks.engine.checkpoint import Checkpoint, open_checkpoint
+from tasks.engine.decoder import Decoder
 from tasks.engine.text import TextSource
+from tasks.engine.weights import Weights
 from tasks.engine.windows import evaluation_windows
 
 pytestmark = pytest.mark.shared
@@ -63,14 +65,14 @@ def source_run_once(source: Checkpoint, run_folder: Path, monkeypatch: pytest.Mo
     """The source's hidden states on the same windows are the same: they are computed once."""
     computed = evaluate.final_hidden
 
-    def final_hidden(model: Checkpoint, decoder: Any, windows: Tensor, *where: Any) -> Tensor:
-        if model is not source:
-            return computed(model, decoder, windows, *where)
-        asked = hashlib.sha256(windows.numpy().tobytes() + repr(where).encode()).hexdigest()
+    def final_hidden(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:
+        if weights.checkpoint is not source:
+            return computed(weights, decoder, windows)
+        asked = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
         kept = run_folder / f"source-{asked}.safetensors"
         with FileLock(kept.with_suffix(".lock")):
             if not kept.exists():
-                save_file({"hidden": computed(model, decoder, windows, *where)}, kept)
+                save_file({"hidden": computed(weights, decoder, windows)}, kept)
             return load_file(kept)["hidden"]
 
     monkeypatch.setattr(evaluate, "final_hidden", final_hidden)

@@ -1,0 +1,151 @@
+"""Where the time of a block goes on a GPU: by step, by kernel, and what the host waits for.
+
+    python benchmarks/timeline.py WORK --recipe awq_w4a16
+
+A model as `speed.py` makes it is quantized twice in one process; the second time under torch's
+profiler. Counted is what the device does between the end of the first block and that of the last
+but one, over the number of blocks. Profiling itself costs time: `speed.py` has the times.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+# in which the host waits for the device
+WAITS = ("Synchronize", "cudaMemcpyAsync", "cudaMalloc", "cudaFree", "cudaHostAlloc")
+
+console = Console(width=200)
+
+
+def main(
+    work: Annotated[Path, typer.Argument(help="A folder for the model, stores and checkpoints.")],
+    recipe: Annotated[str, typer.Option()] = "awq_w4a16",
+    device: Annotated[str, typer.Option()] = "cuda",
+    blocks: Annotated[int, typer.Option(min=4)] = 6,
+    hidden: Annotated[int, typer.Option()] = 4096,
+    intermediate: Annotated[int, typer.Option()] = 14336,
+    vocabulary: Annotated[int, typer.Option()] = 32000,
+    kv_share: Annotated[int, typer.Option(help="Query heads that share a key.")] = 4,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key.path=value")] = None,
+    rows: Annotated[int, typer.Option(help="Kernels that are listed.")] = 25,
+) -> None:
+    """Profile the blocks of a recipe."""
+    import speed
+
+    work = work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    shape = speed.Shape(blocks, hidden, intermediate, vocabulary, kv_share)
+    model, text = speed.made_model(work, shape, device), speed.made_text(work, samples)
+    given = [*speed.settings(recipe, text, samples), *(set_ or ())]
+    _quantized(work, recipe, model, given, device)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with torch.profiler.profile(
+            experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+        ) as profiler:
+            result = _quantized(work, recipe, model, given, device)
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    console.print(f"{recipe}, phases of the whole run: {result['phases']}")
+    for table in tables(events, blocks, rows):
+        console.print(table)
+
+
+def _quantized(
+    work: Path, recipe: str, model: Path, given: Iterable[str], device: str
+) -> dict[str, Any]:
+    """Quantize from nothing, in this process."""
+    from flows.quantize_model import quantize_model
+
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        return quantize_model(
+            recipe,
+            str(model),
+            f"{folder}/out",
+            list(given),
+            device=device,
+            store=f"{folder}/store",
+        )
+
+
+def tables(events: list[Mapping[str, Any]], blocks: int, rows: int) -> list[Table]:
+    """What a trace tells of the blocks but the first and the last, over their number."""
+    timed = [event for event in events if event.get("ph") == "X"]
+    start, end = inner_span(timed)
+    count = blocks - 2
+    inside = [e for e in timed if start <= e["ts"] < end]
+    work = [event for event in inside if event.get("cat") in DEVICE_WORK]
+    whole = (end - start) / count / 1000
+    busy = covered((e["ts"], e["ts"] + e["dur"]) for e in work) / count / 1000
+    title = f"{whole:.1f} ms/block between ends of blocks, the device works in {busy:.1f} ms"
+    steps = [e for e in inside if e.get("cat") in ("user_annotation", "gpu_user_annotation")]
+    waits = [
+        e
+        for e in inside
+        if e.get("cat") == "cuda_runtime" and any(part in e["name"] for part in WAITS)
+    ]
+    named = [(f"{e['name']} ({'device' if 'gpu' in e['cat'] else 'host'})", e) for e in steps]
+    return [
+        _summed(title, "step", named, count, rows),
+        _summed("device", "kernel", [(e["name"][:110], e) for e in work], count, rows),
+        _summed("host, waiting for the device", "call", [(e["name"], e) for e in waits], count, 12),
+    ]
+
+
+def inner_span(timed: list[Mapping[str, Any]]) -> tuple[float, float]:
+    """When the first block was through and when the last but one was, in microseconds.
+
+    A pass moves hidden states on after every block but the last.
+    """
+    named = [e for e in timed if e.get("cat") == "user_annotation"]
+    ends = {
+        name: sorted(e["ts"] + e["dur"] for e in named if e["name"] == name)
+        for name in ("advance", "pack")
+    }
+    if ends["advance"]:
+        return ends["advance"][0], ends["advance"][-1]
+    return ends["pack"][0], ends["pack"][-2]
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of spans."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _summed(
+    title: str, what: str, named: Iterable[tuple[str, Mapping[str, Any]]], blocks: int, rows: int
+) -> Table:
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for name, event in named:
+        sums[name][0] += event["dur"] / 1000 / blocks
+        sums[name][1] += 1 / blocks
+    table = Table(title=title, box=box.MARKDOWN, title_justify="left")
+    for heading in (what, "ms/block", "times/block"):
+        table.add_column(heading)
+    for name, (taken, times) in sorted(sums.items(), key=lambda item: -item[1][0])[:rows]:
+        table.add_row(name, f"{taken:.2f}", f"{times:.1f}")
+    return table
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+    typer.run(main)
