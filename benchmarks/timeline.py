@@ -10,10 +10,12 @@ but one, over the number of blocks. Profiling itself costs time: `speed.py` has 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,8 +54,8 @@ def main(
     shape = speed.Shape(blocks, hidden, intermediate, vocabulary, kv_share)
     model, text = speed.made_model(work, shape, device), speed.made_text(work, samples)
     given = [*speed.settings(recipe, text, samples), *(set_ or ())]
-    _quantized(work, recipe, model, given, device)
-    with tempfile.TemporaryDirectory() as folder:
+    with _served(work), tempfile.TemporaryDirectory() as folder:
+        _quantized(work, recipe, model, given, device)
         trace = Path(folder) / "trace.json"
         with torch.profiler.profile(
             experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
@@ -62,8 +64,25 @@ def main(
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     console.print(f"{recipe}, phases of the whole run: {result['phases']}")
-    for table in tables(events, blocks, rows):
+    for title, table in tables(events, blocks, rows):
+        console.print(f"\n{title}\n")
         console.print(table)
+
+
+@contextmanager
+def _served(work: Path) -> Iterator[None]:
+    """A home of its own and a Prefect server, as the command line has them."""
+    from flows.prefect_api import quiet_defaults
+    from tasks.engine.settings import settings
+
+    os.environ["BLOCKQUANT_HOME"] = str(work / "home")
+    (work / "home").mkdir(exist_ok=True)
+    # before anything imports Prefect
+    quiet_defaults(settings().prefect_home)
+    from flows.prefect_api import prefect_api
+
+    with prefect_api(work / "prefect.log"):
+        yield
 
 
 def _quantized(
@@ -83,7 +102,7 @@ def _quantized(
         )
 
 
-def tables(events: list[Mapping[str, Any]], blocks: int, rows: int) -> list[Table]:
+def tables(events: list[Mapping[str, Any]], blocks: int, rows: int) -> list[tuple[str, Table]]:
     """What a trace tells of the blocks but the first and the last, over their number."""
     timed = [event for event in events if event.get("ph") == "X"]
     start, end = inner_span(timed)
@@ -101,9 +120,9 @@ def tables(events: list[Mapping[str, Any]], blocks: int, rows: int) -> list[Tabl
     ]
     named = [(f"{e['name']} ({'device' if 'gpu' in e['cat'] else 'host'})", e) for e in steps]
     return [
-        _summed(title, "step", named, count, rows),
-        _summed("device", "kernel", [(e["name"][:110], e) for e in work], count, rows),
-        _summed("host, waiting for the device", "call", [(e["name"], e) for e in waits], count, 12),
+        (title, _summed("step", named, count, rows)),
+        ("Device", _summed("kernel", [(e["name"][:110], e) for e in work], count, rows)),
+        ("Host, waiting", _summed("call", [(e["name"], e) for e in waits], count, rows)),
     ]
 
 
@@ -132,13 +151,13 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def _summed(
-    title: str, what: str, named: Iterable[tuple[str, Mapping[str, Any]]], blocks: int, rows: int
+    what: str, named: Iterable[tuple[str, Mapping[str, Any]]], blocks: int, rows: int
 ) -> Table:
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     for name, event in named:
         sums[name][0] += event["dur"] / 1000 / blocks
         sums[name][1] += 1 / blocks
-    table = Table(title=title, box=box.MARKDOWN, title_justify="left")
+    table = Table(box=box.MARKDOWN)
     for heading in (what, "ms/block", "times/block"):
         table.add_column(heading)
     for name, (taken, times) in sorted(sums.items(), key=lambda item: -item[1][0])[:rows]:
