@@ -59,7 +59,7 @@ class BlockPlan:
         floats = stream if has_learning(quant) or makes_up(quant) else None
         rounds = self.last or (stream is not None and quant.quant_out)
         for block in self.job.blocks:
-            self.job.read_ahead(block + 1)
+            self.job.digest_ahead(block + 1)
             choice = Choice(None, self.clipped[block] if self.clipped else None)
             if stream is not None:
                 choice = yield from self._decided(stream, floats, choice.clipped, block)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from quantizers.channel_transform import ChannelTransform
-from quantizers.output_error import GroupProblem, output_error
+from quantizers.output_error import GroupProblem, output_errors
 from quantizers.schemes import Granularity, WeightScheme
 from quantizers.statistics import InputStatistics
 
-__all__ = ["AwqVersion", "ImportanceMeasure", "Trial", "candidate_scale", "importance", "search"]
+__all__ = ["AwqVersion", "ImportanceMeasure", "Trial", "candidate_scales", "importance", "search"]
 
 _SMALLEST = 1e-4
 # halvings of the grid's step around its best ratio
@@ -55,7 +55,7 @@ def search(
 
     Args:
         problem: the linears and their inputs.
-        realize: turns wanted factors (K,) into those that can be folded.
+        realize: turns wanted factors (R, K) into those that can be folded.
         versions: tried each; the first of equals wins.
         measure: of the inputs' size.
         ratios: r = 0, 1/ratios, ... below 1.
@@ -66,16 +66,15 @@ def search(
     if AwqVersion.V1 in versions:
         weights = weight_importance(problem.stacked(), problem.weight_scheme)
     trials: list[Trial] = []
-
-    def scale(version: AwqVersion, ratio: float) -> Tensor:
-        return realize(candidate_scale(sizes, weights, version, ratio))
+    transforms: list[ChannelTransform] = []
 
     for version in versions:
 
         def attempt(tried: list[float], version: AwqVersion = version) -> None:
-            transforms = [ChannelTransform(scale(version, ratio)) for ratio in tried]
+            scales = realize(candidate_scales(sizes, weights, version, tried))
+            transforms.extend(ChannelTransform(scale) for scale in scales)
             # the device is waited for once
-            errors = torch.stack([output_error(problem, t) for t in transforms]).tolist()
+            errors = output_errors(problem, transforms[-len(tried) :]).tolist()
             found = zip(tried, errors, strict=True)
             trials.extend(Trial(version.value, ratio, error) for ratio, error in found)
 
@@ -86,8 +85,8 @@ def search(
             best = _best([trial for trial in trials if trial.version == version.value])
             beside = (best.ratio - width, best.ratio + width)
             attempt([ratio for ratio in beside if 0 <= ratio <= 1])
-    best = _best(trials)
-    return ChannelTransform(scale(AwqVersion(best.version), best.ratio)), trials
+    # not a part of what all were: that would keep the whole
+    return ChannelTransform(transforms[trials.index(_best(trials))].scale.clone()), trials
 
 
 def _best(trials: Sequence[Trial]) -> Trial:
@@ -114,10 +113,10 @@ def weight_importance(weight: Tensor, scheme: WeightScheme) -> Tensor:
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def candidate_scale(
-    sizes: Tensor, weights: Tensor | None, version: AwqVersion, ratio: float
+def candidate_scales(
+    sizes: Tensor, weights: Tensor | None, version: AwqVersion, ratios: Sequence[float]
 ) -> Tensor:
-    """Factors of one ratio, clamped at 1e-4 and divided by sqrt(largest * smallest).
+    """Factors of some ratios, clamped at 1e-4 and divided by sqrt(largest * smallest) of each.
 
     A channel whose inputs were always zero says nothing of itself: it is taken as the smallest
     that was seen, since what is never zero in use must not vanish.
@@ -126,18 +125,19 @@ def candidate_scale(
         sizes: (K,) the inputs' sizes.
         weights: (K,) the weights' sizes, for V1 only.
         version: the formula.
-        ratio: r in [0, 1].
+        ratios: r in [0, 1], R of them.
 
     Returns:
-        (K,) float32, positive.
+        (R, K) float32, positive.
     """
     seen = sizes > 0
     least = torch.where(seen, sizes, torch.full_like(sizes, torch.inf)).amin()
     sizes = torch.where(seen, sizes, torch.where(least.isfinite(), least, torch.ones_like(least)))
-    scale = sizes.pow(ratio)
+    scale = torch.stack([sizes.pow(ratio) for ratio in ratios])
     if version is AwqVersion.V1:
         if weights is None:
             raise ValueError("version v1 needs the weights' sizes")
-        scale = scale / weights.clamp(min=_SMALLEST).pow(1 - ratio)
+        weights = weights.clamp(min=_SMALLEST)
+        scale = scale / torch.stack([weights.pow(1 - ratio) for ratio in ratios])
     scale = scale.clamp(min=_SMALLEST)
-    return scale / (scale.amax() * scale.amin()).sqrt()
+    return scale / (scale.amax(1, keepdim=True) * scale.amin(1, keepdim=True)).sqrt()

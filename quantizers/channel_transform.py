@@ -82,13 +82,13 @@ def norm_scale(scale: Tensor, weight: Tensor, dtype: torch.dtype, offset: float 
     that comes out of it is what the following weights are multiplied with.
 
     Args:
-        scale: (K,) float32, positive: the factors that are wanted.
+        scale: (..., K) float32, positive: the factors that are wanted.
         weight: (K,) the norm's weight as stored.
         dtype: what the folded weight is stored in.
         offset: 1 where the norm multiplies by 1 + weight, as Gemma's do.
 
     Returns:
-        (K,) float32; as asked where the norm's factor is zero, and 1 where its dtype cannot hold
+        (..., K) float32; as asked where the norm's factor is zero, 1 where its dtype cannot hold
         what is asked.
     """
     factor = weight.to(torch.float32) + offset
@@ -147,40 +147,39 @@ def absorbed_shift(weight: Tensor, transform: ChannelTransform) -> Tensor:
 
 
 def share_between_heads(values: Tensor, channels: int, head_dim: int, how: str) -> Tensor:
-    """One value per key-value channel of values (K,) per channel of all query heads.
+    """One value per key-value channel of values (..., K) per channel of all query heads.
 
     Under grouped-query attention each key-value head feeds the same number of neighbouring query
     heads, so the factors of their inputs have to be the same.
 
     Args:
-        values: (K,), K = query heads * head_dim.
+        values: (..., K), K = query heads * head_dim.
         channels: key-value heads * head_dim.
         head_dim: size of a head.
         how: "mean", "max" or "min" over the query heads that share a channel.
 
     Returns:
-        (channels,).
+        (..., channels).
 
     Raises:
         ValueError: sizes that do not fit, or an unknown way.
     """
-    if channels % head_dim or values.shape[0] % channels:
-        raise ValueError(
-            f"{values.shape[0]} channels do not fall into heads of {head_dim} that share {channels}"
-        )
-    heads = values.reshape(channels // head_dim, -1, head_dim)
+    if channels % head_dim or values.shape[-1] % channels:
+        given = f"{values.shape[-1]} channels"
+        raise ValueError(f"{given} do not fall into heads of {head_dim} that share {channels}")
+    heads = torch.unflatten(values, -1, (channels // head_dim, -1, head_dim))
     if how == "mean":
-        return heads.mean(1).reshape(-1)
+        return torch.flatten(heads.mean(-2), -2)
     if how not in ("max", "min"):
         raise ValueError(f"{how} is no way to share: use mean, max or min")
-    return (heads.amax(1) if how == "max" else heads.amin(1)).reshape(-1)
+    return torch.flatten(heads.amax(-2) if how == "max" else heads.amin(-2), -2)
 
 
 def expand_to_heads(values: Tensor, columns: int, head_dim: int) -> Tensor:
-    """The inverse of :func:`share_between_heads`: (columns,) with equal values for sharers."""
-    repeats = columns // values.shape[0]
-    heads = values.reshape(-1, 1, head_dim).expand(-1, repeats, -1)
-    return heads.reshape(-1)
+    """The inverse of :func:`share_between_heads`: (..., columns), equal values for sharers."""
+    repeats = columns // values.shape[-1]
+    heads = torch.unflatten(values, -1, (-1, 1, head_dim))
+    return torch.flatten(heads.expand(*heads.shape[:-2], repeats, head_dim), -3)
 
 
 def nearest_power_of_two(scale: Tensor) -> Tensor:

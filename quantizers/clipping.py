@@ -161,24 +161,19 @@ def _search_groups(
     columns = weight.shape[1]
     width = scheme.width(columns)
     weight = weight.contiguous()
-    extremes = group_extremes(weight, None, width)
-    ends = [torch.full_like(extremes[0], factor) for factor in factors.tolist()]
-    found = [scales_of(extremes, scheme, clip_low=end, clip_high=end) for end in ends]
-    zeros = [zero for _, zero in found if zero is not None]
+    low, high = group_extremes(weight, None, width)
+    # every factor at once
+    low, high = (end.expand(len(factors), -1, -1) for end in (low, high))
+    ends = factors.to(weight.device, torch.float32)[:, None, None].expand_as(low)
+    scale, zero = scales_of((low, high), scheme, clip_low=ends, clip_high=ends)
     blocks = gram.reshape(columns // width, width, columns // width, width)
-    errors = clip_errors(
+    errors, chosen = clip_errors(
         weight,
         blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous(),
-        torch.stack([scale for scale, _ in found]),
-        torch.stack(zeros) if zeros else None,
+        scale.contiguous(),
+        None if zero is None else zero.contiguous(),
         scheme.number_format,
     )
-    least = torch.full_like(errors[0], torch.inf)
-    chosen = torch.zeros(least.shape, dtype=torch.uint8, device=weight.device)
-    for number, error in enumerate(errors):
-        better = error < least
-        least = torch.where(better, error, least)
-        chosen = torch.where(better, torch.full_like(chosen, number), chosen)
     return chosen, errors.sum((1, 2), dtype=torch.float64)
 
 

@@ -1,11 +1,15 @@
 """How far a restored weight is from its source."""
 
-import math
-
 import torch
 from torch import Tensor
 
-__all__ = ["relative_output_error", "relative_weight_error", "row_errors"]
+__all__ = [
+    "output_error_ratio",
+    "relative_output_error",
+    "relative_weight_error",
+    "row_errors",
+    "weight_error_ratio",
+]
 
 # columns of a Gram matrix that are multiplied at once
 _CPU_BLOCK, _DEVICE_BLOCK = 512, 2048
@@ -23,8 +27,7 @@ def relative_weight_error(weight: Tensor, restored: Tensor) -> float:
     Raises:
         ValueError: the shapes differ.
     """
-    _check_pair(weight, restored)
-    return _root_ratio(_squared_norm(_difference(weight, restored)), _squared_norm(weight))
+    return float(weight_error_ratio(weight, restored))
 
 
 def relative_output_error(weight: Tensor, restored: Tensor, gram: Tensor) -> float:
@@ -41,6 +44,17 @@ def relative_output_error(weight: Tensor, restored: Tensor, gram: Tensor) -> flo
     Raises:
         ValueError: the shapes do not fit each other.
     """
+    return float(output_error_ratio(weight, restored, gram))
+
+
+def weight_error_ratio(weight: Tensor, restored: Tensor) -> Tensor:
+    """relative_weight_error as a scalar float64, for which nothing waits."""
+    _check_pair(weight, restored)
+    return _root_ratio(_squared_norm(_difference(weight, restored)), _squared_norm(weight))
+
+
+def output_error_ratio(weight: Tensor, restored: Tensor, gram: Tensor) -> Tensor:
+    """relative_output_error as a scalar float64, for which nothing waits."""
     _check_pair(weight, restored)
     columns = weight.shape[1]
     if tuple(gram.shape) != (columns, columns):
@@ -84,12 +98,10 @@ def _energy(matrix: Tensor, gram: Tensor) -> Tensor:
     return row_errors(matrix, gram).to(torch.float64).sum()
 
 
-def _root_ratio(error: Tensor, reference: Tensor) -> float:
-    """sqrt(error / reference); a negative trace is rounding about zero. NaN stays."""
-    above, below = torch.stack((error, reference)).clamp(min=0.0).tolist()
-    if above == 0.0:
-        return 0.0
-    return math.inf if below == 0.0 else math.sqrt(above / below)
+def _root_ratio(error: Tensor, reference: Tensor) -> Tensor:
+    """sqrt(error / reference), 0 / 0 = 0; a negative trace is rounding about zero. NaN stays."""
+    above, below = error.clamp(min=0.0), reference.clamp(min=0.0)
+    return (above / below).sqrt().masked_fill(above == 0.0, 0.0)
 
 
 def _check_pair(weight: Tensor, restored: Tensor) -> None:

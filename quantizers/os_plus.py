@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantizers.channel_transform import ChannelTransform
-from quantizers.output_error import GroupProblem, output_error
+from quantizers.output_error import GroupProblem, output_errors
 from quantizers.statistics import InputStatistics
 
 __all__ = ["Trial", "middle", "search", "threshold_scale"]
@@ -57,11 +57,10 @@ def search(
     largest, least = float(absmax.amax()), float(absmax.median()) / 2
     if not 0 < least < largest:
         return unscaled, []
-    trials, found = [], unscaled
-    for step in range(thresholds):
-        threshold = largest * (least / largest) ** (step / (thresholds - 1))
-        candidate = ChannelTransform(realize(threshold_scale(absmax, threshold)), shift)
-        trials.append(Trial(threshold, float(output_error(problem, candidate))))
-        if trials[-1].error == min(trial.error for trial in trials):
-            found = candidate
-    return found, trials
+    tried = [largest * (least / largest) ** (step / (thresholds - 1)) for step in range(thresholds)]
+    candidates = [ChannelTransform(realize(threshold_scale(absmax, t)), shift) for t in tried]
+    # the device is waited for once
+    errors = output_errors(problem, candidates).tolist()
+    # of equals the lowest threshold
+    best = max(step for step in range(thresholds) if errors[step] == min(errors))
+    return candidates[best], [Trial(*pair) for pair in zip(tried, errors, strict=True)]

@@ -32,7 +32,7 @@ from quantizers.rounding import quantize_dequantize_weight, scales_of, weight_sc
 from quantizers.schemes import ActivationScheme, Granularity, WeightScheme
 from quantizers.statistics import InputStatistics, weighted_rows
 
-__all__ = ["GroupProblem", "group_input_scale", "output_error"]
+__all__ = ["GroupProblem", "group_input_scale", "output_error", "output_errors"]
 
 # Entries worked on at once: rows that stay in a CPU's cache are tried several times faster.
 _CPU_ENTRIES = 1 << 20
@@ -94,8 +94,18 @@ def output_error(problem: GroupProblem, transform: ChannelTransform) -> Tensor:
     Returns:
         scalar, float64, on the device of the statistics.
     """
-    if _weights_alone(problem, transform) and compiles_kernels(problem.weights[0]):
-        return _error_of_weights(problem, transform.scale)
+    return output_errors(problem, [transform])[0]
+
+
+def output_errors(problem: GroupProblem, transforms: Sequence[ChannelTransform]) -> Tensor:
+    """output_error of each of some transforms, (R,) float64; nothing waits for the device."""
+    alone = all(_weights_alone(problem, transform) for transform in transforms)
+    if alone and compiles_kernels(problem.weights[0]):
+        return _errors_of_weights(problem, torch.stack([t.scale for t in transforms]))
+    return torch.stack([_output_error(problem, transform) for transform in transforms])
+
+
+def _output_error(problem: GroupProblem, transform: ChannelTransform) -> Tensor:
     gram = transformed_gram(problem.statistics, transform)
     rows = lost = weights = None
     if problem.activation_scheme is not None:
@@ -123,8 +133,8 @@ def _weights_alone(problem: GroupProblem, transform: ChannelTransform) -> bool:
     return problem.activation_scheme is None and transform.shift is None and by_row
 
 
-def _error_of_weights(problem: GroupProblem, factor: Tensor) -> Tensor:
-    """output_error of weights alone, by kernels: bfloat16 factors, float32 sums.
+def _errors_of_weights(problem: GroupProblem, factors: Tensor) -> Tensor:
+    """output_errors of weights alone under factors (R, K), by kernels: bf16 factors, float32 sums.
 
     With D = (R - W') / factor the error is tr(D H D^T), H as it was collected: what the factor
     does to H is not computed for every factor.
@@ -132,18 +142,25 @@ def _error_of_weights(problem: GroupProblem, factor: Tensor) -> Tensor:
     from quantizers.search_kernel import group_extremes, rounding_loss, row_dots
 
     scheme, columns = problem.weight_scheme, problem.columns
-    width, factor = scheme.width(columns), factor.contiguous()
-    error = torch.zeros((), dtype=torch.float64, device=factor.device)
+    width, number = scheme.width(columns), scheme.number_format
+    errors = torch.zeros(len(factors), dtype=torch.float64, device=factors.device)
     for part in torch.split(problem.as_stored, max(1, _DEVICE_ENTRIES // columns)):
-        scale, zero = scales_of(group_extremes(part, factor, width), scheme)
-        lost = rounding_loss(part, factor, scale, zero, width, scheme.number_format)
-        for block in _column_blocks(columns):
-            known = slice(0, block.stop)
-            product = torch.mm(
-                lost[:, known], problem.one_sided_gram[known, block], out_dtype=torch.float32
-            )
-            error += row_dots(product, lost[:, block]).to(torch.float64).sum()
-    return error
+        scale, zero = scales_of(group_extremes(part, factors, width), scheme)
+        # as many factors at once as rows leave room for
+        step = max(1, _DEVICE_ENTRIES // part.numel())
+        for start in range(0, len(factors), step):
+            own = slice(start, start + step)
+            zeros = None if zero is None else zero[own]
+            lost = rounding_loss(part, factors[own], scale[own], zeros, width, number)
+            lost = lost.flatten(0, 1)
+            for block in _column_blocks(columns):
+                known = slice(0, block.stop)
+                product = torch.mm(
+                    lost[:, known], problem.one_sided_gram[known, block], out_dtype=torch.float32
+                )
+                rows = row_dots(product, lost[:, block]).reshape(-1, len(part))
+                errors[own] += rows.sum(1, dtype=torch.float64)
+    return errors
 
 
 def _column_blocks(columns: int) -> list[slice]:

@@ -208,9 +208,12 @@ def round_group(
         NonFiniteError, ValueError: as round_to_nearest.
     """
     if scheme.granularity is not Granularity.TENSOR:
+        # all scales before the first is looked at: the device is waited for once
+        found = [_scales(w, scheme, c) for w, c in zip(weights, clips, strict=True)]
+        _require_finite(weights, [scale for scale, _ in found])
         return [
-            round_to_nearest(weight, scheme, clip)
-            for weight, clip in zip(weights, clips, strict=True)
+            quantize_weight(weight, scale, zero_point, scheme)
+            for weight, (scale, zero_point) in zip(weights, found, strict=True)
         ]
     scale, zero_point = _finite_scales(torch.cat(list(weights)), scheme, clips[0])
     # each its own copy: files hold no tensor twice
@@ -220,11 +223,23 @@ def round_group(
 def _finite_scales(
     weight: Tensor, scheme: WeightScheme, clip: Tensor | ClipRange | None
 ) -> tuple[Tensor, Tensor | None]:
-    low, high = clip if isinstance(clip, tuple) else (clip, clip)
-    scale, zero_point = weight_scales(weight.detach(), scheme, clip_low=low, clip_high=high)
-    if not bool(scale.isfinite().all()):
-        raise NonFiniteError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity")
+    scale, zero_point = _scales(weight, scheme, clip)
+    _require_finite([weight], [scale])
     return scale, zero_point
+
+
+def _scales(
+    weight: Tensor, scheme: WeightScheme, clip: Tensor | ClipRange | None
+) -> tuple[Tensor, Tensor | None]:
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    return weight_scales(weight.detach(), scheme, clip_low=low, clip_high=high)
+
+
+def _require_finite(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+    finite = torch.stack([scale.isfinite().all() for scale in scales]).tolist()
+    for weight, whole in zip(weights, finite, strict=True):
+        if not whole:
+            raise NonFiniteError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity")
 
 
 def dequantize(

@@ -22,32 +22,35 @@ _ROWS = 32
 _SUM_COLUMNS, _SUM_ROWS = 64, 64
 
 
-def group_extremes(weight: Tensor, factor: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+def group_extremes(weight: Tensor, factors: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest entry of each group of a weight whose columns are multiplied, 0 too.
 
     Args:
         weight: (N, K), floating point, contiguous.
-        factor: (K,) float32, what columns are multiplied with; None: nothing.
+        factors: (R, K) float32, contiguous, what columns are multiplied with each time; None:
+            nothing, once.
         width: columns of a group; divides K.
 
     Returns:
-        low and high, (N, K / width) float32.
+        low and high, (R, N, K / width) float32.
     """
     rows, columns = weight.shape
     groups = columns // width
-    low = torch.empty(rows, groups, device=weight.device)
+    times = 1 if factors is None else len(factors)
+    low = torch.empty(times, rows, groups, device=weight.device)
     high = torch.empty_like(low)
     block = min(triton.next_power_of_2(width), _TILE)
     tall = max(1, _TILE // block)
     _group_extremes[(triton.cdiv(rows, tall), groups)](
         weight,
-        weight if factor is None else factor,
+        weight if factors is None else factors,
         low,
         high,
         rows,
         columns,
         width,
-        FACTOR=factor is not None,
+        times,
+        FACTOR=factors is not None,
         ROWS=tall,
         BLOCK=block,
     )
@@ -56,7 +59,7 @@ def group_extremes(weight: Tensor, factor: Tensor | None, width: int) -> tuple[T
 
 def rounding_loss(
     weight: Tensor,
-    factor: Tensor,
+    factors: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
     width: int,
@@ -66,22 +69,23 @@ def rounding_loss(
 
     Args:
         weight: (N, K), floating point, contiguous.
-        factor: (K,) float32, f.
-        scale: (N, K / width), the stored dtype.
+        factors: (R, K) float32, contiguous, each time another f.
+        scale: (R, N, K / width), contiguous, the stored dtype.
         zero_point: int8, likewise; None if symmetric.
         width: columns that share a scale; divides K.
         number: the format.
 
     Returns:
-        (N, K) bfloat16.
+        (R, N, K) bfloat16.
     """
     rows, columns = weight.shape
-    lost = torch.empty(rows, columns, dtype=torch.bfloat16, device=weight.device)
+    shape = (len(factors), rows, columns)
+    lost = torch.empty(shape, dtype=torch.bfloat16, device=weight.device)
     block = min(triton.next_power_of_2(width), 1024)
     tall = max(1, _TILE // block)
-    _rounding_loss[(triton.cdiv(rows, tall), columns // width)](
+    _rounding_loss[(triton.cdiv(rows, tall), columns // width, len(factors))](
         weight,
-        factor,
+        factors,
         scale,
         scale if zero_point is None else zero_point,
         lost,
@@ -129,31 +133,34 @@ def clip_errors(
     scales: Tensor,
     zero_points: Tensor | None,
     number: NumberFormat,
-) -> Tensor:
-    """The error d H_gg d^T of every row's group under each of several scales.
+) -> tuple[Tensor, Tensor]:
+    """The error d H_gg d^T of every row's group under each of several scales, and the best scale.
 
     With d what rounding loses. Products of 19 bit factors (TF32), sums in float32.
 
     Args:
         weight: (N, K), floating point, contiguous.
         gram: (groups, g, g) float32, the blocks of the Gram matrix, g = K / groups <= 128.
-        scales: (S, N, groups), the stored dtype.
+        scales: (S, N, groups), contiguous, the stored dtype; S <= 256.
         zero_points: int8, likewise; None if symmetric.
         number: the format.
 
     Returns:
-        (S, N, groups) float32.
+        errors (S, N, groups) float32, and which is the least, the first of equals: (N, groups)
+        uint8.
     """
     rows, columns = weight.shape
     steps, _, groups = scales.shape
     width = columns // groups
     errors = torch.empty(steps, rows, groups, device=weight.device)
+    best = torch.empty(rows, groups, dtype=torch.uint8, device=weight.device)
     _clip_errors[(triton.cdiv(rows, _ROWS), groups)](
         weight,
         gram,
         scales,
         scales if zero_points is None else zero_points,
         errors,
+        best,
         rows,
         columns,
         width,
@@ -165,7 +172,7 @@ def clip_errors(
         ROWS=_ROWS,
         BLOCK=max(16, triton.next_power_of_2(width)),
     )
-    return errors
+    return errors, best
 
 
 def window_sums(windows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -213,40 +220,42 @@ def _restored(value, scale, zero, qmin, qmax, FORMAT: tl.constexpr, SYMMETRIC: t
 @triton.jit
 def _group_extremes(
     weight,
-    factor,
+    factors,
     low,
     high,
     rows,
     columns,
     width,
+    times,
     FACTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
-    # zero is counted in
-    least = tl.zeros((ROWS,), tl.float32)
-    most = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, width, BLOCK):
-        inside = start + tl.arange(0, BLOCK) < width
-        column = group * width + start + tl.arange(0, BLOCK)
-        on = (row < rows)[:, None] & inside[None, :]
-        place = row[:, None].to(tl.int64) * columns + column[None, :]
-        value = tl.load(weight + place, on, 0.0).to(tl.float32)
-        if FACTOR:
-            value = value * tl.load(factor + column, inside, 0.0)[None, :]
-        least = tl.minimum(least, tl.min(value, 1))
-        most = tl.maximum(most, tl.max(value, 1))
-    place = row.to(tl.int64) * (columns // width) + group
-    tl.store(low + place, least, row < rows)
-    tl.store(high + place, most, row < rows)
+    for time in range(times):
+        # zero is counted in
+        least = tl.zeros((ROWS,), tl.float32)
+        most = tl.zeros((ROWS,), tl.float32)
+        for start in range(0, width, BLOCK):
+            inside = start + tl.arange(0, BLOCK) < width
+            column = group * width + start + tl.arange(0, BLOCK)
+            on = (row < rows)[:, None] & inside[None, :]
+            place = row[:, None].to(tl.int64) * columns + column[None, :]
+            value = tl.load(weight + place, on, 0.0).to(tl.float32)
+            if FACTOR:
+                value = value * tl.load(factors + time * columns + column, inside, 0.0)[None, :]
+            least = tl.minimum(least, tl.min(value, 1))
+            most = tl.maximum(most, tl.max(value, 1))
+        own = (time * rows + row.to(tl.int64)) * (columns // width) + group
+        tl.store(low + own, least, row < rows)
+        tl.store(high + own, most, row < rows)
 
 
 @triton.jit
 def _rounding_loss(
     weight,
-    factor,
+    factors,
     scale,
     zero_point,
     lost,
@@ -262,7 +271,8 @@ def _rounding_loss(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
-    own = row.to(tl.int64) * (columns // width) + group
+    time = tl.program_id(2)
+    own = (time * rows + row.to(tl.int64)) * (columns // width) + group
     step = tl.load(scale + own, row < rows, 1.0).to(tl.float32)[:, None]
     zero = step
     if not SYMMETRIC:
@@ -272,10 +282,11 @@ def _rounding_loss(
         column = group * width + start + tl.arange(0, BLOCK)
         on = (row < rows)[:, None] & inside[None, :]
         place = row[:, None].to(tl.int64) * columns + column[None, :]
-        by = tl.load(factor + column, inside, 1.0)[None, :]
+        by = tl.load(factors + time * columns + column, inside, 1.0)[None, :]
         value = tl.load(weight + place, on, 0.0).to(tl.float32) * by
         left = _restored(value, step, zero, qmin, qmax, FORMAT, SYMMETRIC)
-        tl.store(lost + place, ((left - value) / by).to(tl.bfloat16), on)
+        loss = ((left - value) / by).to(tl.bfloat16)
+        tl.store(lost + time.to(tl.int64) * rows * columns + place, loss, on)
 
 
 @triton.jit
@@ -308,6 +319,7 @@ def _clip_errors(
     scales,
     zero_points,
     errors,
+    best,
     rows,
     columns,
     width,
@@ -330,6 +342,8 @@ def _clip_errors(
     square = (lane < width)[:, None] & (lane < width)[None, :]
     within = lane[:, None] * width + lane[None, :]
     inputs = tl.load(gram + group.to(tl.int64) * width * width + within, square, 0.0)
+    least = tl.full((ROWS,), float("inf"), tl.float32)
+    chosen = tl.zeros((ROWS,), tl.int32)
     for number in range(steps):
         own = (number * rows + row.to(tl.int64)) * groups + group
         step = tl.load(scales + own, row < rows, 1.0).to(tl.float32)[:, None]
@@ -338,7 +352,11 @@ def _clip_errors(
             zero = tl.load(zero_points + own, row < rows, 0).to(tl.float32)[:, None]
         lost = _restored(value, step, zero, qmin, qmax, FORMAT, SYMMETRIC) - value
         product = tl.dot(lost, inputs, input_precision="tf32")
-        tl.store(errors + own, tl.sum(product * lost, 1), row < rows)
+        error = tl.sum(product * lost, 1)
+        tl.store(errors + own, error, row < rows)
+        chosen = tl.where(error < least, number, chosen)
+        least = tl.where(error < least, error, least)
+    tl.store(best + row.to(tl.int64) * groups + group, chosen.to(tl.uint8), row < rows)
 
 
 @triton.jit

@@ -109,12 +109,14 @@ def add_batch(
     draw: bool = True,
     chunk: int | None = None,
     reuse: bool = False,
+    last: bool = True,
 ) -> InputStatistics:
     """Statistics with a batch added; the argument stays as it is, unless it may be used up.
 
     Rows are taken chunk by chunk, each from the batch's start, and summed in float32, so equal
     batches and an equal chunk give equal bits. On CUDA, bf16 and fp16 rows are multiplied in
-    their own dtype with float32 sums, and a kernel sums windows. Waits for the device once.
+    their own dtype with float32 sums, and a kernel sums windows. Waits for the device once, where
+    the batch is the last.
 
     Args:
         statistics: what was seen before.
@@ -124,9 +126,11 @@ def add_batch(
         draw: whether rows are drawn for weighted_rows, which searches of weights alone do not ask.
         chunk: rows per product, part of what decides the last bits; by the device where None.
         reuse: whether the sum is made in the argument's Gram matrix, instead of a second one.
+        last: whether no other batch follows: before, half of the Gram matrix is not written, and
+            nothing is refused.
 
     Raises:
-        NonFiniteError: x holds NaN or infinity, or a sum overflows float32.
+        NonFiniteError: x, or one before it, holds NaN or infinity, or a sum overflows float32.
         ValueError: x is not floating point or has another number of channels; chunk < 1.
     """
     columns = statistics.total.shape[0]
@@ -150,10 +154,11 @@ def add_batch(
     gram = statistics.gram if reuse else statistics.gram.clone()
     for part in torch.split(factors, chunk):
         _add_product_(gram, part)
-    _mirror_(gram)
-    # A finite diagonal bounds the whole matrix: (x_i x_j)^2 <= x_i^2 x_j^2, summed.
-    if not bool(torch.cat((sums, gram.diagonal())).isfinite().all()):
-        raise NonFiniteError(f"inputs of shape {tuple(x.shape)} hold NaN, infinity or overflow")
+    if last:
+        _mirror_(gram)
+        # A finite diagonal bounds the whole matrix: (x_i x_j)^2 <= x_i^2 x_j^2, summed.
+        if not bool(torch.cat((sums, gram.diagonal())).isfinite().all()):
+            raise NonFiniteError(f"inputs of shape {tuple(x.shape)} hold NaN, infinity or overflow")
     tokens = statistics.tokens + rows.shape[0]
     typical = (sums / tokens).clamp(min=torch.finfo(torch.float32).tiny)
     kept = rows[:0] if keep is None else rows[keep]

@@ -78,7 +78,7 @@ def clip(
     transforms = block_transforms(job, decision)
     tensors = transformed_block(job, block, decision, stream.version)
     chosen: dict[str, Tensor] = {}
-    errors: dict[str, list[float]] = {}
+    errors: dict[str, Tensor] = {}
     for group in quantized_groups(job, block):
         linears = clipped_linears(job, group, special.clip_query_key)
         transform = transforms.get(group.name) or no_transform(statistics[group.name])
@@ -91,15 +91,15 @@ def clip(
                     torch.cat(weights), gram, job.scheme.weight, factors
                 )
             chosen |= dict.fromkeys(linears, shared)
-            errors |= dict.fromkeys(linears, curve.tolist())
+            errors |= dict.fromkeys(linears, curve)
             continue
         for linear, weight in zip(linears, weights, strict=True):
             with search_products(job.device):
                 chosen[linear], curve = search_clip_curve(weight, gram, job.scheme.weight, factors)
-            errors[linear] = curve.tolist()
+            errors[linear] = curve
     draft.save_tensors(CLIP, {n: t.clone() for n, t in chosen.items()} | {FACTORS: factors})
     counts = {
-        linear: torch.bincount(numbers.flatten().int(), minlength=len(factors)).tolist()
+        linear: torch.stack([(numbers == number).sum() for number in range(len(factors))])
         for linear, numbers in chosen.items()
     }
     return {"factors": factors.tolist(), "chosen": counts, "errors": errors}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from configs.schema import Quant, ResolvedStep
 from configs.special_keys import GptqSpecial
 from configs.vocabulary import WeightAlgorithm
 from quantizers.channel_transform import transformed_gram
-from quantizers.losses import relative_output_error, relative_weight_error
+from quantizers.losses import output_error_ratio, weight_error_ratio
 from quantizers.output_error import group_input_scale
 from quantizers.rounding import QuantizedWeight, dequantize, round_group
 from tasks.clip import rounding_ranges
@@ -29,6 +30,7 @@ from tasks.engine.source import tensor_digest
 from tasks.engine.step import step
 from tasks.engine.store import Draft
 from tasks.engine.streams import Stream, Streams
+from tasks.engine.values import Later
 from tasks.engine.version import (
     SOURCE,
     Version,
@@ -128,15 +130,16 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
             weight = weights[f"{name}.weight"]
             restored = dequantize(codes[name], job.scheme.weight)
             report: dict[str, Any] = {
-                "weight_error": relative_weight_error(weight, restored),
-                "digest": codes_digest(codes[name], scales.get(name)),
+                "weight_error": weight_error_ratio(weight, restored),
+                # the host's work, which the device need not wait for
+                "digest": Later(partial(codes_digest, codes[name], scales.get(name))),
                 **rounded.notes.get(name, {}),
             }
             if gram is not None:
                 with search_products(job.device):
-                    report["output_error"] = relative_output_error(weight, restored, gram)
+                    report["output_error"] = output_error_ratio(weight, restored, gram)
             if name in scales:
-                report["input_scale"] = float(scales[name])
+                report["input_scale"] = scales[name].reshape(())
             linears[name] = report
             ranges[name] = {
                 "before": weight_range(source[f"{name}.weight"]),

@@ -107,7 +107,7 @@ def transform(
     draft.save_tensors(DECISION, to_tensors(decided))
     return {
         "tokens": next(iter(statistics.values())).tokens,
-        "absmax": {name: float(found.absmax.max()) for name, found in statistics.items()},
+        "absmax": {name: found.absmax.max() for name, found in statistics.items()},
         "search": tried,
     }
 

@@ -64,26 +64,29 @@ def observe(
     """
     hidden = hidden_states(job, stream)
     weights = {name: t.to(job.compute_dtype) for name, t in tensors.items()}
-    sample = sampled_rows(hidden.shape[0] * hidden.shape[1])
+    batches = micro_batches(hidden, job.device)
+    keeps = _kept_rows(job, batches)
     # linears of a group share one input: the first of them sees it
     first = {group.linears[0]: group.name for group in groups}
     observed = {linear for group in groups for linear in group.linears}
     others = tuple(n for n in job.plan.blocks[block].quantized if n not in observed)
     collected: dict[str, InputStatistics] = {}
     missing: set[str] = set()
+    keep, last = keeps[0], False
 
     def see(linear: str, x: Tensor) -> Tensor:
         if linear not in first:
             return x if on_input is None else on_input(linear, x)
         name = first[linear]
         missing.discard(name)
-        collected[name] = _added(job, block, linear, collected.get(name), x, sample)
+        collected[name] = _added(job, block, linear, collected.get(name), x, keep, last)
         if not missing:
             raise _AllSeen
         return x
 
     module = job.decoder.blocks[block]
-    for batch in micro_batches(hidden, job.device):
+    for at, batch in enumerate(batches):
+        keep, last = keeps[at], at + 1 == len(batches)
         arguments = block_arguments(job, batch.shape[0], batch.shape[1])[block]
         missing.update(first.values())
         with suppress(_AllSeen):
@@ -120,19 +123,16 @@ def observe_beside(
         {name: tensor.to(job.compute_dtype) for name, tensor in given.items()}
         for given in (tensors, before)
     )
-    hidden = hidden_states(job, streams.quantized)
-    sample = sampled_rows(hidden.shape[0] * hidden.shape[1])
+    batches = micro_batches(hidden_states(job, streams.quantized), job.device)
+    keeps = _kept_rows(job, batches)
     columns = before[f"{linear}.weight"].shape[1]
     gap = torch.zeros(columns, columns, device=job.device)
     found: InputStatistics | None = None
-    for batch, unrounded in zip(
-        micro_batches(hidden, job.device),
-        micro_batches(hidden_states(job, streams.float), job.device),
-        strict=True,
-    ):
+    unrounded = micro_batches(hidden_states(job, streams.float), job.device)
+    for at, batch in enumerate(batches):
         x = _input_of(job, block, rounded, batch, linear, others, on_input)
-        wanted = _input_of(job, block, floats, unrounded, linear)
-        found = _added(job, block, linear, found, x, sample)
+        wanted = _input_of(job, block, floats, unrounded[at], linear)
+        found = _added(job, block, linear, found, x, keeps[at], at + 1 == len(batches))
         rows = x.reshape(-1, columns).float()
         with search_products(job.device):
             gap.addmm_(rows.T, wanted.reshape(-1, columns).float() - rows)
@@ -146,21 +146,20 @@ def _added(
     linear: str,
     before: InputStatistics | None,
     x: Tensor,
-    sample: Tensor,
+    keep: Tensor,
+    last: bool,
 ) -> InputStatistics:
     """Statistics with a micro-batch added, those before used up.
 
-    ``sample`` are the numbers of all rows to be kept.
+    ``keep`` are the numbers of its rows that are kept; nothing is checked before the last one.
     """
     before = before or empty_statistics(x.shape[-1], x.device)
-    inside = (sample >= before.tokens) & (sample < before.tokens + x.shape[:-1].numel())
-    keep = (sample[inside] - before.tokens).to(x.device)
     # how inputs are rounded matters where they are
     draw = job.scheme.activation is not None
     try:
         # its products take the inputs as they are: bf16 factors, float32 sums
         with search_products(job.device) if x.dtype == torch.bfloat16 else nullcontext():
-            return add_batch(before, x, keep=keep, draw=draw, reuse=True)
+            return add_batch(before, x, keep=keep, draw=draw, reuse=True, last=last)
     except NonFiniteError as error:
         place = f"{job.plan.blocks[block].prefix}{linear}"
         raise RunError(f"block {block}: the inputs of {place} hold NaN or Inf") from error
@@ -193,6 +192,22 @@ def _input_of(
 
 class _AllSeen(Exception):
     """What comes after the last input, the largest product of a block, is not needed."""
+
+
+def _kept_rows(job: Job, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Numbers of the rows of each micro-batch that are kept, on the device."""
+
+    def compute() -> tuple[Tensor, ...]:
+        sizes = [batch.shape[0] * batch.shape[1] for batch in batches]
+        sample, start, found = sampled_rows(sum(sizes)), 0, []
+        for size in sizes:
+            inside = (sample >= start) & (sample < start + size)
+            found.append((sample[inside] - start).to(job.device))
+            start += size
+        return tuple(found)
+
+    shape = f"{[tuple(batch.shape[:2]) for batch in batches]}"
+    return job.memo.get("kept rows", shape, compute)
 
 
 def sampled_rows(tokens: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.special_keys import GptqSpecial
 from quantizers.coordinate_descent import descend
 from quantizers.gptq import GramFactor, factorize, gptq, made_up_target
-from quantizers.losses import relative_output_error
+from quantizers.losses import output_error_ratio
 from quantizers.rounding import ClipRange, QuantizedWeight, dequantize, round_group, weight_scales
 from quantizers.scale_refit import better_rows, refit_scales
 from quantizers.schemes import Granularity, WeightScheme
@@ -90,7 +90,7 @@ def feed_back(
             current[f"{linear}.weight"] = restored
             codes[linear] = quantized
             with search_products(job.device):
-                error = relative_output_error(weight, restored, gram)
+                error = output_error_ratio(weight, restored, gram)
             notes[linear] = {
                 "output_error": error,
                 "tokens": statistics.tokens,

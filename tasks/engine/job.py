@@ -26,6 +26,7 @@ from tasks.engine.residency import OnHost
 from tasks.engine.source import Source
 from tasks.engine.store import Draft, Entry, Store, load_tensors
 from tasks.engine.text import text_digest, text_of
+from tasks.engine.transfer import pinned
 
 Value = TypeVar("Value")
 
@@ -41,7 +42,8 @@ class Job:
 
     Attributes:
         behind: writes what a run could do without.
-        before: reads what will be needed.
+        before: digests what will be needed.
+        loading: reads what will be needed next.
         held: files of results that are not in the store yet, by their keys.
         phases: where the time of its steps goes.
     """
@@ -56,6 +58,7 @@ class Job:
     lean: bool = False
     behind: Behind = field(default_factory=Behind)
     before: Behind = field(default_factory=Behind)
+    loading: Behind = field(default_factory=Behind)
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
     phases: Phases = field(default_factory=Phases)
 
@@ -156,10 +159,10 @@ class Job:
             self._digest(block)
         return self._block_digests[block]
 
-    def read_ahead(self, block: int) -> None:
-        """Beside a GPU, read a block's tensors from disk, and digest them, while it works."""
+    def digest_ahead(self, block: int) -> None:
+        """Beside a GPU, digest a block's tensors while it works."""
         if self.on_gpu and block in self.blocks and block not in self._block_digests:
-            self.before.offer(f"block {block}: read ahead", partial(self._digest, block))
+            self.before.offer(f"block {block}: digest ahead", partial(self._digest, block))
 
     def _digest(self, block: int) -> None:
         plan = self.plan.blocks[block]
@@ -197,10 +200,36 @@ class Job:
 
         def read() -> Mapping[str, torch.Tensor]:
             place = "cpu" if self.lean else self.device
-            stored = self.source.read(plan.full(plan.tensors), place)
+            stored = self._taken_ahead(block) or self.source.read(plan.full(plan.tensors), place)
+            self._load_ahead(block + 1)
             return self.resident({n.removeprefix(plan.prefix): t for n, t in stored.items()})
 
         return self.memo.get("source block", f"{self.source.path} {block}", read)
+
+    def _load_ahead(self, block: int) -> None:
+        """Beside a GPU, bring a block to memory that it copies from by itself."""
+        if not self.on_gpu or self.lean or block not in self.blocks:
+            return
+
+        def load() -> None:
+            plan = self.plan.blocks[block]
+            stored = self.source.read(plan.full(plan.tensors))
+            self._loaded[block] = {n: pinned(tensor) for n, tensor in stored.items()}
+
+        self._loaded.clear()
+        self.loading.offer(f"block {block}: load ahead", load)
+
+    def _taken_ahead(self, block: int) -> dict[str, torch.Tensor] | None:
+        """A block that was loaded ahead, on its way to the device; None if it was not."""
+        self.loading.wait()
+        stored = self._loaded.pop(block, None)
+        if stored is None or self.lean:
+            return None
+        return {n: tensor.to(self.device, non_blocking=True) for n, tensor in stored.items()}
+
+    @cached_property
+    def _loaded(self) -> dict[int, dict[str, torch.Tensor]]:
+        return {}
 
 
 def require(job: Job, key: str) -> Entry:
@@ -237,7 +266,11 @@ def keep_result(job: Job, key: str, draft: Draft) -> None:
     """Keep what a step saved for the steps that come next, where the work is done on a GPU."""
     if job.on_gpu and not job.lean:
         for file, saved in draft.saved.items():
-            moved = {name: tensor.to(job.device) for name, tensor in saved.tensors.items()}
+            # sizes are read by the host
+            moved = {
+                name: tensor if tensor.dtype == torch.int64 else tensor.to(job.device)
+                for name, tensor in saved.tensors.items()
+            }
             job.memo.put(_result_kind(file), key, moved)
 
 

@@ -15,16 +15,16 @@ SAMPLED = 1 << 16
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 
 
-def weight_range(weight: Tensor) -> dict[str, float]:
-    """The largest magnitude of a weight (any shape) and percentiles of its magnitudes."""
+def weight_range(weight: Tensor) -> dict[str, Tensor]:
+    """The largest magnitude of a weight (any shape) and percentiles of its magnitudes, scalars."""
     entries = weight.flatten()
     stride = -(-entries.numel() // SAMPLED)
     # at least as wide as it is stored: float64 holds every value exactly
     return _described(weight.abs().max(), entries[::stride].abs().double())
 
 
-def input_range(channel_absmax: Tensor) -> dict[str, float]:
-    """The largest input, and percentiles of the channels' largest (K,)."""
+def input_range(channel_absmax: Tensor) -> dict[str, Tensor]:
+    """The largest input, and percentiles of the channels' largest (K,); scalars."""
     return _described(channel_absmax.max(), channel_absmax.double())
 
 
@@ -42,11 +42,11 @@ def input_ranges(
     return ranges
 
 
-def _described(largest: Tensor, magnitudes: Tensor) -> dict[str, float]:
+def _described(largest: Tensor, magnitudes: Tensor) -> dict[str, Tensor]:
     ordered = magnitudes.sort().values
     # the entry at that place, not one between two: the same everywhere
     places = {name: round(share * (len(ordered) - 1)) for name, share in PERCENTILES.items()}
     return {
-        "absmax": float(largest),
-        **{name: float(ordered[place]) for name, place in places.items()},
+        "absmax": largest,
+        **{name: ordered[place] for name, place in places.items()},
     }

@@ -30,6 +30,7 @@ from tasks.engine.phases import AHEAD, IN_TASK, WAITED, WRITTEN
 from tasks.engine.residency import DeviceMemoryError, ran_out_of_memory
 from tasks.engine.store import Draft, Entry
 from tasks.engine.transfer import beside, reached, working_on
+from tasks.engine.values import resolved
 
 log = logging.getLogger("blockquant")
 
@@ -44,7 +45,7 @@ class Made:
 
     Attributes:
         draft: holds its tensors.
-        value: its small values.
+        value: its small values, as the step gave them.
         ready: reached on the device once all of it is computed.
     """
 
@@ -188,14 +189,14 @@ class Step(Generic[Parameters]):
                     made = _made_ahead(job, ahead)
                     if made is None:
                         with job.phases.measured(IN_TASK), working_on(job.device, self.name):
-                            value = self.compute(job, draft, *args, **kwargs)
+                            value = resolved(self.compute(job, draft, *args, **kwargs))
                             if self.kept:
                                 keep_result(job, key, draft)
                     with job.phases.measured(WRITTEN):
                         if made is not None:
-                            value = made.value
                             with beside(job.device, made.ready):
                                 draft.take(made.draft)
+                                value = resolved(made.value)
                         job.store.commit(key, self.name, draft, value)
         job.held.pop(key, None)
         return {"key": key, "step": self.name}
@@ -217,6 +218,8 @@ def step(
     kept: bool = False,
 ) -> Callable[[Callable[Concatenate[Job, Draft, Parameters], dict[str, Any]]], Step[Parameters]]:
     """Make a cached step of a function ``(job, draft, ...) -> small values``.
+
+    Among the values may be tensors and work for later, see :mod:`tasks.engine.values`.
 
     Args:
         depends_on: of the same arguments without the draft: the parts of the recipe and the keys

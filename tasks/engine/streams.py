@@ -27,7 +27,7 @@ from tasks.engine.errors import RunError
 from tasks.engine.export_format import INPUT_SCALE, restore_block
 from tasks.engine.job import Job, require, result_files, result_tensors
 from tasks.engine.store import load_tensors
-from tasks.engine.transfer import host_memory, to_host
+from tasks.engine.transfer import beside, host_memory, reached, to_host
 from tasks.engine.version import SOURCE, Version, embedding_of, version_block
 from tasks.engine.windows import read_tokens
 
@@ -272,8 +272,14 @@ def keep_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
         _write_boundary(job, stream, hidden)
     elif not job.behind.busy:
         place = f"block {stream.block}: its hidden states could not be kept"
-        on_host = to_host(hidden)
-        job.behind.offer(place, lambda: _write_boundary(job, stream, on_host))
+        ready = reached(job.device)
+
+        def write() -> None:
+            with beside(job.device, ready):
+                on_host = to_host(hidden)
+            _write_boundary(job, stream, on_host)
+
+        job.behind.offer(place, write)
 
 
 def _write_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
@@ -305,8 +311,12 @@ def require_finite(hidden: Tensor, block: int) -> float:
     Raises:
         RunError: names the block.
     """
-    # window by window: what is small stays in a cache
-    squares = torch.stack([window.float().square().sum() for window in hidden])
+    if hidden.is_cuda:
+        norms = torch.linalg.vector_norm(hidden, dim=(1, 2), dtype=torch.float32)
+        squares = norms.double().square()
+    else:
+        # window by window: what is small stays in a cache
+        squares = torch.stack([window.float().square().sum() for window in hidden])
     mean_square = math.fsum(squares.tolist()) / hidden.numel()
     # a square may overflow where its root does not
     if not math.isfinite(mean_square) and not bool(hidden.abs().amax().isfinite()):

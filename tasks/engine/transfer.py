@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -38,6 +39,12 @@ def to_host(tensor: Tensor) -> Tensor:
     return host
 
 
+def pinned(tensor: Tensor) -> Tensor:
+    """A copy in host memory that a GPU reads by itself, where the system lets so much be locked."""
+    host = host_memory(tensor.shape, tensor.dtype, pinned=torch.cuda.is_available())
+    return host.copy_(tensor)
+
+
 def reached(device: str) -> torch.cuda.Event | None:
     """What a GPU reaches once it is through with all that it was given; None for a CPU."""
     if torch.device(device).type != "cuda":
@@ -51,11 +58,17 @@ def beside(device: str, ready: torch.cuda.Event | None) -> Iterator[None]:
     if ready is None:
         yield
         return
-    stream = torch.cuda.Stream(device)
+    stream = _side_stream(torch.device(device))
     stream.wait_event(ready)
     with torch.cuda.stream(stream):
         yield
         stream.synchronize()
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: memory that was taken for a stream is not given to another."""
+    return torch.cuda.Stream(device)
 
 
 def host_memory(shape: torch.Size, dtype: torch.dtype, *, pinned: bool) -> Tensor:

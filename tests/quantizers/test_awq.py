@@ -6,7 +6,8 @@ import torch
 from quantizers import awq
 from quantizers.awq import AwqVersion, ImportanceMeasure
 from quantizers.channel_transform import nearest_power_of_two
-from quantizers.output_error import GroupProblem
+from quantizers.devices import compiles_kernels
+from quantizers.output_error import GroupProblem, output_error
 from tests.quantizers.literal import awq_scale, output_loss, rounded_weight
 from tests.quantizers.search_cases import (
     ACTIVATIONS,
@@ -69,8 +70,12 @@ def test_weight_only_is_the_literal_search(device, case, version):
     losses = literal_losses(x, group, name, granularity, how, version)
     assert [trial.ratio for trial in trials] == GRID
     assert [trial.version for trial in trials] == [version] * 20
-    assert [trial.error for trial in trials] == pytest.approx(losses, rel=1e-4)
-    best = min(range(20), key=lambda number: losses[number])
+    # kernels multiply bf16 factors
+    kernels = compiles_kernels(problem.weights[0]) and granularity != "tensor"
+    rel = 5e-3 if kernels else 1e-4
+    assert [trial.error for trial in trials] == pytest.approx(losses, rel=rel)
+    best = min(range(20), key=lambda number: trials[number].error)
+    assert losses[best] <= min(losses) * (1 + 2 * rel)
     width = 16 if granularity == "group" else None
     wanted = awq_scale(x, group, version, GRID[best], width)
     torch.testing.assert_close(found.scale.cpu().double(), wanted, rtol=1e-4, atol=0)
@@ -147,11 +152,11 @@ def test_poor_calibration_gives_finite_scales(spoil, act, version):
 def test_a_dead_channel_is_taken_as_the_smallest_that_was_seen():
     x = inputs(200, 32)
     x[:, [0, 5]] = 0
-    scale = awq.candidate_scale(x.abs().mean(0), torch.ones(32), AwqVersion.V2, 0.7)
+    scale = awq.candidate_scales(x.abs().mean(0), torch.ones(32), AwqVersion.V2, [0.7])[0]
     assert scale[0] == scale[5] == scale.min()
     assert (scale == scale.min()).sum() == 3
     torch.testing.assert_close(scale.double(), awq_scale(x, [], "v2", 0.7, None), rtol=1e-5, atol=0)
-    zeros = awq.candidate_scale(torch.zeros(4), torch.ones(4), AwqVersion.V2, 0.5)
+    zeros = awq.candidate_scales(torch.zeros(4), torch.ones(4), AwqVersion.V2, [0.5])[0]
     assert zeros.tolist() == [1.0] * 4
 
 
@@ -183,7 +188,7 @@ def test_refining_is_never_worse_than_the_grid(measure, seed):
         nearest = min(of_grid, key=lambda trial: trial.error).ratio
         assert all(0 < abs(r - nearest) < 0.05 for r in ratios[20:])
     # what is returned is what was best, and not what was tried last
-    again = awq.output_error(problem, found)
+    again = output_error(problem, found)
     assert float(again) == best
 
 
@@ -193,7 +198,7 @@ def test_the_best_version_wins():
     _, other = awq.search(problem, as_it_is, versions=(AwqVersion.V2,))
     found, both = awq.search(problem, as_it_is, versions=tuple(AwqVersion))
     assert both == alone + other
-    assert float(awq.output_error(problem, found)) == min(trial.error for trial in both)
+    assert float(output_error(problem, found)) == min(trial.error for trial in both)
 
 
 def test_what_is_tried_is_what_can_be_folded():
@@ -201,7 +206,7 @@ def test_what_is_tried_is_what_can_be_folded():
     found, trials = awq.search(problem, nearest_power_of_two)
     exponent = torch.log2(found.scale)
     assert torch.equal(exponent, exponent.round())
-    assert float(awq.output_error(problem, found)) == min(trial.error for trial in trials)
+    assert float(output_error(problem, found)) == min(trial.error for trial in trials)
     _, others = awq.search(problem, as_it_is)
     assert trials != others
 

@@ -50,16 +50,24 @@ def test_extremes_and_losses(number, symmetric, shape):
 
     rows, columns, group = shape
     scheme = schemes(number, symmetric, group)
-    weight, factor = drawn(rows, columns), drawn(columns, dtype=torch.float32).abs() + 0.5
-    scaled, width = weight.float() * factor, scheme.width(columns)
-    ends = group_extremes(weight, factor, width)
-    assert all(map(torch.equal, ends, weight_extremes(scaled, scheme)))
-    scale, zero = scales_of(ends, scheme)
-    lost = rounding_loss(weight, factor, scale, zero, width, number)
-    restored = quantize_dequantize_weight(scaled, scale, zero, scheme)
-    wanted = (restored - scaled) / factor
-    # the kernel rounds once where two operations round twice
-    torch.testing.assert_close(lost.float(), wanted, rtol=2**-8, atol=1e-6)
+    weight, factors = drawn(rows, columns), drawn(3, columns, dtype=torch.float32).abs() + 0.5
+    width = scheme.width(columns)
+    low, high = group_extremes(weight, factors, width)
+    scale, zero = scales_of((low, high), scheme)
+    lost = rounding_loss(weight, factors, scale, zero, width, number)
+    for time, factor in enumerate(factors):
+        scaled = weight.float() * factor
+        wanted = weight_extremes(scaled, scheme)
+        assert torch.equal(low[time], wanted[0]) and torch.equal(high[time], wanted[1])
+        zeros = None if zero is None else zero[time]
+        restored = quantize_dequantize_weight(scaled, scale[time], zeros, scheme)
+        # the kernel rounds once where two operations round twice
+        torch.testing.assert_close(
+            lost[time].float(), (restored - scaled) / factor, rtol=2**-8, atol=1e-6
+        )
+    low, high = group_extremes(weight, None, width)
+    wanted = weight_extremes(weight, scheme)
+    assert torch.equal(low[0], wanted[0]) and torch.equal(high[0], wanted[1])
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 100), (129, 3000)])
@@ -80,11 +88,16 @@ def test_the_output_error(number, symmetric, shape, monkeypatch):
     collected = add_batch(empty_statistics(columns, DEVICE), drawn(2, 100, columns))
     weights = [drawn(rows, columns), drawn(rows + 1, columns)]
     problem = GroupProblem(weights, collected, schemes(number, symmetric, group))
-    transform = ChannelTransform(drawn(columns, dtype=torch.float32).abs() + 0.5)
-    found = output_error.output_error(problem, transform)
-    assert torch.equal(found, output_error.output_error(problem, transform))
+    drawn_scales = [drawn(columns, dtype=torch.float32).abs() + 0.5 for _ in range(3)]
+    transforms = [ChannelTransform(scale) for scale in drawn_scales]
+    found = output_error.output_errors(problem, transforms)
+    assert torch.equal(found, output_error.output_errors(problem, transforms))
+    # rows and factors in parts
+    monkeypatch.setattr(output_error, "_DEVICE_ENTRIES", 2 * columns * rows)
+    in_parts = output_error.output_errors(problem, transforms)
+    torch.testing.assert_close(in_parts, found, rtol=1e-4, atol=0)
     without_kernels(monkeypatch)
-    wanted = output_error.output_error(problem, transform)
+    wanted = output_error.output_errors(problem, transforms)
     torch.testing.assert_close(found, wanted, rtol=5e-3, atol=0)
 
 

@@ -16,6 +16,7 @@ from tasks.engine.job import Job
 from tasks.engine.memo import Memo
 from tasks.engine.source import open_source
 from tasks.engine.store import Entry, Store
+from tasks.engine.values import resolved
 from tasks.engine.windows import TOKENS
 from tasks.export import export
 from tasks.pack import pack
@@ -50,7 +51,7 @@ def make_entry(step: Any, job: Job, *args: Any, **kwargs: Any) -> Entry:
     """What calling a step gives, without a Prefect server."""
     key = step.key(job, *args, **kwargs)
     with job.store.lock(key), job.store.draft(key) as draft:
-        value = step.compute(job, draft, *args, **kwargs)
+        value = resolved(step.compute(job, draft, *args, **kwargs))
         return job.store.commit(key, step.name, draft, value)
 
 
