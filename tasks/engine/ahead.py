@@ -10,13 +10,16 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from tasks.engine.job import Job
 from tasks.engine.step import Made, Step, Upcoming
+from tasks.engine.transfer import beside
+from tasks.engine.values import begun
 
 # steps that are begun before they are written: about those of a block
 DEPTH = 6
@@ -52,6 +55,7 @@ class Lane:
             initializer=torch.set_num_threads,
             initargs=(torch.get_num_threads(),),
         )
+        self._host = ThreadPoolExecutor(1, thread_name_prefix="blockquant-host")
         self._halted = False
 
     def calls(self, plan: Plan) -> Iterator[tuple[Call, Upcoming]]:
@@ -81,10 +85,20 @@ class Lane:
             self._halted = True
             return None
         try:
-            return call.step.make(self._job, key, *call.args, block=call.block)
+            made = call.step.make(self._job, key, *call.args, block=call.block)
+            return replace(made, value=begun(made.value, partial(self._beside, made)))
         except BaseException:
             self._halted = True
             raise
+
+    def _beside(self, made: Made, work: Callable[[], Any]) -> Future[Any]:
+        """Have the host work out a value of a result while the device goes on."""
+
+        def done() -> Any:
+            with beside(self._job.device, made.ready):
+                return work()
+
+        return self._host.submit(done)
 
     def halt(self) -> None:
         """Leave what was begun to the tasks; returns once nothing is computed any more."""
@@ -92,9 +106,10 @@ class Lane:
         self._thread.submit(_nothing).result()
 
     def close(self) -> None:
-        """End the thread, after what it is computing."""
+        """End the threads, after what they are computing."""
         self._halted = True
         self._thread.shutdown(cancel_futures=True)
+        self._host.shutdown(cancel_futures=True)
 
 
 class _Begun:

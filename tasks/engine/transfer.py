@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -58,7 +59,7 @@ def beside(device: str, ready: torch.cuda.Event | None) -> Iterator[None]:
     if ready is None:
         yield
         return
-    stream = _side_stream(torch.device(device))
+    stream = _side_stream(torch.device(device), threading.get_ident())
     stream.wait_event(ready)
     with torch.cuda.stream(stream):
         yield
@@ -66,8 +67,9 @@ def beside(device: str, ready: torch.cuda.Event | None) -> Iterator[None]:
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all: memory that was taken for a stream is not given to another."""
+def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """One for all that a thread does: no stream is given the memory of another."""
+    del thread
     return torch.cuda.Stream(device)
 
 

@@ -7,6 +7,7 @@ waits for what is asked next. So values may stay where they are until they are w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,19 @@ class Later:
     work: Callable[[], Any]
 
 
+def begun(value: Any, begin: Callable[[Callable[[], Any]], Future[Any]]) -> Any:
+    """The value with all work for later begun, by what begins work in another thread."""
+
+    def replace(member: Any) -> Any:
+        return begin(member.work) if isinstance(member, Later) else member
+
+    return _mapped(value, replace)
+
+
 def resolved(value: Any) -> Any:
     """The value with every tensor in it as a number, or a list of numbers, and all work done.
 
-    Each device is waited for once. Integers beyond 2^53 would be rounded.
+    Work that was begun is waited for. Each device is waited for once. Integers beyond 2^53 would be rounded.
     """
     numbers = {id(tensor): tensor for tensor in _tensors(value)}
     fetched: dict[int, Any] = {}
@@ -40,7 +50,15 @@ def resolved(value: Any) -> Any:
             kind = float if tensor.is_floating_point() else int
             entries = [kind(entry) for entry in taken]
             fetched[key] = entries if tensor.ndim else entries[0]
-    return _replaced(value, fetched)
+
+    def replace(member: Any) -> Any:
+        if isinstance(member, Tensor):
+            return fetched[id(member)]
+        if isinstance(member, Later):
+            return member.work()
+        return member.result() if isinstance(member, Future) else member
+
+    return _mapped(value, replace)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -56,13 +74,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(member)
 
 
-def _replaced(value: Any, fetched: Mapping[int, Any]) -> Any:
-    if isinstance(value, Tensor):
-        return fetched[id(value)]
-    if isinstance(value, Later):
-        return value.work()
+def _mapped(value: Any, replace: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
-        return {name: _replaced(member, fetched) for name, member in value.items()}
+        return {name: _mapped(member, replace) for name, member in value.items()}
     if isinstance(value, list | tuple):
-        return [_replaced(member, fetched) for member in value]
-    return value
+        return [_mapped(member, replace) for member in value]
+    return replace(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantizers.devices import compiles_kernels
 from quantizers.number_formats import E4M3, int_format
 from quantizers.schemes import ActivationScheme, Granularity, WeightScheme
 from quantizers.statistics import InputStatistics, add_batch, empty_statistics
@@ -81,3 +82,8 @@ def weight_scheme(
         block_shape=(16, 32) if granularity == "block" else None,
         scale_dtype=dtype,
     )
+
+
+def allowed(plain: float, tensor: Tensor) -> float:
+    """A relative error: plain, or what factors of 8 bits lose where kernels compute."""
+    return 5e-3 if compiles_kernels(tensor) else plain

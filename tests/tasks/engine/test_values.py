@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from tasks.engine.values import Later, resolved
+from tasks.engine.values import Later, begun, resolved
 
 
 def test_tensors_become_numbers_and_lists_of_their_kind() -> None:
@@ -39,6 +41,23 @@ def test_work_for_later_is_done_then() -> None:
     assert done == []
     assert resolved(value) == {"linears": {"q": {"digest": "digest"}}}
     assert done == ["work"]
+
+
+def test_work_that_was_begun_is_waited_for() -> None:
+    value = {"all": [Later(lambda: threading.current_thread().name), torch.tensor(2)], "other": "x"}
+    with ThreadPoolExecutor(1, thread_name_prefix="other") as other:
+        started = begun(value, other.submit)
+        assert resolved(started) == {"all": ["other_0", 2], "other": "x"}
+
+
+def test_what_went_wrong_in_work_is_told() -> None:
+    def fails() -> None:
+        raise OSError("disk")
+
+    with ThreadPoolExecutor(1) as other:
+        started = begun({"digest": Later(fails)}, other.submit)
+        with pytest.raises(OSError, match="disk"):
+            resolved(started)
 
 
 def test_a_matrix_is_no_small_value() -> None:
