@@ -122,6 +122,7 @@ def tables(events: list[Mapping[str, Any]], blocks: int, rows: int) -> list[tupl
     return [
         (title, _summed("step", named, count, rows)),
         ("Device", _summed("kernel", [(e["name"][:110], e) for e in work], count, rows)),
+        ("Device, idle before", _summed("kernel", idle(work), count, rows)),
         ("Host, waiting", _summed("call", [(e["name"], e) for e in waits], count, rows)),
     ]
 
@@ -148,6 +149,16 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+def idle(work: Iterable[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Times in which the device does nothing, by what it does next."""
+    gaps, reached = [], float("inf")
+    for event in sorted(work, key=lambda e: e["ts"]):
+        if event["ts"] > reached:
+            gaps.append((str(event["name"])[:110], {"dur": event["ts"] - reached}))
+        reached = max(event["ts"] + event["dur"], -1.0 if reached == float("inf") else reached)
+    return gaps
 
 
 def _summed(

@@ -38,7 +38,7 @@ def begun(value: Any, begin: Callable[[Callable[[], Any]], Future[Any]]) -> Any:
 def resolved(value: Any) -> Any:
     """The value with every tensor in it as a number, or a list of numbers, and all work done.
 
-    Work that was begun is waited for. Each device is waited for once. Integers beyond 2^53 would be rounded.
+    Work that was begun is waited for, each device once. Integers beyond 2^53 would be rounded.
     """
     numbers = {id(tensor): tensor for tensor in _tensors(value)}
     fetched: dict[int, Any] = {}
