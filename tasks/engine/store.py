@@ -110,8 +110,8 @@ class Store:
     def __init__(self, root: Path) -> None:
         """Use ``root``; nothing is created before the first write."""
         self.root = Path(root).absolute()
-        # files whose checksum this process has seen hold, by what changes when a file does
-        self._verified: set[tuple[str, int, int, int]] = set()
+        # checksums that this process has taken, by what changes when a file does
+        self._checksums: dict[tuple[int, ...], str] = {}
 
     def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
         """Travel as the folder's name."""
@@ -174,15 +174,13 @@ class Store:
         names = sorted(
             str(p.relative_to(draft.folder)) for p in draft.folder.rglob("*") if p.is_file()
         )
-        files = {name: _describe(draft.folder / name) for name in names}
+        files = {name: self._described(draft.folder / name) for name in names}
         entry = Entry(key, task, self.folder(key), value, time.time(), files)
         record = asdict(entry) | {"folder": None}
         write_text(draft.folder / MANIFEST, sealed(record))
         self.remove(key)
         entry.folder.parent.mkdir(parents=True, exist_ok=True)
         os.rename(draft.folder, entry.folder)
-        # the checksums were just taken of what lies there
-        self._verified.update(_mark(entry.folder / name) for name in names)
         return entry
 
     def remove(self, key: str) -> None:
@@ -198,17 +196,18 @@ class Store:
             shutil.rmtree(trash, ignore_errors=True)
 
     def _is_whole(self, entry: Entry, name: str) -> bool:
-        stored, path = entry.files[name], entry.folder / name
         try:
-            mark = _mark(path)
-            if mark in self._verified:
-                return True
-            if mark[1] != stored.size or checksum(path) != stored.checksum:
-                return False
+            path, stored = entry.folder / name, entry.files[name]
+            return path.stat().st_size == stored.size and self._described(path) == stored
         except OSError:
             return False
-        self._verified.add(mark)
-        return True
+
+    def _described(self, path: Path) -> StoredFile:
+        """Size and checksum of a file, which is read once: a hard link to it is the same file."""
+        mark = _mark(path)
+        if mark not in self._checksums:
+            self._checksums[mark] = checksum(path)
+        return StoredFile(path.stat().st_size, self._checksums[mark])
 
     def entries(self) -> list[Entry]:
         """List the entries that have a readable manifest, oldest first."""
@@ -352,14 +351,10 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _mark(path: Path) -> tuple[str, int, int, int]:
+def _mark(path: Path) -> tuple[int, ...]:
     """What changes when a file does."""
     status = path.stat()
-    return str(path), status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def _describe(path: Path) -> StoredFile:
-    return StoredFile(path.stat().st_size, checksum(path))
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_manifest(folder: Path) -> Entry | None:

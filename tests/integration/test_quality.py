@@ -34,11 +34,11 @@ class Bound(NamedTuple):
 # windows of 2048 tokens of heldout.txt: all that bounds are known for, and the first of them,
 # which take as many minutes as a check of every change has
 ALL, FIRST = 32, 8
-SOURCE_NLL = {ALL: 3.5105, FIRST: 3.5105}
-# increase of NLL, at most
+SOURCE_NLL = {ALL: 3.5105, FIRST: 3.4475}
+# increase of NLL, at most; of the first windows .0004 more than was measured
 BOUNDS = {
     ALL: {"rtn_w4a16": 0.0316, "rtn_w8a16": 0.001, "rtn_w8a8": 0.0018, "fp8/rtn_fp8": 0.0045},
-    FIRST: {"rtn_w4a16": 0.0316, "rtn_w8a16": 0.001, "rtn_w8a8": 0.0018, "fp8/rtn_fp8": 0.0045},
+    FIRST: {"rtn_w4a16": 0.0318, "rtn_w8a16": 0.0005, "rtn_w8a8": 0.0018, "fp8/rtn_fp8": 0.0035},
 }
 # calibrated on 64 x 512 tokens of calibration.txt. NLL: what llm-compressor's AWQ loses, plus
 # .0003; GPTQ's is llm-compressor's own, the best recipe's below a prototype of AWQ, clip and GPTQ.
@@ -54,10 +54,11 @@ SEARCHED = {
         "tuned/awq_w8a8": Bound(0.0012, 0.0016),
         "fp8/awq_fp8": Bound(0.0044, 0.0045),
     },
+    # what was measured, and .0004 and 5 % more
     FIRST: {
-        "gptq_w4a16": Bound(0.0196, 0.0241),
-        "awq_w4a16": Bound(0.0274, 0.0315),
-        "fp8/awq_fp8": Bound(0.0044, 0.0045),
+        "gptq_w4a16": Bound(0.0157, 0.0228),
+        "awq_w4a16": Bound(0.0226, 0.0296),
+        "fp8/awq_fp8": Bound(0.0051, 0.0043),
     },
 }
 
