@@ -1,17 +1,22 @@
-"""Results of the steps to come, computed beside the one that is being written.
+"""Results of the steps to come, computed and written beside the one that is being noted.
 
-A thread computes; the tasks that steps are run as take what it made, write it and note it. Where it
-fails, the task of that step fails in its place, and all that was begun is left to the tasks.
+A thread computes, others write what it made; the tasks that steps are run as take both and note
+them. Where it fails, the task of that step fails in its place, and all that was begun is left to
+the tasks.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +28,8 @@ from tasks.engine.values import begun
 
 # steps that are begun before they are written: about those of a block
 DEPTH = 6
+# a block's codes are digested while its tensors are written
+HOST_THREADS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +52,13 @@ Plan = Generator[Call, str, None]
 class Lane:
     """The thread that computes ahead, one step after the other, in the order of a plan."""
 
-    def __init__(self, job: Job, lean: Callable[[], bool]) -> None:
-        """Begin with nothing to do; where ``lean`` says so, nothing is computed ahead."""
+    def __init__(self, job: Job, lean: Callable[[], bool], place: Path) -> None:
+        """Begin with nothing to do; where ``lean`` says so, nothing is computed ahead.
+
+        Files are written to ``place``, which goes with the lane.
+        """
         self._job = job
+        self._place = place
         self._lean = lean
         self._thread = ThreadPoolExecutor(
             1,
@@ -55,7 +66,7 @@ class Lane:
             initializer=torch.set_num_threads,
             initargs=(torch.get_num_threads(),),
         )
-        self._host = ThreadPoolExecutor(1, thread_name_prefix="blockquant-host")
+        self._host = ThreadPoolExecutor(HOST_THREADS, thread_name_prefix="blockquant-host")
         self._halted = False
 
     def calls(self, plan: Plan) -> Iterator[tuple[Call, Upcoming]]:
@@ -86,7 +97,9 @@ class Lane:
             return None
         try:
             made = call.step.make(self._job, key, *call.args, block=call.block)
-            return replace(made, value=begun(made.value, partial(self._beside, made)))
+            begin = partial(self._beside, made)
+            made.draft.write_ahead(self._place / key, begin, store)
+            return replace(made, value=begun(made.value, begin))
         except BaseException:
             self._halted = True
             raise
@@ -110,6 +123,7 @@ class Lane:
         self._halted = True
         self._thread.shutdown(cancel_futures=True)
         self._host.shutdown(cancel_futures=True)
+        shutil.rmtree(self._place, ignore_errors=True)
 
 
 class _Begun:
@@ -151,11 +165,14 @@ def in_turn(
     if not job.on_gpu:
         yield ((call, None) for call, _ in _keyed(job, plan))
         return
-    lane = Lane(job, lean)
-    try:
-        yield lane.calls(plan)
-    finally:
-        lane.close()
+    place = job.store.root / "staging" / f"ahead-{os.getpid()}-{time.monotonic_ns()}"
+    # whoever collects what was left behind leaves what is locked
+    with job.store.lock(place.name):
+        lane = Lane(job, lean, place)
+        try:
+            yield lane.calls(plan)
+        finally:
+            lane.close()
 
 
 def _keyed(job: Job, plan: Plan) -> Iterator[tuple[Call, str]]:

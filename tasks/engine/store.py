@@ -11,8 +11,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,24 +82,47 @@ class Draft:
         self.folder = folder
         self.saved: dict[str, Saved] = {}
         self._held = held
+        self._written: dict[str, Future[Path]] = {}
 
     def save_tensors(
         self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
     ) -> None:
         """Write ``tensors`` as a safetensors file called ``name``."""
         self.saved[name] = Saved(tensors, metadata)
-        if self._held:
-            return
-        path = self.folder / name
-        ordered = {key: to_host(tensors[key]) for key in sorted(tensors)}
-        save_file(ordered, path, metadata=dict(metadata) if metadata else None)
-        # safetensors makes files for their owner only; a server may run as somebody else
-        path.chmod(0o644)
+        if not self._held:
+            _write(self.folder / name, self.saved[name])
+
+    def write_ahead(
+        self, place: Path, begin: Callable[[Callable[[], Path]], Future[Path]], store: Store
+    ) -> None:
+        """Have what is held written to ``place``, and its checksums taken, by another thread.
+
+        Args:
+            place: a folder of its own.
+            begin: begins work in another thread.
+            store: remembers the checksums.
+        """
+
+        def write(name: str) -> Path:
+            place.mkdir(parents=True, exist_ok=True)
+            _write(place / name, self.saved[name])
+            store.describe(place / name)
+            return place / name
+
+        self._written = {name: begin(partial(write, name)) for name in self.saved}
 
     def take(self, held: Draft) -> None:
-        """Write what another draft holds."""
+        """Take the files that another draft had written ahead; write those that it holds only.
+
+        Raises:
+            OSError: a file could not be written; taken again, it is written here.
+        """
         for name, saved in held.saved.items():
-            self.save_tensors(name, saved.tensors, saved.metadata)
+            written = held._written.pop(name, None)
+            if written is None:
+                self.save_tensors(name, saved.tensors, saved.metadata)
+            else:
+                os.replace(written.result(), self.folder / name)
 
     def link(self, name: str, source: Path) -> Path:
         """Put ``source`` into the draft under ``name``: a hard link, a copy across disks."""
@@ -174,7 +199,7 @@ class Store:
         names = sorted(
             str(p.relative_to(draft.folder)) for p in draft.folder.rglob("*") if p.is_file()
         )
-        files = {name: self._described(draft.folder / name) for name in names}
+        files = {name: self.describe(draft.folder / name) for name in names}
         entry = Entry(key, task, self.folder(key), value, time.time(), files)
         record = asdict(entry) | {"folder": None}
         write_text(draft.folder / MANIFEST, sealed(record))
@@ -198,11 +223,11 @@ class Store:
     def _is_whole(self, entry: Entry, name: str) -> bool:
         try:
             path, stored = entry.folder / name, entry.files[name]
-            return path.stat().st_size == stored.size and self._described(path) == stored
+            return path.stat().st_size == stored.size and self.describe(path) == stored
         except OSError:
             return False
 
-    def _described(self, path: Path) -> StoredFile:
+    def describe(self, path: Path) -> StoredFile:
         """Size and checksum of a file, which is read once: a hard link to it is the same file."""
         mark = _mark(path)
         if mark not in self._checksums:
@@ -293,6 +318,13 @@ def _remove(place: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
     else:
         place.unlink(missing_ok=True)
+
+
+def _write(path: Path, saved: Saved) -> None:
+    ordered = {key: to_host(saved.tensors[key]) for key in sorted(saved.tensors)}
+    save_file(ordered, path, metadata=dict(saved.metadata) if saved.metadata else None)
+    # safetensors makes files for their owner only; a server may run as somebody else
+    path.chmod(0o644)
 
 
 def link_or_copy(source: Path, target: Path) -> Path:

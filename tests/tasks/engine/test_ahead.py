@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tasks.engine.step as module
+import tasks.engine.store as files
 from tasks.engine.ahead import DEPTH, Call, Plan, in_turn
 from tasks.engine.phases import AHEAD, ORCHESTRATED, WAITED, WRITTEN, Phases
 from tasks.engine.residency import DeviceMemoryError
@@ -181,3 +182,54 @@ def test_what_another_process_makes_is_left_to_it(work: Work) -> None:
         assert 2 not in work.threads
     assert sums([*first, *results]) == EXPECTED
     assert work.threads[2] == ["task"]
+
+
+def test_files_are_written_beside_and_nothing_is_left(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    write = files._write
+
+    def watched(path: Path, saved: Any) -> None:
+        threads.append(threading.current_thread().name)
+        write(path, saved)
+
+    monkeypatch.setattr(files, "_write", watched)
+    results = run(work)
+    next(results)
+    staging = work.store.root / "staging"
+    (place,) = (folder for folder in staging.iterdir() if folder.name.startswith("ahead-"))
+    # whoever collects leaves it alone
+    assert work.store.is_locked(place.name)
+    assert sums([*results]) == EXPECTED[1:]
+    assert len(threads) == COUNT and all(n.startswith("blockquant-host") for n in threads)
+    assert list(staging.iterdir()) == []
+    assert not work.store.is_locked(place.name)
+
+
+def test_a_file_that_could_not_be_written_ahead_is_written_by_the_task(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, threads = files._write, []
+
+    def fails(path: Path, saved: Any) -> None:
+        threads.append(threading.current_thread().name)
+        if path.parent.parent.name.startswith("ahead-") and len(threads) == 3:
+            raise OSError("the disk was away")
+        write(path, saved)
+
+    monkeypatch.setattr(files, "_write", fails)
+    assert sums(list(run(work))) == EXPECTED
+    # computed once, written by the task at its second try
+    assert work.threads == {block: ["ahead"] for block in range(COUNT)}
+    assert sum(not name.startswith("blockquant-host") for name in threads) == 1
+
+
+def test_a_checksum_is_that_of_the_file_whoever_wrote_it(work: Work) -> None:
+    list(run(work))
+    for entry in work.store.entries():
+        again = Store(work.store.root)
+        assert again.get(entry.key) == entry
+        assert files.checksum(entry.file("sum.safetensors")) == (
+            entry.files["sum.safetensors"].checksum
+        )
