@@ -148,7 +148,7 @@ def show(job: Job, report: dict[str, Any], blocks: Sequence[Entry]) -> None:
 def look(job: Job, run: ToldRun, looked: Looked, served: Mapping[str, Any]) -> None:
     """Leave pictures and a page of what was measured in MLflow, unless the recipe wants none."""
     if job.evaluation.report:
-        action(log_looks)(run, looked, served)
+        action(log_looks)(job.store, run, looked, served)
 
 
 def scored(

@@ -6,12 +6,14 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tasks.engine.errors import one_line
 from tasks.engine.journal import ToldRun
-from tasks.engine.store import Entry
+from tasks.engine.lineage import lineage_key
+from tasks.engine.store import Entry, Store
 from tasks.looks.page import PAGE, page
 from tasks.looks.pictures import pictures
 from tasks.register import error_rows
@@ -19,6 +21,8 @@ from tasks.register import error_rows
 log = logging.getLogger("blockquant")
 
 FOLDER = "looks"
+# raised when pictures of the same numbers change
+_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,17 @@ class Looked:
     sampled: Mapping[str, Any] | None = None
 
 
-def log_looks(run: ToldRun, looked: Looked, served: Mapping[str, Any]) -> None:
+def log_looks(store: Store, run: ToldRun, looked: Looked, served: Mapping[str, Any]) -> None:
     """Draw what was measured and keep it; what cannot be drawn is no reason to fail.
 
     Args:
+        store: where pictures of the same numbers are found.
         run: the open run.
         looked: what is looked at.
         served: what came of serving the checkpoint.
     """
     try:
-        drawn = pictures(error_rows(looked.blocks), looked.blocks, looked.decided, looked.count)
+        drawn = drawn_once(store, looked)
         text = page(looked.report, served, drawn, looked.sampled)
     except Exception as error:
         log.warning("no pictures of this run: %s", one_line(error))
@@ -57,6 +62,27 @@ def log_looks(run: ToldRun, looked: Looked, served: Mapping[str, Any]) -> None:
         return
     _keep(run, drawn, FOLDER)
     run.log_text(text, PAGE)
+
+
+def drawn_once(store: Store, looked: Looked) -> dict[str, bytes]:
+    """All pictures by their file names: drawn, which takes seconds, or found in the store."""
+    made_of = {
+        "matplotlib": version("matplotlib"),
+        "blocks": [entry.key for entry in looked.blocks],
+        "decided": [entry.key for entry in looked.decided],
+        "count": looked.count,
+    }
+    key = lineage_key(f"pictures/{_VERSION}", "", made_of)
+    with store.lock(key):
+        entry = store.get(key)
+        if entry is None:
+            rows = error_rows(looked.blocks)
+            drawn = pictures(rows, looked.blocks, looked.decided, looked.count)
+            with store.draft(key) as draft:
+                for name, content in drawn.items():
+                    (draft.folder / name).write_bytes(content)
+                entry = store.commit(key, "pictures", draft, {})
+    return {name: entry.file(name).read_bytes() for name in sorted(entry.files)}
 
 
 def _keep(run: ToldRun, files: Mapping[str, bytes], folder: str) -> None:
