@@ -7,9 +7,6 @@ the tasks.
 
 from __future__ import annotations
 
-import os
-import shutil
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,7 +52,7 @@ class Lane:
     def __init__(self, job: Job, lean: Callable[[], bool], place: Path) -> None:
         """Begin with nothing to do; where ``lean`` says so, nothing is computed ahead.
 
-        Files are written to ``place``, which goes with the lane.
+        Files are written to ``place``.
         """
         self._job = job
         self._place = place
@@ -123,7 +120,6 @@ class Lane:
         self._halted = True
         self._thread.shutdown(cancel_futures=True)
         self._host.shutdown(cancel_futures=True)
-        shutil.rmtree(self._place, ignore_errors=True)
 
 
 class _Begun:
@@ -165,9 +161,7 @@ def in_turn(
     if not job.on_gpu:
         yield ((call, None) for call, _ in _keyed(job, plan))
         return
-    place = job.store.root / "staging" / f"ahead-{os.getpid()}-{time.monotonic_ns()}"
-    # whoever collects what was left behind leaves what is locked
-    with job.store.lock(place.name):
+    with job.store.scratch("ahead") as place:
         lane = Lane(job, lean, place)
         try:
             yield lane.calls(plan)

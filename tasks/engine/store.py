@@ -184,6 +184,24 @@ class Store:
             return True
 
     @contextlib.contextmanager
+    def scratch(self, kind: str) -> Iterator[Path]:
+        """A folder of this process, made by who first writes to it, that goes once it is left.
+
+        What processes that died have left of the same kind goes before.
+        """
+        staging = self.root / "staging"
+        for left in staging.glob(f"{kind}-*"):
+            with contextlib.suppress(Timeout), FileLock(self._lock_file(left.name), timeout=0):
+                shutil.rmtree(left, ignore_errors=True)
+        place = staging / f"{kind}-{os.getpid()}-{time.monotonic_ns()}"
+        # held before it is there
+        with self.lock(place.name):
+            try:
+                yield place
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
+
+    @contextlib.contextmanager
     def draft(self, key: str) -> Iterator[Draft]:
         """Give a fresh staging folder for ``key``; to be called with the key's lock held."""
         folder = self.root / "staging" / key

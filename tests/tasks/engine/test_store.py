@@ -403,3 +403,19 @@ def test_collect_removes_old_publications_and_locks_of_journals(store: Store) ->
 def test_lock_waits_no_longer_than_asked(store: Store) -> None:
     with store.lock(KEY), pytest.raises(TimeoutError), store.lock(KEY, timeout_s=0):
         pass
+
+
+def test_scratch_goes_with_its_process_or_with_the_next(store: Store) -> None:
+    left = store.root / "staging" / "ahead-1-2"
+    other = store.root / "staging" / "else-1-2"
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("left by a process that was killed")
+    with store.scratch("ahead") as first:
+        assert not left.exists() and other.exists()
+        first.mkdir()
+        (first / "file").write_text("in use")
+        with store.scratch("ahead") as second:
+            assert second != first and (first / "file").exists()
+        assert store.collect(0)[0] == 0 and (first / "file").exists()
+    assert not first.exists()
