@@ -71,7 +71,7 @@ def _in_processes(
     waiting = list(children)
     while waiting:
         lost: list[Child] = []
-        for child, value, reason in _in_pool(waiting, runner.at_once or 1, place):
+        for child, value, reason in _in_pool(waiting, runner.at_once or 1, runner.devices, place):
             if reason is LOST:
                 lost.append(child)
             else:
@@ -79,35 +79,43 @@ def _in_processes(
         if lost:
             log.warning("a process died: %d children are begun again, one by one", len(lost))
         for child in lost:
-            yield _by_itself(child, place)
+            yield _by_itself(child, runner.devices[:1], place)
 
 
-def _by_itself(child: Child, place: Surroundings) -> Ended:
+def _by_itself(child: Child, devices: tuple[str, ...], place: Surroundings) -> Ended:
     """Go on with a child whose process died once, at most so often that it ends."""
     for _ in range(AGAIN):
-        ((_, value, reason),) = _in_pool([child], 1, place)
+        ((_, value, reason),) = _in_pool([child], 1, devices, place)
         if reason is not LOST:
             return child, value, reason
     end_lost_runs(child.name)
     return child, None, f"its process died {AGAIN + 1} times; is there memory enough?"
 
 
-def _in_pool(waiting: list[Child], workers: int, place: Surroundings) -> Iterator[Ended]:
-    """Run children out of ``waiting`` in one pool, until that breaks; LOST are those under way."""
+def _in_pool(
+    waiting: list[Child], workers: int, devices: tuple[str, ...], place: Surroundings
+) -> Iterator[Ended]:
+    """Run children out of ``waiting`` in one pool, until that breaks; LOST are those under way.
+
+    Each begins on the device with the fewest of them.
+    """
     under_way: dict[PrefectFuture[Any], Child] = {}
+    placed: dict[PrefectFuture[Any], str] = {}
     broken = False
     with ProcessPoolTaskRunner(max_workers=workers) as pool:
         while under_way or (waiting and not broken):
             while waiting and not broken and len(under_way) < workers:
+                device = min(devices, key=list(placed.values()).count)
                 try:
-                    under_way[pool.submit(run_child, _arguments(waiting[0], place))] = waiting[0]
-                    waiting.pop(0)
+                    future = pool.submit(run_child, _arguments(waiting[0], place, device=device))
+                    under_way[future], placed[future] = waiting.pop(0), device
                 except BrokenProcessPool:
                     broken = True
             if not under_way:
                 return
             done = next(iter(as_completed(list(under_way))))
             child = under_way.pop(done)
+            placed.pop(done)
             try:
                 value, reason = done.result(), None
             except BrokenProcessPool:
@@ -148,8 +156,8 @@ def _raising(error: Exception) -> Callable[[], Any]:
     return fail
 
 
-def _arguments(child: Child, place: Surroundings) -> dict[str, Any]:
-    return {"name": child.name, "parameters": child.parameters, "place": place}
+def _arguments(child: Child, place: Surroundings, **more: Any) -> dict[str, Any]:
+    return {"name": child.name, "parameters": {**child.parameters, **more}, "place": place}
 
 
 def _ended(

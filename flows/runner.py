@@ -42,6 +42,12 @@ class Runner:
         return max(1, torch.get_num_threads() // (self.at_once or 1))
 
     @property
+    def devices(self) -> tuple[str, ...]:
+        """Devices for children that run at once on this machine: every GPU, where none is named."""
+        count = torch.cuda.device_count() if self.device == "cuda" and self.kind == LOCAL else 0
+        return tuple(f"cuda:{number}" for number in range(count)) or (self.device,)
+
+    @property
     def checked_on(self) -> str | None:
         """The device to check children on, where workers elsewhere may have what we lack."""
         away = self.kind == RAY and self.device.startswith("cuda")

@@ -16,9 +16,9 @@ from flows.child_run import Surroundings
 @task(persist_result=False)
 def child(name: str, parameters: dict[str, Any], place: Surroundings) -> dict[str, str]:
     """Run for a moment; ``killer`` dies."""
-    notes = Path(place.folder) / "ran"
-    with notes.open("a") as file:
-        file.write(f"{name}\n")
+    for notes, line in (("ran", name), ("devices", parameters["device"])):
+        with (Path(place.folder) / notes).open("a") as file:
+            file.write(f"{line}\n")
     time.sleep(0.5)
     if name == "killer":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from prefect import flow
 
 from configs.sweep_schema import load_sweep
@@ -230,18 +231,40 @@ def test_a_child_that_kills_its_process_stops_no_other_one(
     monkeypatch.setattr(run_children, "end_lost_runs", ended.append)
     # each pool takes seconds to begin
     monkeypatch.setattr(run_children, "AGAIN", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    runner = Runner("local", at_once=2, device="cuda")
 
     @flow
     def all_of(*names: str) -> dict[str, Any]:
         children = [Child(name, "m", "r", (), {}) for name in names]
         place = Surroundings(str(tmp_path), str(tmp_path))
-        ran = run_children.run_children(children, Runner("local", at_once=2), place)
+        ran = run_children.run_children(children, runner, place)
         return {child.name: value or reason for child, value, reason in ran}
 
     found = all_of("killer", "a", "b", "c")
     died = "its process died 2 times; is there memory enough?"
+    assert set((tmp_path / "devices").read_text().split()) == {"cuda:0", "cuda:1"}
     assert found == {"killer": died, **{name: {"ran": name} for name in "abc"}}
     assert ended == ["killer"]
     ran = Counter((tmp_path / "ran").read_text().split())
     # of the others, only the one beside it was begun again
     assert ran["killer"] == 2 and sum(ran.values()) <= 2 + 3 + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "count", "devices"),
+    [
+        ("local", "cuda", 2, ("cuda:0", "cuda:1")),
+        ("local", "cuda", 1, ("cuda:0",)),
+        ("local", "cuda:1", 2, ("cuda:1",)),
+        ("local", "cpu", 2, ("cpu",)),
+        ("local", "cuda", 0, ("cuda",)),
+        # Ray shows each worker its own
+        ("ray", "cuda", 2, ("cuda",)),
+    ],
+)
+def test_children_on_this_machine_share_its_gpus(
+    kind: str, device: str, count: int, devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert Runner(kind, device=device).devices == devices
