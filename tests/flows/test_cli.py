@@ -598,9 +598,9 @@ def test_store(here: Here, tmp_path: Path, made: Made) -> None:
     at = ("--store", tmp_path / "store")
     listed = here("store", "ls", *at, "--json").json
     assert listed["store"] == str(tmp_path / "store")
-    assert sorted(entry["task"] for entry in listed["entries"]) == sorted(
-        step["step"].split("[")[0] for step in made.result["steps"]
-    )
+    made_by_steps = [step["step"].split("[")[0] for step in made.result["steps"]]
+    tasks = sorted(entry["task"] for entry in listed["entries"])
+    assert tasks == sorted([*made_by_steps, "pictures"])
     assert all(entry["bytes"] >= 0 and entry["created"] > 0 for entry in listed["entries"])
     shown = here("store", "ls", *at)
     assert (shown.status, shown.err) == (0, "")
