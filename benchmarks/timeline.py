@@ -153,11 +153,12 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 def idle(work: Iterable[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
     """Times in which the device does nothing, by what it does next."""
-    gaps, reached = [], float("inf")
-    for event in sorted(work, key=lambda e: e["ts"]):
+    ordered = sorted(work, key=lambda e: e["ts"])
+    gaps, reached = [], ordered[0]["ts"] if ordered else 0.0
+    for event in ordered:
         if event["ts"] > reached:
             gaps.append((str(event["name"])[:110], {"dur": event["ts"] - reached}))
-        reached = max(event["ts"] + event["dur"], -1.0 if reached == float("inf") else reached)
+        reached = max(reached, event["ts"] + event["dur"])
     return gaps
 
 

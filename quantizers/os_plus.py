@@ -61,6 +61,8 @@ def search(
     candidates = [ChannelTransform(realize(threshold_scale(absmax, t)), shift) for t in tried]
     # the device is waited for once
     errors = output_errors(problem, candidates).tolist()
-    # of equals the lowest threshold
-    best = max(step for step in range(thresholds) if errors[step] == min(errors))
-    return candidates[best], [Trial(*pair) for pair in zip(tried, errors, strict=True)]
+    smallest = min(errors)
+    # of equals the lowest threshold; where no error is a number, none
+    best = [c for c, error in zip(candidates, errors, strict=True) if error == smallest]
+    trials = [Trial(*pair) for pair in zip(tried, errors, strict=True)]
+    return (best[-1] if best else unscaled), trials

@@ -188,7 +188,7 @@ def round_to_nearest(
         NonFiniteError: weight holds NaN or infinity, or a range that float32 cannot hold.
         ValueError: weight does not suit the scheme.
     """
-    scale, zero_point = _finite_scales(weight, scheme, clip)
+    ((scale, zero_point),) = _finite_scales([weight], scheme, [clip])
     return quantize_weight(weight, scale, zero_point, scheme)
 
 
@@ -208,38 +208,32 @@ def round_group(
         NonFiniteError, ValueError: as round_to_nearest.
     """
     if scheme.granularity is not Granularity.TENSOR:
-        # all scales before the first is looked at: the device is waited for once
-        found = [_scales(w, scheme, c) for w, c in zip(weights, clips, strict=True)]
-        _require_finite(weights, [scale for scale, _ in found])
+        found = _finite_scales(weights, scheme, clips)
         return [
             quantize_weight(weight, scale, zero_point, scheme)
             for weight, (scale, zero_point) in zip(weights, found, strict=True)
         ]
-    scale, zero_point = _finite_scales(torch.cat(list(weights)), scheme, clips[0])
+    ((scale, zero_point),) = _finite_scales([torch.cat(list(weights))], scheme, clips[:1])
     # each its own copy: files hold no tensor twice
     return [quantize_weight(weight, scale.clone(), zero_point, scheme) for weight in weights]
 
 
 def _finite_scales(
-    weight: Tensor, scheme: WeightScheme, clip: Tensor | ClipRange | None
-) -> tuple[Tensor, Tensor | None]:
-    scale, zero_point = _scales(weight, scheme, clip)
-    _require_finite([weight], [scale])
-    return scale, zero_point
-
-
-def _scales(
-    weight: Tensor, scheme: WeightScheme, clip: Tensor | ClipRange | None
-) -> tuple[Tensor, Tensor | None]:
-    low, high = clip if isinstance(clip, tuple) else (clip, clip)
-    return weight_scales(weight.detach(), scheme, clip_low=low, clip_high=high)
-
-
-def _require_finite(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
-    finite = torch.stack([scale.isfinite().all() for scale in scales]).tolist()
+    weights: Sequence[Tensor],
+    scheme: WeightScheme,
+    clips: Sequence[Tensor | ClipRange | None],
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Scales and zero points of each weight; all before one is looked at: one wait."""
+    pairs = [clip if isinstance(clip, tuple) else (clip, clip) for clip in clips]
+    found = [
+        weight_scales(weight.detach(), scheme, clip_low=low, clip_high=high)
+        for weight, (low, high) in zip(weights, pairs, strict=True)
+    ]
+    finite = torch.stack([scale.isfinite().all() for scale, _ in found]).tolist()
     for weight, whole in zip(weights, finite, strict=True):
         if not whole:
             raise NonFiniteError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity")
+    return found
 
 
 def dequantize(

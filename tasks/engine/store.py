@@ -250,7 +250,8 @@ class Store:
         mark = _mark(path)
         if mark not in self._checksums:
             self._checksums[mark] = checksum(path)
-        return StoredFile(path.stat().st_size, self._checksums[mark])
+        _, _, size, _ = mark
+        return StoredFile(size, self._checksums[mark])
 
     def entries(self) -> list[Entry]:
         """List the entries that have a readable manifest, oldest first."""
