@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from prefect import flow
 
 from configs.loading import ineffective_keys, load_recipe
 from flows.course import Course
+from flows.crew import Crew, crew_of
 from flows.finishing import look, publish_products, sample, scored, serve, settled, show, uploaded
 from flows.steps import State, apply, calibration, passes
 from flows.tracked import failure_kept, open_tracked
@@ -96,8 +98,10 @@ def quantize_model(
     with alone(job.store, request.output or identity), told_run(place, identity) as run:
         open_tracked(job, run, request, parent, name)
         kept = Path(log_file) if log_file else None
-        with failure_kept(run, kept):
-            result = _quantize(job, run, request, kept)
+        with failure_kept(run, kept), crew_of(job, request, recipe, overrides) as crew:
+            if crew is not None:
+                job = replace(job, team=crew.team())
+            result = _quantize(job, run, request, kept, crew)
             # after MLflow was told: killed before, the same command goes on
             result["mlflow"] = told(run)
             result["gate"] = run.decision
@@ -113,7 +117,9 @@ def _undecided(result: Mapping[str, Any], request: Request) -> bool:
     return at not in (None, str(request.output)) and result["gate"] is None
 
 
-def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -> dict[str, Any]:
+def _quantize(
+    job: Job, run: ToldRun, request: Request, log_file: Path | None, crew: Crew | None
+) -> dict[str, Any]:
     course = Course()
     described = course.run(load_model, job)
     course.plan(described.value["blocks"] * sum(passes(job)))
@@ -126,7 +132,7 @@ def _quantize(job: Job, run: ToldRun, request: Request, log_file: Path | None) -
     job.phases.begin()
     course.mark("first block")
     for step, tokens in zip(job.steps, calibrated, strict=True):
-        state = apply(job, run, course, step, tokens, state)
+        state = apply(job, run, course, step, tokens, state, crew)
     course.mark("last block")
     taken = peaks(job.device)
     phases = job.phases.of(course.marks["last block"] - course.marks["first block"])

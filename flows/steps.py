@@ -10,6 +10,7 @@ from configs.special_keys import GptqSpecial
 from configs.vocabulary import Method
 from flows.block_plan import BlockPlan
 from flows.course import Course
+from flows.crew import Crew, Pass
 from tasks.calibration_set import calibration_set
 from tasks.clip import clip
 from tasks.engine.ahead import in_turn
@@ -74,9 +75,15 @@ def calibration(job: Job, course: Course, step: ResolvedStep, sets: dict[str, En
 
 
 def apply(
-    job: Job, run: ToldRun, course: Course, step: ResolvedStep, tokens: str | None, state: State
+    job: Job,
+    run: ToldRun,
+    course: Course,
+    step: ResolvedStep,
+    tokens: str | None,
+    state: State,
+    crew: Crew | None = None,
 ) -> State:
-    """One step of the recipe: a rotation, or a pass over all blocks."""
+    """One step of the recipe: a rotation, or a pass over all blocks, be it with a crew."""
     last = step is job.steps[-1] and job.quantizes
     if step.quant.method is Method.QUAROT:
         rotated = course.run(rotate, job, step)
@@ -85,7 +92,11 @@ def apply(
         )
         if not last:
             return state
-    return _blocks(job, run, course, step, tokens, state, last)
+    if crew is None or tokens is None:
+        return _blocks(job, run, course, step, tokens, state, last)
+    number = [other is step for other in job.steps].index(True)
+    with crew.passing(Pass(number, tokens, state.version, state.clipped, last)):
+        return _blocks(job, run, course, step, tokens, state, last)
 
 
 def _blocks(

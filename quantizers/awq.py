@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantizers.channel_transform import ChannelTransform
-from quantizers.output_error import GroupProblem, output_errors
+from quantizers.output_error import Errors, GroupProblem, output_errors
 from quantizers.schemes import Granularity, WeightScheme
 from quantizers.statistics import InputStatistics
 
@@ -50,6 +50,7 @@ def search(
     measure: ImportanceMeasure = ImportanceMeasure.MEAN_ABS,
     ratios: int = 20,
     refine: bool = False,
+    errors_of: Errors = output_errors,
 ) -> tuple[ChannelTransform, list[Trial]]:
     """The factors with the least output error, and everything that was tried.
 
@@ -60,6 +61,7 @@ def search(
         measure: of the inputs' size.
         ratios: r = 0, 1/ratios, ... below 1.
         refine: whether to halve the step around the best ratio of each version, twice.
+        errors_of: what gives the output errors of candidates, (R,) float64.
     """
     sizes = importance(problem.statistics, measure)
     weights = None
@@ -74,7 +76,7 @@ def search(
             scales = realize(candidate_scales(sizes, weights, version, tried))
             transforms.extend(ChannelTransform(scale) for scale in scales)
             # the device is waited for once
-            errors = output_errors(problem, transforms[-len(tried) :]).tolist()
+            errors = errors_of(problem, transforms[-len(tried) :]).tolist()
             found = zip(tried, errors, strict=True)
             trials.extend(Trial(version.value, ratio, error) for ratio, error in found)
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "energy_ratio",
+    "output_energies",
     "output_error_ratio",
     "relative_output_error",
     "relative_weight_error",
@@ -55,12 +57,33 @@ def weight_error_ratio(weight: Tensor, restored: Tensor) -> Tensor:
 
 def output_error_ratio(weight: Tensor, restored: Tensor, gram: Tensor) -> Tensor:
     """relative_output_error as a scalar float64, for which nothing waits."""
+    return energy_ratio(output_energies(weight, restored, gram))
+
+
+def output_energies(weight: Tensor, restored: Tensor, gram: Tensor) -> Tensor:
+    """tr(D H D^T) and tr(W H W^T), D = W - Q, (2,) float64: those of all rows are their sums.
+
+    Nothing waits for the device.
+
+    Args:
+        weight: (N, K), floating point.
+        restored: (N, K), floating point, same device.
+        gram: (K, K), the inputs' Gram matrix.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+    """
     _check_pair(weight, restored)
     columns = weight.shape[1]
     if tuple(gram.shape) != (columns, columns):
         raise ValueError(f"gram has shape {tuple(gram.shape)}, not ({columns}, {columns})")
     gram = gram.to(torch.float32)
-    return _root_ratio(_energy(_difference(weight, restored), gram), _energy(weight, gram))
+    return torch.stack([_energy(_difference(weight, restored), gram), _energy(weight, gram)])
+
+
+def energy_ratio(energies: Tensor) -> Tensor:
+    """The relative error of output_energies (2,), as a scalar."""
+    return _root_ratio(energies[0], energies[1])
 
 
 def row_errors(difference: Tensor, gram: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantizers.channel_transform import ChannelTransform
-from quantizers.output_error import GroupProblem, output_errors
+from quantizers.output_error import Errors, GroupProblem, output_errors
 from quantizers.statistics import InputStatistics
 
 __all__ = ["Trial", "middle", "search", "threshold_scale"]
@@ -37,6 +37,7 @@ def search(
     *,
     shift: Tensor | None = None,
     thresholds: int = 32,
+    errors_of: Errors = output_errors,
 ) -> tuple[ChannelTransform, list[Trial]]:
     """The threshold with the least output error, and everything that was tried.
 
@@ -48,6 +49,7 @@ def search(
         realize: turns wanted factors (K,) into those that can be folded.
         shift: (K,), where biases can take it.
         thresholds: how many are tried, at least 2.
+        errors_of: what gives the output errors of candidates, (R,) float64.
     """
     unscaled = ChannelTransform(torch.ones_like(problem.statistics.total), shift)
     low, high = problem.statistics.minimum, problem.statistics.maximum
@@ -60,7 +62,7 @@ def search(
     tried = [largest * (least / largest) ** (step / (thresholds - 1)) for step in range(thresholds)]
     candidates = [ChannelTransform(realize(threshold_scale(absmax, t)), shift) for t in tried]
     # the device is waited for once
-    errors = output_errors(problem, candidates).tolist()
+    errors = errors_of(problem, candidates).tolist()
     smallest = min(errors)
     # of equals the lowest threshold; where no error is a number, none
     best = [c for c, error in zip(candidates, errors, strict=True) if error == smallest]

@@ -11,7 +11,7 @@ quantized inputs q(x'), the outputs differ by R q(x') - W' x' = (R - W') x' + R 
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ from quantizers.rounding import quantize_dequantize_weight, scales_of, weight_sc
 from quantizers.schemes import ActivationScheme, Granularity, WeightScheme
 from quantizers.statistics import InputStatistics, weighted_rows
 
-__all__ = ["GroupProblem", "group_input_scale", "output_error", "output_errors"]
+__all__ = ["Errors", "GroupProblem", "group_input_scale", "output_error", "output_errors"]
 
 # Entries worked on at once: rows that stay in a CPU's cache are tried several times faster.
 _CPU_ENTRIES = 1 << 20
@@ -86,6 +86,10 @@ class GroupProblem:
         for block in _column_blocks(self.columns):
             gram[block, block] *= 0.5
         return gram.to(torch.bfloat16)
+
+
+# of a group, the output errors of some transforms, (R,) float64
+Errors = Callable[[GroupProblem, Sequence[ChannelTransform]], Tensor]
 
 
 def output_error(problem: GroupProblem, transform: ChannelTransform) -> Tensor:

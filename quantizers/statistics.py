@@ -8,7 +8,16 @@ from torch import Tensor
 from quantizers.devices import compiles_kernels
 from quantizers.errors import NonFiniteError
 
-__all__ = ["InputStatistics", "WeightedRows", "add_batch", "empty_statistics", "weighted_rows"]
+__all__ = [
+    "InputStatistics",
+    "WeightedRows",
+    "add_batch",
+    "checked",
+    "drawn_rows",
+    "empty_statistics",
+    "heaviest",
+    "weighted_rows",
+]
 
 # Rows kept to see how inputs are rounded.
 _ROWS = 1024
@@ -110,6 +119,7 @@ def add_batch(
     chunk: int | None = None,
     reuse: bool = False,
     last: bool = True,
+    before: int = 0,
 ) -> InputStatistics:
     """Statistics with a batch added; the argument stays as it is, unless it may be used up.
 
@@ -127,7 +137,8 @@ def add_batch(
         chunk: rows per product, part of what decides the last bits; by the device where None.
         reuse: whether the sum is made in the argument's Gram matrix, instead of a second one.
         last: whether no other batch follows: before, half of the Gram matrix is not written, and
-            nothing is refused.
+            nothing is refused: see checked.
+        before: tokens that others have seen before all of these; rows are drawn by their number.
 
     Raises:
         NonFiniteError: x, or one before it, holds NaN or infinity, or a sum overflows float32.
@@ -154,26 +165,50 @@ def add_batch(
     gram = statistics.gram if reuse else statistics.gram.clone()
     for part in torch.split(factors, chunk):
         _add_product_(gram, part)
-    if last:
-        _mirror_(gram)
-        # A finite diagonal bounds the whole matrix: (x_i x_j)^2 <= x_i^2 x_j^2, summed.
-        if not bool(torch.cat((sums, gram.diagonal())).isfinite().all()):
-            raise NonFiniteError(f"inputs of shape {tuple(x.shape)} hold NaN, infinity or overflow")
     tokens = statistics.tokens + rows.shape[0]
     typical = (sums / tokens).clamp(min=torch.finfo(torch.float32).tiny)
     kept = rows[:0] if keep is None else rows[keep]
-    return InputStatistics(
+    found = InputStatistics(
         gram=gram,
         total=total,
         mean_abs_sum=sums,
         window_minimum=torch.cat((statistics.window_minimum, low)),
         window_maximum=torch.cat((statistics.window_maximum, high)),
         sample=torch.cat((statistics.sample.to(x.dtype), kept)),
-        drawn=_draw(statistics.drawn, rows, _heaviness(rows, typical), statistics.tokens)
+        drawn=_draw(statistics.drawn, rows, _heaviness(rows, typical), before + statistics.tokens)
         if draw
         else statistics.drawn,
         tokens=tokens,
     )
+    return checked(found) if last else found
+
+
+def checked(statistics: InputStatistics) -> InputStatistics:
+    """The same after its last batch: the whole Gram matrix, written in place, all of it finite.
+
+    Raises:
+        NonFiniteError: an input held NaN or infinity, or a sum overflows float32.
+    """
+    _mirror_(statistics.gram)
+    # A finite diagonal bounds the whole matrix: (x_i x_j)^2 <= x_i^2 x_j^2, summed.
+    bounds = torch.cat((statistics.mean_abs_sum, statistics.gram.diagonal()))
+    if not bool(bounds.isfinite().all()):
+        raise NonFiniteError(
+            f"inputs of {statistics.tokens} tokens, {len(statistics.total)} channels, hold NaN, "
+            "infinity or overflow"
+        )
+    return statistics
+
+
+def drawn_rows(tokens: int) -> int:
+    """How many rows are drawn of so many tokens."""
+    return min(tokens, _ROWS + 1)
+
+
+def heaviest(drawn: WeightedRows) -> WeightedRows:
+    """The rows of highest priority among those that were drawn of several parts of the inputs."""
+    kept = drawn.priorities.sort(descending=True, stable=True).indices[: _ROWS + 1]
+    return WeightedRows(drawn.rows[kept], drawn.sizes[kept], drawn.priorities[kept])
 
 
 def weighted_rows(statistics: InputStatistics) -> tuple[Tensor, Tensor]:
@@ -199,12 +234,12 @@ def _draw(before: WeightedRows, rows: Tensor, sizes: Tensor, seed: int) -> Weigh
     luck = 1 - torch.rand(len(rows), generator=generator).to(rows.device)
     priorities = sizes / luck
     new = priorities.sort(descending=True, stable=True).indices[: _ROWS + 1]
-    merged = torch.cat((before.priorities, priorities[new]))
-    kept = merged.sort(descending=True, stable=True).indices[: _ROWS + 1]
-    return WeightedRows(
-        torch.cat((before.rows.to(rows.dtype), rows[new]))[kept],
-        torch.cat((before.sizes, sizes[new]))[kept],
-        merged[kept],
+    return heaviest(
+        WeightedRows(
+            torch.cat((before.rows.to(rows.dtype), rows[new])),
+            torch.cat((before.sizes, sizes[new])),
+            torch.cat((before.priorities, priorities[new])),
+        )
     )
 
 

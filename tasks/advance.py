@@ -13,6 +13,7 @@ from tasks.engine.streams import (
     keep_boundary,
     pass_block,
     require_finite,
+    windows_of_each,
 )
 
 
@@ -36,7 +37,7 @@ def advance(
         # nothing more is asked of the block; what it had in memory is the pass's
         job.memo.forget("statistics", "codes", "transformed block")
     hidden = pass_block(job, stream, hidden_states(job, stream), packed)
-    mean_square = require_finite(hidden, block)
+    mean_square = require_finite(hidden, block, job.team, windows_of_each(job, stream))
     after = stream.after(advance.key(job, stream, packed, block=block), packed)
     job.memo.put(after.kind, after.key, hidden)
     keep_boundary(job, after, hidden)

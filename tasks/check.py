@@ -14,6 +14,7 @@ import torch
 
 from configs.schema import Recipe
 from configs.schemes import export_problems, not_implemented
+from configs.special_keys import OmniQuantSpecial
 from configs.vocabulary import Method
 from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.errors import InputError
@@ -29,6 +30,7 @@ from tasks.engine.settings import settings
 from tasks.engine.source import Source, free_bytes, open_source
 from tasks.engine.store import Store
 from tasks.engine.task_list import require_tasks
+from tasks.engine.team import Team
 from tasks.engine.tracking import check_uri
 from tasks.engine.windows import check_section
 from tasks.upload import check_upload
@@ -92,7 +94,8 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
     _check_places(request)
     check_upload(request.upload)
     check_uri(settings().tracking_uri)
-    device = check_device(request.device)
+    devices = check_devices(request)
+    device = devices[0]
     source = _open_model(request)
     _check_overwritten(request, source)
     if "quantization_config" in source.config:
@@ -110,8 +113,9 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
         Store(request.store),
         Memo(),
         device,
-        request.memory or _available_memory(device),
+        request.memory or min(_available_memory(each) for each in devices),
         request.keep_incompatible,
+        team=Team(size=len(devices), device=device),
     )
     asked = str(request.recipe.model.torch_dtype)
     if asked not in ("auto", str(job.dtype).removeprefix("torch.")):
@@ -176,6 +180,36 @@ def check_device(device: str) -> str:
     if (where.index or 0) >= count:
         raise InputError(f"--device {device}: this machine has {count} CUDA devices; use cpu")
     return f"cuda:{where.index or 0}"
+
+
+def check_devices(request: Request) -> tuple[str, ...]:
+    """Return the full names of the devices that a request names, with commas between.
+
+    Raises:
+        InputError: one is none, or they cannot compute together, or not this recipe.
+    """
+    devices = tuple(check_device(name.strip()) for name in request.device.split(","))
+    if len(devices) == 1:
+        return devices
+    place = f"--device {request.device}"
+    if len({torch.device(device).type for device in devices}) > 1:
+        raise InputError(f"{place}: a CPU and a GPU; give devices of one kind")
+    gpus = [device for device in devices if device != "cpu"]
+    if len(set(gpus)) < len(gpus):
+        raise InputError(f"{place}: names a GPU twice; give each once")
+    if len(names := {torch.cuda.get_device_name(gpu) for gpu in gpus}) > 1:
+        raise InputError(f"{place}: are {' and '.join(sorted(names))}; give GPUs of one model")
+    steps = request.recipe.resolved_steps()
+    if any(isinstance(step.quant.special, OmniQuantSpecial) for step in steps):
+        raise InputError(f"{place}: OmniQuant learns on one device; give one")
+    samples = [step.calib.n_samples for step in steps if step.calib is not None]
+    if not samples:
+        raise InputError(f"{place}: only calibration is shared, and this recipe has none; give one")
+    if min(samples) < len(devices):
+        raise InputError(
+            f"{place}: calib.n_samples is {min(samples)}, less than a sample for each; use more"
+        )
+    return devices
 
 
 def _check_recipe(recipe: Recipe) -> None:

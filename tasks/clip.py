@@ -20,6 +20,7 @@ from tasks.engine.collect import block_statistics
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job, result_files, result_tensors, scheme_lineage
 from tasks.engine.precision import search_products
+from tasks.engine.sharing import clip_of
 from tasks.engine.step import step
 from tasks.engine.store import Draft
 from tasks.engine.streams import Stream
@@ -95,8 +96,9 @@ def clip(
             continue
         for linear, weight in zip(linears, weights, strict=True):
             with search_products(job.device):
-                chosen[linear], curve = search_clip_curve(weight, gram, job.scheme.weight, factors)
-            errors[linear] = curve
+                chosen[linear], errors[linear] = clip_of(
+                    job.team, weight, gram, job.scheme.weight, factors
+                )
     draft.save_tensors(CLIP, {n: t.clone() for n, t in chosen.items()} | {FACTORS: factors})
     counts = {
         linear: torch.stack([(numbers == number).sum() for number in range(len(factors))])

@@ -14,7 +14,7 @@ from configs.schema import Quant, ResolvedStep
 from configs.special_keys import GptqSpecial
 from configs.vocabulary import WeightAlgorithm
 from quantizers.channel_transform import transformed_gram
-from quantizers.losses import output_error_ratio, weight_error_ratio
+from quantizers.losses import weight_error_ratio
 from quantizers.output_error import group_input_scale
 from quantizers.rounding import QuantizedWeight, dequantize, round_group
 from tasks.clip import rounding_ranges
@@ -26,6 +26,7 @@ from tasks.engine.job import Job, activation_lineage, result_tensors, scheme_lin
 from tasks.engine.lineage import code_digest
 from tasks.engine.precision import search_products
 from tasks.engine.ranges import input_ranges, weight_range
+from tasks.engine.sharing import output_error
 from tasks.engine.source import tensor_digest
 from tasks.engine.step import step
 from tasks.engine.store import Draft
@@ -137,7 +138,7 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
             }
             if gram is not None:
                 with search_products(job.device):
-                    report["output_error"] = output_error_ratio(weight, restored, gram)
+                    report["output_error"] = output_error(job.team, weight, restored, gram)
             if name in scales:
                 report["input_scale"] = scales[name].reshape(())
             linears[name] = report

@@ -33,6 +33,7 @@ from tasks.engine.folding import (
 )
 from tasks.engine.job import Job, activation_lineage, scheme_lineage
 from tasks.engine.precision import search_products
+from tasks.engine.sharing import errors_of
 from tasks.engine.step import step
 from tasks.engine.store import Draft
 from tasks.engine.streams import Stream
@@ -149,6 +150,7 @@ def _awq(job: Job, quant: Quant, given: GroupInputs) -> Decision:
         measure=ImportanceMeasure(special.importance.value),
         ratios=special.ratios,
         refine=special.refine,
+        errors_of=errors_of(job.team),
     )
     return found, [asdict(trial) for trial in trials]
 
@@ -169,6 +171,7 @@ def _os_plus(job: Job, quant: Quant, given: GroupInputs) -> Decision:
         group_problem(job, quant, given),
         realizer(job, given.block, given.group, given.tensors, how="max"),
         shift=shift_of(job, given.group, given.tensors, os_plus.middle(given.statistics)),
+        errors_of=errors_of(job.team),
     )
     return found, [asdict(trial) for trial in trials]
 

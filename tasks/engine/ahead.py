@@ -69,7 +69,7 @@ class Lane:
     def calls(self, plan: Plan) -> Iterator[tuple[Call, Upcoming]]:
         """The calls of a plan, each with its result, which may still be computed."""
         begun: deque[tuple[Call, _Begun]] = deque()
-        planned = _keyed(self._job, plan)
+        planned = keyed(self._job, plan)
         while True:
             if not begun:
                 # after a failure, what was begun was made by the tasks
@@ -110,6 +110,10 @@ class Lane:
 
         return self._host.submit(done)
 
+    def losses(self) -> int:
+        """How many times processes that compute with this one were lost."""
+        return self._job.team.losses()
+
     def halt(self) -> None:
         """Leave what was begun to the tasks; returns once nothing is computed any more."""
         self._halted = True
@@ -144,6 +148,9 @@ class _Begun:
             except BaseException:
                 self._failed = True
                 raise
+        if made is not None and made.losses != self._lane.losses():
+            # processes that computed it were lost since
+            made = None
         if made is None:
             self._lane.halt()
         return made
@@ -159,7 +166,7 @@ def in_turn(
 ) -> Iterator[Iterator[tuple[Call, Upcoming | None]]]:
     """The calls of a plan; beside a GPU, each with its result, which may still be computed."""
     if not job.on_gpu:
-        yield ((call, None) for call, _ in _keyed(job, plan))
+        yield ((call, None) for call, _ in keyed(job, plan))
         return
     with job.store.scratch("ahead") as place:
         lane = Lane(job, lean, place)
@@ -169,7 +176,8 @@ def in_turn(
             lane.close()
 
 
-def _keyed(job: Job, plan: Plan) -> Iterator[tuple[Call, str]]:
+def keyed(job: Job, plan: Plan) -> Iterator[tuple[Call, str]]:
+    """The calls of a plan with the keys of their results."""
     try:
         call = next(plan)
         while True:

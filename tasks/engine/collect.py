@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,7 +19,14 @@ from tasks.engine.errors import RunError
 from tasks.engine.job import Job
 from tasks.engine.precision import search_products
 from tasks.engine.residency import one_by_one
-from tasks.engine.streams import Stream, Streams, block_arguments, hidden_states
+from tasks.engine.sharing import statistics_of_all
+from tasks.engine.streams import (
+    Stream,
+    Streams,
+    block_arguments,
+    hidden_states,
+    windows_of_each,
+)
 from tasks.engine.version import version_block
 
 # rows of inputs that are kept to see how they are rounded, drawn with this seed
@@ -62,35 +71,32 @@ def observe(
         groups: those that are observed.
         on_input: what becomes of the inputs of the linears of all other groups.
     """
-    hidden = hidden_states(job, stream)
+    inputs = _Inputs.of(job, stream)
     weights = {name: t.to(job.compute_dtype) for name, t in tensors.items()}
-    batches = micro_batches(hidden, job.device)
-    keeps = _kept_rows(job, batches)
     # linears of a group share one input: the first of them sees it
     first = {group.linears[0]: group.name for group in groups}
     observed = {linear for group in groups for linear in group.linears}
     others = tuple(n for n in job.plan.blocks[block].quantized if n not in observed)
     collected: dict[str, InputStatistics] = {}
     missing: set[str] = set()
-    keep, last = keeps[0], False
 
-    def see(linear: str, x: Tensor) -> Tensor:
+    def see(at: int, linear: str, x: Tensor) -> Tensor:
         if linear not in first:
             return x if on_input is None else on_input(linear, x)
         name = first[linear]
         missing.discard(name)
-        collected[name] = _added(job, block, linear, collected.get(name), x, keep, last)
+        collected[name] = _added(job, block, linear, collected.get(name), x, inputs, at)
         if not missing:
             raise _AllSeen
         return x
 
     module = job.decoder.blocks[block]
-    for at, batch in enumerate(batches):
-        keep, last = keeps[at], at + 1 == len(batches)
+    for at, batch in enumerate(inputs.batches):
         arguments = block_arguments(job, batch.shape[0], batch.shape[1])[block]
         missing.update(first.values())
         with suppress(_AllSeen):
-            run_block(module, weights, batch.to(job.device), arguments, (*first, *others), see)
+            seen = (*first, *others)
+            run_block(module, weights, batch.to(job.device), arguments, seen, partial(see, at))
     return collected
 
 
@@ -123,21 +129,55 @@ def observe_beside(
         {name: tensor.to(job.compute_dtype) for name, tensor in given.items()}
         for given in (tensors, before)
     )
-    batches = micro_batches(hidden_states(job, streams.quantized), job.device)
-    keeps = _kept_rows(job, batches)
+    inputs = _Inputs.of(job, streams.quantized)
     columns = before[f"{linear}.weight"].shape[1]
     gap = torch.zeros(columns, columns, device=job.device)
     found: InputStatistics | None = None
     unrounded = micro_batches(hidden_states(job, streams.float), job.device)
-    for at, batch in enumerate(batches):
+    for at, batch in enumerate(inputs.batches):
         x = _input_of(job, block, rounded, batch, linear, others, on_input)
         wanted = _input_of(job, block, floats, unrounded[at], linear)
-        found = _added(job, block, linear, found, x, keeps[at], at + 1 == len(batches))
+        found = _added(job, block, linear, found, x, inputs, at)
         rows = x.reshape(-1, columns).float()
         with search_products(job.device):
             gap.addmm_(rows.T, wanted.reshape(-1, columns).float() - rows)
     assert found is not None
-    return found, gap.div_(found.tokens)
+    return found, job.team.summed_(gap).div_(found.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """What a block is fed by this process, and how much the others feed it.
+
+    Attributes:
+        batches: micro-batches of hidden states.
+        keeps: numbers of the rows of each that are kept, on the device.
+        windows: of each process.
+        samples: rows that each process keeps.
+        length: tokens of a window.
+    """
+
+    batches: tuple[Tensor, ...]
+    keeps: tuple[Tensor, ...]
+    windows: list[int]
+    samples: list[int]
+    length: int
+
+    @classmethod
+    def of(cls, job: Job, stream: Stream) -> _Inputs:
+        """Those of a stream."""
+        hidden = hidden_states(job, stream)
+        length = hidden.shape[1]
+        batches = micro_batches(hidden, job.device)
+        windows = windows_of_each(job, stream)
+        rows = sampled_rows(sum(windows) * length)
+        ends = list(itertools.accumulate(windows, initial=0))
+        samples = [
+            int(((rows >= start * length) & (rows < end * length)).sum())
+            for start, end in itertools.pairwise(ends)
+        ]
+        keeps = _kept_rows(job, batches, ends[job.team.rank] * length, ends[-1] * length)
+        return cls(batches, keeps, windows, samples, length)
 
 
 def _added(
@@ -146,20 +186,33 @@ def _added(
     linear: str,
     before: InputStatistics | None,
     x: Tensor,
-    keep: Tensor,
-    last: bool,
+    inputs: _Inputs,
+    at: int,
 ) -> InputStatistics:
-    """Statistics with a micro-batch added, those before used up.
+    """Statistics with micro-batch number ``at`` added, those before used up.
 
-    ``keep`` are the numbers of its rows that are kept; nothing is checked before the last one.
+    With the last one, what the other processes saw is added too; nothing is checked before.
     """
     before = before or empty_statistics(x.shape[-1], x.device)
+    last, team = at + 1 == len(inputs.batches), job.team
+    others = sum(inputs.windows[: team.rank]) * inputs.length
     # how inputs are rounded matters where they are
     draw = job.scheme.activation is not None
     try:
         # its products take the inputs as they are: bf16 factors, float32 sums
         with search_products(job.device) if x.dtype == torch.bfloat16 else nullcontext():
-            return add_batch(before, x, keep=keep, draw=draw, reuse=True, last=last)
+            found = add_batch(
+                before,
+                x,
+                keep=inputs.keeps[at],
+                draw=draw,
+                reuse=True,
+                last=last and team.size == 1,
+                before=others,
+            )
+        if last and team.size > 1:
+            return statistics_of_all(team, found, inputs.windows, inputs.length, inputs.samples)
+        return found
     except NonFiniteError as error:
         place = f"{job.plan.blocks[block].prefix}{linear}"
         raise RunError(f"block {block}: the inputs of {place} hold NaN or Inf") from error
@@ -194,19 +247,22 @@ class _AllSeen(Exception):
     """What comes after the last input, the largest product of a block, is not needed."""
 
 
-def _kept_rows(job: Job, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Numbers of the rows of each micro-batch that are kept, on the device."""
+def _kept_rows(job: Job, batches: Sequence[Tensor], start: int, tokens: int) -> tuple[Tensor, ...]:
+    """Numbers of the rows of each micro-batch that are kept, on the device.
+
+    ``start`` is the number of their first row among all ``tokens``.
+    """
 
     def compute() -> tuple[Tensor, ...]:
         sizes = [batch.shape[0] * batch.shape[1] for batch in batches]
-        sample, start, found = sampled_rows(sum(sizes)), 0, []
+        sample, at, found = sampled_rows(tokens), start, []
         for size in sizes:
-            inside = (sample >= start) & (sample < start + size)
-            found.append((sample[inside] - start).to(job.device))
-            start += size
+            inside = (sample >= at) & (sample < at + size)
+            found.append((sample[inside] - at).to(job.device))
+            at += size
         return tuple(found)
 
-    shape = f"{[tuple(batch.shape[:2]) for batch in batches]}"
+    shape = f"{start} of {tokens}: {[tuple(batch.shape[:2]) for batch in batches]}"
     return job.memo.get("kept rows", shape, compute)
 
 

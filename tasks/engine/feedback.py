@@ -13,7 +13,6 @@ from torch import Tensor
 from configs.special_keys import GptqSpecial
 from quantizers.coordinate_descent import descend
 from quantizers.gptq import GramFactor, factorize, gptq, made_up_target
-from quantizers.losses import output_error_ratio
 from quantizers.rounding import ClipRange, QuantizedWeight, dequantize, round_group, weight_scales
 from quantizers.scale_refit import better_rows, refit_scales
 from quantizers.schemes import Granularity, WeightScheme
@@ -22,6 +21,7 @@ from tasks.engine.collect import block_statistics, observe, observe_beside
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job
 from tasks.engine.precision import search_products
+from tasks.engine.sharing import output_error, rounded_by_rows, splits
 from tasks.engine.streams import Streams, activation_hook
 
 log = logging.getLogger("blockquant")
@@ -84,13 +84,13 @@ def feed_back(
         if factor is None:
             rounded = round_group(targets, job.scheme.weight, clipped)
         else:
-            rounded = _round_group(targets, clipped, factor, gram, job.scheme.weight, special)
+            rounded = _round_group(job, targets, clipped, factor, gram, special)
         for linear, weight, quantized in zip(group.linears, weights, rounded, strict=True):
             restored = dequantize(quantized, job.scheme.weight)
             current[f"{linear}.weight"] = restored
             codes[linear] = quantized
             with search_products(job.device):
-                error = output_error_ratio(weight, restored, gram)
+                error = output_error(job.team, weight, restored, gram)
             notes[linear] = {
                 "output_error": error,
                 "tokens": statistics.tokens,
@@ -152,14 +152,15 @@ def _warn(
 
 
 def _round_group(
+    job: Job,
     weights: Sequence[Tensor],
     clips: Sequence[ClipRange | None],
     factor: GramFactor,
     gram: Tensor,
-    scheme: WeightScheme,
     special: GptqSpecial,
 ) -> list[QuantizedWeight]:
     """Codes of linears that share their inputs."""
+    scheme = job.scheme.weight
     pairs = [clip or (None, None) for clip in clips]
     if scheme.granularity is Granularity.TENSOR:
         low, high = pairs[0]
@@ -175,9 +176,32 @@ def _round_group(
             for weight, (low, high) in zip(weights, pairs, strict=True)
         ]
     return [
-        _refitted(weight, factor, gram, scheme, given, special)
+        _of_rows(job, weight, factor, gram, given, special)
         for weight, given in zip(weights, scales, strict=True)
     ]
+
+
+def _of_rows(
+    job: Job,
+    weight: Tensor,
+    factor: GramFactor,
+    gram: Tensor,
+    parameters: Parameters | None,
+    special: GptqSpecial,
+) -> QuantizedWeight:
+    """Codes of one linear, whose rows are rounded apart from each other."""
+    scheme = job.scheme.weight
+
+    def compute(rows: slice) -> QuantizedWeight:
+        given = parameters
+        if given is not None:
+            scale, zero = given
+            given = scale[rows], None if zero is None else zero[rows]
+        return _refitted(weight[rows], factor, gram, scheme, given, special)
+
+    if splits(job.team, scheme, len(weight)):
+        return rounded_by_rows(job.team, weight, compute)
+    return _refitted(weight, factor, gram, scheme, parameters, special)
 
 
 def _refitted(

@@ -25,6 +25,7 @@ from tasks.engine.precision import compute_dtype
 from tasks.engine.residency import OnHost
 from tasks.engine.source import Source
 from tasks.engine.store import Draft, Entry, Store, load_tensors
+from tasks.engine.team import Team
 from tasks.engine.text import text_digest, text_of
 from tasks.engine.transfer import pinned
 
@@ -46,6 +47,7 @@ class Job:
         loading: reads what will be needed next.
         held: files of results that are not in the store yet, by their keys.
         phases: where the time of its steps goes.
+        team: the processes that compute it together, of which this is one.
     """
 
     recipe: Recipe
@@ -61,6 +63,7 @@ class Job:
     loading: Behind = field(default_factory=Behind)
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
     phases: Phases = field(default_factory=Phases)
+    team: Team = field(default_factory=Team)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -149,7 +152,8 @@ class Job:
     @property
     def fingerprint(self) -> dict[str, str]:
         """What decides the last bits on this machine."""
-        return device_fingerprint(self.device)
+        together = {"devices": str(self.team.size)} if self.team.size > 1 else {}
+        return device_fingerprint(self.device) | together
 
     def block_digest(self, block: int) -> str:
         """Digest of the source's tensors of one block."""

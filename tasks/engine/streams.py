@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from tasks.engine.errors import RunError
 from tasks.engine.export_format import INPUT_SCALE, restore_block
 from tasks.engine.job import Job, require, result_files, result_tensors
 from tasks.engine.store import load_tensors
+from tasks.engine.team import ALONE, Team
 from tasks.engine.transfer import beside, host_memory, reached, to_host
 from tasks.engine.version import SOURCE, Version, embedding_of, version_block
 from tasks.engine.windows import read_tokens
@@ -108,10 +109,15 @@ def start_stream(job: Job, tokens: str, version: Version = SOURCE) -> Stream:
     return Stream(tokens, hashlib.sha256(origin.encode()).hexdigest(), version=version)
 
 
+def windows_of_each(job: Job, stream: Stream) -> list[int]:
+    """How many of the stream's windows each process of the team has."""
+    return job.team.counts(require(job, stream.tokens).value["windows"])
+
+
 def hidden_states(job: Job, stream: Stream) -> Tensor:
     """Return the stream's hidden states (W, T, D) in the compute dtype.
 
-    On the device while they fit there, else on the host.
+    Those of this process's windows; on the device while they fit there, else on the host.
 
     Taken from memory, from a boundary on disk, or made again from the newest one before.
     """
@@ -144,7 +150,7 @@ def _kept(job: Job, stream: Stream) -> Tensor | None:
     if job.memo.has(stream.kind, stream.key):
         kept: Tensor = job.memo.get(stream.kind, stream.key, _never)
         return kept
-    entry = job.store.get(boundary_key(stream))
+    entry = job.store.get(boundary_key(stream, job.team.rank))
     if entry is None:
         return None
     try:
@@ -161,6 +167,7 @@ def _never() -> Tensor:
 
 def _embed(job: Job, stream: Stream) -> Tensor:
     tokens = read_tokens(require(job, stream.tokens))
+    tokens = tokens[job.team.own(len(tokens))]
     embedding = read_embedding(job, stream.version)
     batches = micro_batches(tokens, job.device)
     place = job.stream_place(tokens.numel() * embedding.shape[1] * embedding.itemsize)
@@ -257,9 +264,10 @@ def activation_hook(
     return quantize
 
 
-def boundary_key(stream: Stream) -> str:
-    """Key of the stream's hidden states on disk."""
-    return hashlib.sha256(f"boundary {stream.key}".encode()).hexdigest()
+def boundary_key(stream: Stream, rank: int = 0) -> str:
+    """Key of the stream's hidden states on disk, those of one process's windows."""
+    place = f"boundary {stream.key}" + (f" {rank}" if rank else "")
+    return hashlib.sha256(place.encode()).hexdigest()
 
 
 def keep_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
@@ -283,7 +291,8 @@ def keep_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
 
 
 def _write_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
-    key = boundary_key(stream)
+    rank = job.team.rank
+    key = boundary_key(stream, rank)
     with job.store.lock(key):
         if job.store.get(key) is None:
             with job.store.draft(key) as draft:
@@ -292,21 +301,29 @@ def _write_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
     older, kept = stream, 1
     while older.links:
         older = older.back()
-        kept += job.store.folder(boundary_key(older)).exists()
+        kept += job.store.folder(boundary_key(older, rank)).exists()
         if kept > KEPT_BOUNDARIES:
-            job.store.remove(boundary_key(older))
+            job.store.remove(boundary_key(older, rank))
 
 
 def drop_boundaries(job: Job, stream: Stream) -> None:
     """Drop all boundaries of a chain: its last block is done."""
     job.behind.wait()
     while stream.links:
-        job.store.remove(boundary_key(stream))
+        job.store.remove(boundary_key(stream, job.team.rank))
         stream = stream.back()
 
 
-def require_finite(hidden: Tensor, block: int) -> float:
-    """Refuse a stream with NaN or Inf; give its mean square.
+def require_finite(
+    hidden: Tensor, block: int, team: Team = ALONE, windows: Sequence[int] | None = None
+) -> float:
+    """Refuse hidden states after a block with NaN or Inf; give the mean square of all windows.
+
+    Args:
+        hidden: (W, T, D), this process's.
+        block: the block's number.
+        team: the processes that have others.
+        windows: W of each of them.
 
     Raises:
         RunError: names the block.
@@ -317,9 +334,14 @@ def require_finite(hidden: Tensor, block: int) -> float:
     else:
         # window by window: what is small stays in a cache
         squares = torch.stack([window.float().square().sum() for window in hidden])
-    mean_square = math.fsum(squares.tolist()) / hidden.numel()
+    windows = windows or [len(hidden)]
+    squares = team.joined(squares, windows)
+    mean_square = math.fsum(squares.tolist()) / (sum(windows) * hidden[0].numel())
+    if math.isfinite(mean_square):
+        return mean_square
     # a square may overflow where its root does not
-    if not math.isfinite(mean_square) and not bool(hidden.abs().amax().isfinite()):
+    finite = team.joined(hidden.abs().amax().isfinite().reshape(1), [1] * team.size)
+    if not bool(finite.all()):
         raise RunError(
             f"block {block}: its output holds NaN or Inf; the model overflows "
             f"{hidden.dtype}, or its weights are damaged"

@@ -1,0 +1,113 @@
+"""What is computed once for all processes of a team: each its part, and all have the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quantizers.channel_transform import ChannelTransform
+from quantizers.clipping import search_clip_curve
+from quantizers.losses import energy_ratio, output_energies
+from quantizers.output_error import Errors, GroupProblem, output_errors
+from quantizers.rounding import QuantizedWeight
+from quantizers.schemes import Granularity, WeightScheme
+from quantizers.statistics import InputStatistics, WeightedRows, checked, drawn_rows, heaviest
+from tasks.engine.team import Team
+
+
+def errors_of(team: Team) -> Errors:
+    """``output_errors``, of whose candidates each process takes some."""
+
+    def errors(problem: GroupProblem, transforms: Sequence[ChannelTransform]) -> Tensor:
+        own = transforms[team.own(len(transforms))]
+        found = (
+            output_errors(problem, own)
+            if own
+            else torch.zeros(0, dtype=torch.float64, device=team.device)
+        )
+        return team.joined(found, team.counts(len(transforms)))
+
+    return output_errors if team.size == 1 else errors
+
+
+def splits(team: Team, scheme: WeightScheme, rows: int) -> bool:
+    """Whether rows of a weight are rounded apart from each other, and each process has some."""
+    apart = scheme.granularity in (Granularity.GROUP, Granularity.CHANNEL)
+    return team.size > 1 and apart and rows >= team.size
+
+
+def clip_of(
+    team: Team, weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``search_clip_curve``, of whose rows each process takes some where they are apart."""
+    rows = len(weight)
+    if not splits(team, scheme, rows):
+        return search_clip_curve(weight, gram, scheme, factors)
+    chosen, curve = search_clip_curve(weight[team.own(rows)], gram, scheme, factors)
+    return team.joined(chosen, team.counts(rows)), team.summed_(curve.to(team.device))
+
+
+def output_error(team: Team, weight: Tensor, restored: Tensor, gram: Tensor) -> Tensor:
+    """``output_error_ratio``, of whose rows each process takes some; scalar float64."""
+    own = team.own(len(weight))
+    return energy_ratio(team.summed_(output_energies(weight[own], restored[own], gram)))
+
+
+def rounded_by_rows(
+    team: Team, weight: Tensor, compute: Callable[[slice], QuantizedWeight]
+) -> QuantizedWeight:
+    """Codes of a weight (N, K), of whose rows each process finds some.
+
+    Args:
+        team: the processes.
+        weight: the whole one.
+        compute: gives the codes of some rows; scales and zero points have as many.
+    """
+    counts = team.counts(len(weight))
+    found = compute(team.own(len(weight)))
+    zero = found.zero_point
+    return replace(
+        found,
+        codes=team.joined(found.codes, counts),
+        scale=team.joined(found.scale, counts),
+        zero_point=None if zero is None else team.joined(zero, counts),
+    )
+
+
+def statistics_of_all(
+    team: Team, own: InputStatistics, windows: Sequence[int], length: int, samples: Sequence[int]
+) -> InputStatistics:
+    """Statistics of the inputs that all processes saw; of the own ones what is summed is used up.
+
+    Args:
+        team: the processes.
+        own: of this one's inputs, before they are checked.
+        windows: of each process.
+        length: tokens of a window.
+        samples: rows that each process keeps.
+
+    Raises:
+        NonFiniteError: an input of any process holds NaN or infinity.
+    """
+    drawn = [drawn_rows(count * length) if len(own.drawn.rows) else 0 for count in windows]
+    return checked(
+        InputStatistics(
+            gram=team.summed_(own.gram),
+            total=team.summed_(own.total),
+            mean_abs_sum=team.summed_(own.mean_abs_sum),
+            window_minimum=team.joined(own.window_minimum, windows),
+            window_maximum=team.joined(own.window_maximum, windows),
+            sample=team.joined(own.sample, samples),
+            drawn=heaviest(
+                WeightedRows(
+                    team.joined(own.drawn.rows, drawn),
+                    team.joined(own.drawn.sizes, drawn),
+                    team.joined(own.drawn.priorities, drawn),
+                )
+            ),
+            tokens=sum(windows) * length,
+        )
+    )

@@ -1,0 +1,96 @@
+"""Processes that compute a run together, each on a device of its own.
+
+Each holds its share of the calibration windows, and all make the same calls in the same order.
+What a sum over all windows is needed for is summed in the order of the ranks, so that every
+process has the same bits, each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# bytes that are exchanged at once: of so many each process holds every other's
+EXCHANGED_BYTES = 1 << 26
+
+
+def _alone(key: str, lean: bool) -> AbstractContextManager[None]:
+    del key, lean
+    return nullcontext()
+
+
+def _never_lost() -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Team:
+    """What one process knows of all that compute together; of one alone nothing is exchanged.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: how many there are.
+        device: that tensors are exchanged on.
+        together: of a result's key, and whether it is computed with little on the device: has the
+            others compute it too, while it is entered.
+        losses: how many times processes were lost and begun anew: what was computed before may be
+            wrong and is not kept.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+    together: Callable[[str, bool], AbstractContextManager[None]] = field(
+        default=_alone, compare=False, repr=False
+    )
+    losses: Callable[[], int] = field(default=_never_lost, compare=False, repr=False)
+
+    def counts(self, things: int) -> list[int]:
+        """How many of some things in a row each process has: they differ by one at most."""
+        least, more = divmod(things, self.size)
+        return [least + (rank < more) for rank in range(self.size)]
+
+    def own(self, things: int) -> slice:
+        """Which of some things in a row are this process's."""
+        counts = self.counts(things)
+        start = sum(counts[: self.rank])
+        return slice(start, start + counts[self.rank])
+
+    def summed_(self, tensor: Tensor) -> Tensor:
+        """The sum of what every process has, in place of what this one has; contiguous."""
+        if self.size == 1:
+            return tensor
+        for part in tensor.view(-1).split(EXCHANGED_BYTES // tensor.itemsize):
+            shares = [torch.empty_like(part) for _ in range(self.size)]
+            dist.all_gather(shares, part)
+            part.copy_(shares[0])
+            for share in shares[1:]:
+                part.add_(share)
+        return tensor
+
+    def joined(self, own: Tensor, counts: Sequence[int]) -> Tensor:
+        """The rows that every process has, one below the other in the order of the ranks.
+
+        Args:
+            own: (n, ...), this process's.
+            counts: n of each process.
+        """
+        if self.size == 1:
+            return own
+        own = own.to(self.device).contiguous()
+        parts = [own.new_empty((count, *own.shape[1:])) for count in counts]
+        parts[self.rank] = own
+        for rank, part in enumerate(parts):
+            if part.numel():
+                # bytes: not every dtype is sent as what it is
+                dist.broadcast(part.view(torch.uint8), rank)
+        return torch.cat(parts)
+
+
+# a process that computes by itself
+ALONE = Team()
