@@ -80,6 +80,7 @@ class Bench:
     blocks: int
     samples: int
     device: str
+    again: bool
     overrides: tuple[str, ...]
     peer: Path | None
     peer_path: str
@@ -88,7 +89,7 @@ class Bench:
 def main(
     work: Annotated[Path, typer.Argument(help="A folder for the model, stores and checkpoints.")],
     recipes: Annotated[str, typer.Option(help="With commas between.")] = "awq_w4a16,gptq_w4a16",
-    device: Annotated[str, typer.Option()] = "cuda",
+    device: Annotated[str, typer.Option(help="As `blockquant quantize` takes it.")] = "cuda",
     blocks: Annotated[int, typer.Option(min=2)] = 4,
     hidden: Annotated[int, typer.Option()] = 4096,
     intermediate: Annotated[int, typer.Option()] = 14336,
@@ -96,6 +97,7 @@ def main(
     kv_share: Annotated[int, typer.Option(help="Query heads that share a key.")] = 4,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     repeat: Annotated[int, typer.Option(min=1)] = 2,
+    again: Annotated[bool, typer.Option(help="Run each once more, all of it found.")] = True,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key.path=value")] = None,
     peer: Annotated[Path, typer.Option(help="llm-compressor's Python.")] = (
         ROOT / ".venv-bench" / "bin" / "python"
@@ -112,11 +114,12 @@ def main(
     shape = Shape(blocks, hidden, intermediate, vocabulary, kv_share)
     bench = Bench(
         work,
-        made_model(work, shape, device),
+        made_model(work, shape, device.split(",")[0]),
         made_text(work, samples),
         blocks,
         samples,
         device,
+        again,
         tuple(set_ or ()),
         None if no_peer else peer,
         peer_path,
@@ -142,8 +145,10 @@ def main(
 def _machine(device: str) -> str:
     import torch
 
-    if torch.device(device).type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    first, *others = device.split(",")
+    if torch.device(first).type == "cuda":
+        count = f"{len(others) + 1} x " if others else ""
+        return f"{count}{torch.cuda.get_device_name(first)}, torch {torch.__version__}"
     return f"{os.cpu_count()} cores, torch {torch.__version__}"
 
 
@@ -193,7 +198,8 @@ def _ours(bench: Bench, recipe: str) -> tuple[dict[str, Any], Path | None]:
     whole = time.perf_counter() - start
     found = json.loads(done.stdout)
     start = time.perf_counter()
-    subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    if bench.again:
+        subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
     again = time.perf_counter() - start
     marks, ends = found["marks"], found["block_ends"]
     between = [b - a for a, b in itertools.pairwise(ends)]

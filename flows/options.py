@@ -23,7 +23,7 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="key.path=value over the recipe; repeatable.")
 ]
 StoreOption = Annotated[Path | None, typer.Option("--store", help="Folder of results.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; cuda:0,cuda:1.")]
 MemoryOption = Annotated[
     str | None, typer.Option("--memory", help="Budget on the device, such as 40GiB.")
 ]

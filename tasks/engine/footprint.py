@@ -119,7 +119,7 @@ def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
     stream = _stream(job, step)
     if job.stream_place(stream) != job.device:
         stream = 0
-    length, windows = step.calib.seq_len, step.calib.n_samples
+    length, windows = step.calib.seq_len, max(job.team.counts(step.calib.n_samples))
     pass_ = sizes.width * (sizes.block + _activations(job, length, windows, sizes))
     pass_ += _score_bytes(job, length, windows)
     grams, gram = FLOAT * sizes.grams, FLOAT * sizes.widest
@@ -204,14 +204,19 @@ def waiting(job: Job) -> int:
 
 def stream_bytes(job: Job) -> int:
     """Hidden states of the largest calibration set."""
-    return max([0, *(_stream(job, step) for step in job.steps)])
+    sets = [step.calib for step in job.steps if step.calib is not None]
+    return max([0, *(calib.n_samples * _window_bytes(job, calib.seq_len) for calib in sets)])
 
 
 def _stream(job: Job, step: ResolvedStep) -> int:
+    """Hidden states of this process's share of a step's calibration windows."""
     if step.calib is None:
         return 0
-    hidden = int(job.source.config["hidden_size"])
-    return step.calib.n_samples * step.calib.seq_len * hidden * job.compute_dtype.itemsize
+    return max(job.team.counts(step.calib.n_samples)) * _window_bytes(job, step.calib.seq_len)
+
+
+def _window_bytes(job: Job, length: int) -> int:
+    return length * int(job.source.config["hidden_size"]) * job.compute_dtype.itemsize
 
 
 def _evaluated(job: Job) -> int:

@@ -60,7 +60,9 @@ def predict(job: Job) -> Prediction:
     read = sum(info.size for info in job.source.tensors.values())
     device, least = held, least_bytes(job)
     # what a GPU has no room for waits on the host
-    peak = LIBRARY_BYTES[torch.device(job.device).type] + (held if on_cpu else waiting(job))
+    libraries = LIBRARY_BYTES[torch.device(job.device).type]
+    # each process of a team has its own; hidden states are theirs together
+    peak = job.team.size * (libraries + on_cpu * held) + (0 if on_cpu else waiting(job))
     if not on_cpu and sampled(job):
         # sampling text needs the whole model on the device
         device, least = max(device, read), max(least, read)
