@@ -160,8 +160,7 @@ def _lock_before_reading() -> None:
     """Have Prefect's writing transactions on SQLite wait for each other instead of failing.
 
     Prefect begins them DEFERRED, so of two that overlap the later fails with SQLITE_BUSY_SNAPSHOT;
-    the client then waits two seconds. Taking a slot of a tag's concurrency limit, which every
-    tagged task does, is one: a fourth of all steps stalled.
+    the client then waits two seconds.
     """
     from prefect.server.database.configurations import AioSqliteConfiguration
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -12,6 +13,8 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 log = logging.getLogger("blockquant")
 
 KEY = "blocks"
+# a server is told no more often; found blocks take a tenth of it
+BETWEEN_S = 1.0
 
 
 @dataclass
@@ -21,6 +24,7 @@ class ProgressArtifact:
     total: int
     done: int = 0
     artifact: UUID | None = None
+    shown_at: float = 0.0
 
     def begin(self) -> None:
         """Show that none is done yet."""
@@ -33,10 +37,13 @@ class ProgressArtifact:
             log.debug("Prefect shows no progress: %s", error)
 
     def block_done(self) -> None:
-        """Show that one more is done."""
+        """Show that one more is done: the last at once, others if it is a while since one was."""
         self.done += 1
-        if self.artifact is None:
+        now = time.monotonic()
+        soon = now - self.shown_at < BETWEEN_S and self.done < self.total
+        if self.artifact is None or soon:
             return
+        self.shown_at = now
         try:
             update_progress_artifact(
                 artifact_id=self.artifact,

@@ -27,7 +27,7 @@ def _depends_on(job: Job, stream: Stream, packed: str | None, block: int) -> dic
     return {"stream": stream.key, **through}
 
 
-@step(depends_on=_depends_on, code=("quantizers.activations",), tags=("forward",))
+@step(depends_on=_depends_on, code=("quantizers.activations",))
 def advance(
     job: Job, draft: Draft, stream: Stream, packed: str | None, block: int
 ) -> dict[str, Any]:

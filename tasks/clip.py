@@ -57,7 +57,7 @@ def _depends_on(
     }
 
 
-@step(depends_on=_depends_on, tags=("search",), kept=True)
+@step(depends_on=_depends_on, kept=True)
 def clip(
     job: Job,
     draft: Draft,

@@ -15,7 +15,7 @@ def _depends_on(job: Job, section: Evaluation) -> dict[str, Any]:
     return window_lineage(job, section)
 
 
-@step(depends_on=_depends_on, tags=("data",))
+@step(depends_on=_depends_on)
 def evaluation_set(job: Job, draft: Draft, section: Evaluation) -> dict[str, Any]:
     """Cut text into token windows: ``tokens`` int32 (W, T)."""
     return save_windows(job, draft, section)

@@ -32,7 +32,7 @@ def _depends_on(job: Job, packed: Sequence[str], version: Version = SOURCE) -> d
     }
 
 
-@step(depends_on=_depends_on, tags=("export",))
+@step(depends_on=_depends_on)
 def export(
     job: Job, draft: Draft, packed: Sequence[str], version: Version = SOURCE
 ) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def _transformed_depends_on(job: Job, blocks: Sequence[str], version: Version) -
     }
 
 
-@step(depends_on=_transformed_depends_on, tags=("export",))
+@step(depends_on=_transformed_depends_on)
 def export_transformed(
     job: Job, draft: Draft, blocks: Sequence[str], version: Version
 ) -> dict[str, Any]:

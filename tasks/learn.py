@@ -76,7 +76,7 @@ def _depends_on(
     }
 
 
-@step(depends_on=_depends_on, tags=("learn",), kept=True)
+@step(depends_on=_depends_on, kept=True)
 def learn(
     job: Job, draft: Draft, recipe_step: ResolvedStep, streams: Streams, block: int
 ) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def _depends_on(job: Job) -> dict[str, Any]:
     }
 
 
-@step(depends_on=_depends_on, tags=("model",))
+@step(depends_on=_depends_on)
 def load_model(job: Job, draft: Draft) -> dict[str, Any]:
     """Check that transformers can build every block, and count what there is."""
     del draft

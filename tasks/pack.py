@@ -25,7 +25,7 @@ def _depends_on(job: Job, origin: Origin, block: int) -> dict[str, Any]:
     }
 
 
-@step(depends_on=_depends_on, code=("quantizers.packing",), tags=("pack",), kept=True)
+@step(depends_on=_depends_on, code=("quantizers.packing",), kept=True)
 def pack(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:
     """Write a block's exported tensors into shards of at most 5 GB."""
     plan = job.plan.blocks[block]

@@ -107,7 +107,6 @@ def makes_up(quant: Quant) -> bool:
     depends_on=_depends_on,
     version=2,
     code=("quantizers.clipping", "quantizers.gptq", "quantizers.scale_refit"),
-    tags=("quantize",),
     kept=True,
 )
 def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:

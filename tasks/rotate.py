@@ -24,7 +24,7 @@ def _depends_on(job: Job, recipe_step: ResolvedStep) -> dict[str, Any]:
     }
 
 
-@step(depends_on=_depends_on, tags=("search",))
+@step(depends_on=_depends_on)
 def rotate(job: Job, draft: Draft, recipe_step: ResolvedStep) -> dict[str, Any]:
     """Draw an orthogonal matrix of the hidden size: signs and a core, or the matrix itself."""
     special = recipe_step.quant.special

@@ -87,7 +87,7 @@ def _depends_on(job: Job, recipe_step: ResolvedStep, stream: Stream, block: int)
     }
 
 
-@step(depends_on=_depends_on, tags=("search",), kept=True)
+@step(depends_on=_depends_on, kept=True)
 def transform(
     job: Job, draft: Draft, recipe_step: ResolvedStep, stream: Stream, block: int
 ) -> dict[str, Any]:

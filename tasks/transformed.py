@@ -24,7 +24,7 @@ def _depends_on(job: Job, version: Version, clipped: str | None, block: int) -> 
     }
 
 
-@step(depends_on=_depends_on, tags=("pack",))
+@step(depends_on=_depends_on)
 def transformed(
     job: Job, draft: Draft, version: Version, clipped: str | None, block: int
 ) -> dict[str, Any]:

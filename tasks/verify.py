@@ -51,7 +51,7 @@ def _depends_on(
     }
 
 
-@step(depends_on=_depends_on, tags=("verify",))
+@step(depends_on=_depends_on)
 def verify(
     job: Job, draft: Draft, exported: str, digests: Mapping[str, str] | None, whole: bool = True
 ) -> dict[str, Any]:

@@ -100,7 +100,6 @@ class Step(Generic[Parameters]):
     depends_on: Callable[Concatenate[Job, Parameters], Mapping[str, Any]]
     compute: Callable[Concatenate[Job, Draft, Parameters], dict[str, Any]]
     code: tuple[str, ...]
-    tags: tuple[str, ...]
     kept: bool = False
 
     def key(self, job: Job, *args: Parameters.args, **kwargs: Parameters.kwargs) -> str:
@@ -158,11 +157,11 @@ class Step(Generic[Parameters]):
             with _out_of_memory(label, jobs, ahead):
                 return self._make(key, ran, jobs[-1], ahead, *args, **kwargs)
 
+        # no tags: for each, a task asks the server for a slot and waits, found or made
         task = Task(
             body,
             name=self.name,
             task_run_name=label,
-            tags=list(self.tags),
             cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda *_: key),
             refresh_cache=not whole,
             persist_result=True,
@@ -232,7 +231,6 @@ def step(
     depends_on: Callable[Concatenate[Job, Parameters], Mapping[str, Any]],
     version: int = 1,
     code: tuple[str, ...] = (),
-    tags: tuple[str, ...] = (),
     kept: bool = False,
 ) -> Callable[[Callable[Concatenate[Job, Draft, Parameters], dict[str, Any]]], Step[Parameters]]:
     """Make a cached step of a function ``(job, draft, ...) -> small values``.
@@ -245,14 +243,13 @@ def step(
         code: modules of ``quantizers/`` that decide the result, beside those that the function's
             own module imports.
         version: to be raised when the step's own code changes what it computes.
-        tags: Prefect tags.
         kept: whether the tensors of the newest result stay in memory for the steps that come next.
     """
 
     def wrap(
         compute: Callable[Concatenate[Job, Draft, Parameters], dict[str, Any]],
     ) -> Step[Parameters]:
-        return Step(compute.__name__, version, depends_on, compute, code, tags, kept)
+        return Step(compute.__name__, version, depends_on, compute, code, kept)
 
     return wrap
 
