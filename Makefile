@@ -28,7 +28,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo up down test test-ops test-quality ops-packages lint bench-env sglang-env clean
+.PHONY: help venv demo up down test test-ops test-long ops-packages lint bench-env sglang-env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,13 +45,13 @@ down: $(RUNTIME_STAMP) ## end what `make up` started
 	@$(BIN)/python -m flows.local_services down
 
 test: $(TEST_STAMP) ## all tests but the long operations tests
-	@$(PYTEST) -m 'not ops and not quality'
+	@$(PYTEST) -m 'not ops and not long'
 
 test-ops: $(TEST_STAMP) ## long operations tests: kills, databases, browsers, clusters
-	@$(PYTEST) -m 'ops and not quality' --durations=25
+	@$(PYTEST) -m 'ops and not long' --durations=25
 
-test-quality: $(TEST_STAMP) ## what quantization costs a real model, on all of the text: half an hour
-	@$(PYTEST) -m quality --durations=25 -rP
+test-long: $(TEST_STAMP) ## more kills, and quality on more text, than a check of every change has time for: an hour
+	@$(PYTEST) -m long --durations=25 -rP
 
 lint: $(TEST_STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check

@@ -71,7 +71,7 @@ def cases(bounds: Mapping[int, Iterable[str]]) -> list[Any]:
             count,
             recipe,
             marks=[
-                *[pytest.mark.quality] * (count == ALL),
+                *[pytest.mark.long] * (count == ALL),
                 pytest.mark.xdist_group(f"{recipe} {count}"),
             ],
         )
@@ -136,9 +136,7 @@ def source_nll(source: Checkpoint, windows: Tensor) -> float:
     return float(evaluate.measure(source, windows)["nll"])
 
 
-@pytest.mark.parametrize(
-    "count", [pytest.param(ALL, marks=pytest.mark.quality), FIRST], indirect=True
-)
+@pytest.mark.parametrize("count", [pytest.param(ALL, marks=pytest.mark.long), FIRST], indirect=True)
 def test_the_source_has_its_published_likelihood(source_nll: float, count: int) -> None:
     assert source_nll == pytest.approx(SOURCE_NLL[count], abs=0.0005)
 

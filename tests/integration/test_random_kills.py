@@ -22,7 +22,6 @@ from tasks.engine.store import Store
 from tests.integration.resuming import assert_tracked, contents
 from tests.models import make_checkpoint, make_text
 
-KILLS = 10
 BLOCKS = 2
 ROOT = Path(__file__).parent.parent.parent
 # a server that migrates its new database finishes that first
@@ -81,7 +80,8 @@ def launch(arguments: list[str], home: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.ops
 @pytest.mark.timeout(1500)
-def test_ten_kills_at_random_moments(prepared_home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.long)])
+def test_kills_at_random_moments(prepared_home: Path, tmp_path: Path, kills: int) -> None:
     model = make_checkpoint(tmp_path / "tiny", blocks=BLOCKS)
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(RECIPE.format(text=make_text(tmp_path / "words.txt", words=3000)))
@@ -97,7 +97,7 @@ def test_ten_kills_at_random_moments(prepared_home: Path, tmp_path: Path) -> Non
 
     draw = random.Random(20240917)
     killed = rounds = 0
-    while killed < KILLS:
+    while killed < kills:
         # a round begins with nothing, not even databases, and ends with a published checkpoint
         rounds += 1
         home = tmp_path / f"home-{rounds}"
@@ -108,7 +108,7 @@ def test_ten_kills_at_random_moments(prepared_home: Path, tmp_path: Path) -> Non
             # of the others the codes are packed: no block but this one is searched or rounded again
             assert found["transform"] - found["pack"] in (0, 1), found
             process = launch(command(recipe, model, output), home)
-            moment = draw.uniform(0, duration) if killed < KILLS else None
+            moment = draw.uniform(0, duration) if killed < kills else None
             try:
                 said, complaint = process.communicate(timeout=moment)
                 assert process.returncode == 0, complaint

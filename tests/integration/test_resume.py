@@ -197,9 +197,16 @@ def test_kills_while_an_older_output_is_replaced(w8a8: Case) -> None:
 @pytest.mark.ops
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "part", [pytest.param(n, marks=pytest.mark.xdist_group(f"every {n}")) for n in range(PARTS)]
+    "part",
+    [
+        pytest.param(
+            n, marks=[pytest.mark.xdist_group(f"every {n}"), *[pytest.mark.long] * (n > 0)]
+        )
+        for n in range(PARTS)
+    ],
 )
 def test_a_kill_at_every_event(w8a8: Case, part: int) -> None:
+    """Every fourth of them where not all parts are run."""
     kill_each(w8a8, range(part, len(w8a8.undisturbed.events), PARTS), "every")
 
 

@@ -1,6 +1,7 @@
 """SIGKILL for a run's process, its worker, Prefect's server and MLflow's, at random moments.
 
-With the ten kills of the command in ``tests/integration/test_random_kills.py`` these are thirty.
+With those of the command in ``tests/integration/test_random_kills.py`` these are thirty where all
+are run.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ COMMANDS = {
     "mlflow": "flows.local_servers mlflow",
 }
 KINDS = ("run", *COMMANDS)
-KILLS_OF_EACH = 5
 # a worker that took a run has begun a process for it by then
 IDLE_S = 15.0
 
@@ -149,8 +149,9 @@ def require_told_once(up: Up, parameters: dict[str, str]) -> None:
         assert sorted(steps) == list(range(BLOCKS if several else 1)), name
 
 
-def test_twenty_kills_of_runs_workers_and_servers(
-    up: Up, given: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize("of_each", [2, pytest.param(5, marks=pytest.mark.long)])
+def test_kills_of_runs_workers_and_servers(
+    up: Up, given: dict[str, str], tmp_path: Path, of_each: int
 ) -> None:
     calm = begin(up, given, tmp_path / "calm")
     assert calm.works()
@@ -160,7 +161,7 @@ def test_twenty_kills_of_runs_workers_and_servers(
     expected = contents(tmp_path / "calm" / "out")
 
     draw = random.Random(20261126)
-    deck = list(KINDS) * KILLS_OF_EACH
+    deck = list(KINDS) * of_each
     draw.shuffle(deck)
     killed: Counter[str] = Counter()
     rounds = 0
@@ -182,5 +183,5 @@ def test_twenty_kills_of_runs_workers_and_servers(
         require_told_once(up, killing.parameters)
         # supervisor, two servers, a worker: nothing else is left running
         eventually(lambda: len(up.processes()) == 4 or None, "the services, and no more", 60)
-    assert killed == dict.fromkeys(KINDS, KILLS_OF_EACH)
+    assert killed == dict.fromkeys(KINDS, of_each)
     print(f"{killed.total()} kills in {rounds} rounds, {duration:.1f} s undisturbed")
