@@ -33,6 +33,7 @@ LONGEST = (
     "operations/test_deployments.py",
     "integration/test_outliers.py",
     "integration/test_resume_methods.py",
+    "integration/test_several_devices.py",
     "integration/test_learning.py",
     "integration/test_memory.py",
     "flows/test_serving_cli.py",

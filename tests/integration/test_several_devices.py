@@ -29,10 +29,10 @@ SAMPLES = 5
 # one that takes windows' shares of each kind: extremes, drawn rows, rows that are kept, gaps
 RECIPES = {
     "awq_w4a16": ["quant.special.ratios=4"],
+    "gptq_w4a16": [],
     "fp8/awq_fp8_static": ["quant.special.ratios=4"],
     "os_plus_w8a8": [],
     "smoothquant_w8a8": [],
-    "gptq_w4a16": [],
     "tuned/best_w4a16": ["steps.0.quant.special.ratios=4"],
 }
 STEPS = ("tuned/best_w4a16",)
@@ -91,7 +91,16 @@ def watched(monkeypatch: pytest.MonkeyPatch, at: int, act: Any) -> Iterator[list
     yield told
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(
+            recipe,
+            marks=[pytest.mark.xdist_group(f"devices {recipe}"), *[pytest.mark.ops] * (number > 1)],
+        )
+        for number, recipe in enumerate(RECIPES)
+    ],
+)
 def test_the_same_bytes_each_time_and_what_one_device_finds(
     home: Path, tiny: Path, words: Path, recipe: str
 ) -> None:
