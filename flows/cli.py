@@ -137,22 +137,23 @@ def quantize(
 
 def run_quantization(parameters: dict[str, Any]) -> dict[str, Any]:
     """Check the input, then run the flow under a Prefect API."""
-    from flows.prefect_api import prefect_api
+    from flows.prefect_api import prefect_api, waiting_server
     from tasks.engine.settings import new_log, settings
 
     store = parameters["store"]
     place = settings(Path(store) if store else None)
-    # before any server starts: bad input costs a second and leaves nothing behind
-    _check(parameters)
-    from flows.progress import shown
+    with waiting_server() as server:
+        # before any server begins: bad input costs seconds and leaves no file behind
+        _check(parameters)
+        from flows.progress import shown
 
-    log_file = new_log(place.store)
-    server_log = log_file.with_name(f"prefect-server-{os.getpid()}.log")
-    with logging_to(log_file), prefect_api(server_log), shown(err):
-        from flows.quantize_model import quantize_model
+        log_file = new_log(place.store)
+        server_log = log_file.with_name(f"prefect-server-{os.getpid()}.log")
+        with logging_to(log_file), prefect_api(server_log, server), shown(err):
+            from flows.quantize_model import quantize_model
 
-        result: dict[str, Any] = quantize_model(**parameters, log_file=str(log_file))
-        return result
+            result: dict[str, Any] = quantize_model(**parameters, log_file=str(log_file))
+            return result
 
 
 @app.command()

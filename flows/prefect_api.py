@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -9,7 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +71,75 @@ def quiet_defaults(prefect_home: Path) -> None:
         os.environ[name] = ",".join([*kept, *(host for host in NEVER_PROXIED if host not in kept)])
 
 
+@dataclass
+class Waiting:
+    """A local server that has loaded its libraries, or is about to, and begins when it is told."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    begun: bool = False
+
+    def begin(self, log: Path, home: Path) -> str:
+        """Have it serve, its output, if any, kept in ``log``; its API's URL."""
+        for folder in (log.parent, home):
+            folder.mkdir(parents=True, exist_ok=True)
+        log.touch()
+        self.begun = True
+        given = {"lock": str(home / "server-start.lock"), "log": str(log)}
+        assert self.process.stdin is not None
+        # one that is gone is found out when it does not answer
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(given).encode() + b"\n")
+            self.process.stdin.flush()
+        return f"http://127.0.0.1:{self.port}/api"
+
+
 @contextmanager
-def prefect_api(log: Path) -> Iterator[str]:
+def waiting_server() -> Iterator[Waiting | None]:
+    """A local server that waits, for libraries to be loaded while input is checked.
+
+    It writes no file before it begins, and ends with this process, however that dies. None where
+    ``PREFECT_API_URL`` names another one.
+    """
+    if os.environ.get("PREFECT_API_URL"):
+        yield None
+        return
+    # the port is taken here: while the server waits for its turn, nobody else can have it
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.prefect_api", str(listening.fileno())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=LEAN_SERVER | dict(os.environ),
+            pass_fds=(listening.fileno(),),
+        )
+        port = listening.getsockname()[1]
+    waiting = Waiting(process, port)
+    try:
+        yield waiting
+    finally:
+        assert process.stdin is not None
+        if not waiting.begun:
+            # it has nothing to end
+            process.kill()
+        # the server ends when its standard input does
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def prefect_api(log: Path, waiting: Waiting | None = None) -> Iterator[str]:
     """Give the URL of a Prefect API.
 
     Where ``PREFECT_API_URL`` (or the active profile) names a server, that one is used. Otherwise a
-    server on loopback is started, its output, if any, kept in ``log``; it ends when this process
-    does, however that dies.
+    server on loopback begins, its output, if any, kept in ``log``: the one that is ``waiting``, or
+    a new one; it ends when this process does, however that dies.
 
     Raises:
         RuntimeError: the local server did not start.
@@ -87,39 +151,22 @@ def prefect_api(log: Path) -> Iterator[str]:
         _require_server(str(configured))
         yield str(configured)
         return
-    prefect_home = Path(PREFECT_HOME.value())
-    for folder in (log.parent, prefect_home):
-        folder.mkdir(parents=True, exist_ok=True)
-    # the port is taken here: while the server waits for its turn, nobody else can have it
-    with log.open("ab") as output, socket.create_server(("127.0.0.1", 0)) as listening:
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
-        number, lock = str(listening.fileno()), str(prefect_home / "server-start.lock")
-        server = subprocess.Popen(
-            [sys.executable, "-m", "flows.prefect_api", number, lock],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=LEAN_SERVER | dict(os.environ),
-            pass_fds=(listening.fileno(),),
-        )
-    try:
-        _wait_until_healthy(url, server, log)
+    with ExitStack() as stack:
+        server = waiting or stack.enter_context(waiting_server())
+        assert server is not None
+        url = server.begin(log, Path(PREFECT_HOME.value()))
+        stack.callback(_drop_empty, log)
+        _wait_until_healthy(url, server.process, log)
         with temporary_settings({PREFECT_API_URL: url}):
             try:
                 yield url
             finally:
                 _flush()
-    finally:
-        assert server.stdin is not None
-        # the server ends when its standard input does
-        server.stdin.close()
-        try:
-            server.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-        if not log.stat().st_size:
-            log.unlink()
+
+
+def _drop_empty(log: Path) -> None:
+    if not log.stat().st_size:
+        log.unlink()
 
 
 def _require_server(url: str) -> None:
@@ -213,5 +260,23 @@ def serve_until_told(listening: socket.socket, start_lock: Path, watched: bool =
     server.run(sockets=[listening])
 
 
+def main() -> None:
+    """Load what takes long, then serve what standard input names; nothing, if that just ends."""
+    import prefect.server.api.server  # noqa: F401
+
+    said = b""
+    while not said.endswith(b"\n"):
+        read = os.read(0, 1)
+        if not read:
+            return
+        said += read
+    given = json.loads(said)
+    log = os.open(given["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    listening = socket.socket(fileno=int(sys.argv[1]))
+    serve_until_told(listening, Path(given["lock"]), watched=True)
+
+
 if __name__ == "__main__":
-    serve_until_told(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]), watched=True)
+    main()

@@ -23,8 +23,8 @@ from tasks.engine.step import Made, Step, Upcoming
 from tasks.engine.transfer import beside
 from tasks.engine.values import begun
 
-# steps that are begun before they are written: about those of a block
-DEPTH = 6
+# steps that are begun before they are written: about those of two blocks
+DEPTH = 11
 # a block's codes are digested while its tensors are written
 HOST_THREADS = 3
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
+import httpx
 import pytest
 
-from flows.prefect_api import quiet_defaults
+from flows.prefect_api import quiet_defaults, waiting_server
 from tests.flows.conftest import bare_environment
 
 # a whole life of a server; what the API says shows that it was this one that answered
 SERVED = """
 import sys
+import time
 from pathlib import Path
 from flows.prefect_api import prefect_api, quiet_defaults
 
@@ -82,3 +85,27 @@ def test_loopback_is_kept_from_proxies(
     quiet_defaults(tmp_path)
     quiet_defaults(tmp_path)
     assert os.environ[name] == after
+
+
+def test_a_server_that_waits_writes_no_file_and_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "home"))
+    with waiting_server() as server:
+        assert server is not None
+        # a port is held, and no one answers there
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://127.0.0.1:{server.port}/api/health", timeout=0.5)
+        # time to load and to write, if it did
+        time.sleep(8)
+        assert server.process.poll() is None
+    assert server.process.returncode is not None
+    # Prefect makes its folder as it is imported
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_no_server_waits_where_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    with waiting_server() as server:
+        assert server is None

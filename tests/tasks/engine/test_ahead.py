@@ -20,6 +20,7 @@ from tasks.engine.phases import AHEAD, ORCHESTRATED, WAITED, WRITTEN, Phases
 from tasks.engine.residency import DeviceMemoryError
 from tasks.engine.step import Result, step
 from tasks.engine.store import Draft, Store, load_tensors
+from tasks.engine.team import ALONE, Team
 
 pytestmark = [
     pytest.mark.usefixtures("services"),
@@ -39,6 +40,7 @@ class Work:
     fingerprint: dict[str, str] = field(default_factory=lambda: {"device": "cpu"})
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
     phases: Phases = field(default_factory=Phases)
+    team: Team = ALONE
     sums: dict[str, int] = field(default_factory=dict)
     threads: dict[int, list[str]] = field(default_factory=dict)
     failures: dict[int, BaseException] = field(default_factory=dict)

@@ -28,6 +28,7 @@ from tasks.engine.phases import Phases
 from tasks.engine.residency import DeviceMemoryError
 from tasks.engine.step import Step, action, step
 from tasks.engine.store import MANIFEST, Draft, Store, load_tensors
+from tasks.engine.team import ALONE, Team
 
 pytestmark = [
     pytest.mark.usefixtures("services"),
@@ -47,6 +48,8 @@ class Work:
     leaner_jobs: list[Work] = field(default_factory=list)
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
     phases: Phases = field(default_factory=Phases)
+    team: Team = ALONE
+    lean: bool = False
 
     def leaner(self) -> Work | None:
         return self.leaner_jobs.pop(0) if self.leaner_jobs else None
