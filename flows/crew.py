@@ -1,9 +1,8 @@
-"""The processes that compute a run's blocks on its other devices, beside the one that has the flow.
+"""The processes that compute a run's blocks, one on each of several devices; the flow notes.
 
 They are told, one line of JSON each, which pass over the blocks begins and which result is computed
-next; what they compute they exchange with the flow's process (:mod:`tasks.engine.team`), which
-alone notes and writes results. A process that is lost fails the step that was computed, and is
-begun anew by the next one.
+next. All compute it together (:mod:`tasks.engine.team`); the first writes its files and says what
+its values are. Where one fails or is lost, all are begun anew by the next step that is asked for.
 """
 
 from __future__ import annotations
@@ -12,39 +11,37 @@ import contextlib
 import json
 import logging
 import os
-import subprocess
-import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
+from flows.crew_process import Failure, Process, worst_of
 from tasks.check import Request, check_devices
-from tasks.engine.errors import InputError, RunError
+from tasks.engine.ahead import DEPTH, Call, Plan, keyed
 from tasks.engine.job import Job
-from tasks.engine.memo import Memo
-from tasks.engine.residency import ran_out_of_memory
-from tasks.engine.team import Team
+from tasks.engine.phases import AHEAD
+from tasks.engine.step import Made
+from tasks.engine.store import Draft
 from tasks.engine.version import Version
 
 log = logging.getLogger("blockquant")
 
-# what a process says once it can meet the others
-READY = b"ready"
-# of a process whose device was full
-FULL = 3
+# after which there is no more; without it, the flow's process was killed
+END = json.dumps({"end": True})
 # how long the others may be waited for, and how long one may take to end
 LIMIT = timedelta(minutes=10)
 END_S = 30.0
-# how long a failure of ours may be ahead of the news that another process ended
-NEWS_S = 5.0
+# how long what another process says of a failure is waited for
+NEWS_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Assignment:
     """What a process of the crew is started with.
 
     Attributes:
-        rank: its own, from 1.
+        rank: its own.
         devices: of all, in the order of the ranks.
         meeting: a file through which they find each other.
         threads: to compute with.
@@ -81,14 +78,14 @@ class Pass:
     """A pass over all blocks, as :class:`flows.block_plan.BlockPlan` takes it."""
 
     step: int
-    tokens: str
+    tokens: str | None
     version: Version
     clipped: tuple[str | None, ...]
     last: bool
 
-    def line(self) -> str:
-        """As the processes are told of it."""
-        return json.dumps({"pass": asdict(self)})
+    def line(self, place: Path) -> str:
+        """As the processes are told of it, and where they write."""
+        return json.dumps({"pass": asdict(self), "place": str(place)})
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Pass:
@@ -102,10 +99,6 @@ class Pass:
             tuple(said["clipped"]),
             said["last"],
         )
-
-
-class Lost(ChildProcessError):
-    """A process of the crew ended before its work did."""
 
 
 def meet(rank: int, devices: Sequence[str], meeting: str) -> None:
@@ -124,152 +117,219 @@ def meet(rank: int, devices: Sequence[str], meeting: str) -> None:
     )
 
 
+class Shift:
+    """Processes that compute together until one of them fails."""
+
+    def __init__(self, assignment: Assignment, logs: Path) -> None:
+        """Start them, which takes them some seconds; nothing waits for them here."""
+        self._place = tempfile.TemporaryDirectory(prefix="blockquant-crew-")
+        given = replace(assignment, meeting=f"{self._place.name}/meeting")
+        self._lock = threading.Lock()
+        self._asked: dict[str, Future[dict[str, Any]]] = {}
+        self._failures: list[Failure] = []
+        self._ending = self._settled = self._raised = False
+        self._passed: Pass | None = None
+        self.processes = [
+            Process(asdict(replace(given, rank=rank)), given.devices[rank], rank, logs, self._heard)
+            for rank in range(len(given.devices))
+        ]
+
+    @property
+    def over(self) -> bool:
+        """Whether one has failed."""
+        return bool(self._failures)
+
+    def wait(self, promised: Future[dict[str, Any]]) -> dict[str, Any] | None:
+        """What is said of a result; None where the failure that kept it was raised before.
+
+        Raises:
+            Exception: the failure.
+        """
+        if self._raised and not (promised.done() and promised.exception() is None):
+            return None
+        try:
+            return promised.result()
+        except Exception:
+            self._raised = True
+            raise
+
+    def ask(self, passed: Pass, place: Path, key: str, lean: bool) -> Future[dict[str, Any]]:
+        """Have a result of a pass computed; what the first of them says of it."""
+        lines = [json.dumps({"make": key, "lean": lean})]
+        if self._passed != passed:
+            lines.insert(0, passed.line(place))
+            self._passed = passed
+        promised: Future[dict[str, Any]] = Future()
+        with self._lock:
+            if self._settled:
+                promised.set_exception(worst_of(self._failures))
+                return promised
+            self._asked[key] = promised
+        for process in self.processes:
+            process.tell(lines)
+        return promised
+
+    def _heard(self, said: dict[str, Any] | Failure) -> None:
+        """A process said that a result is there, or failed."""
+        if isinstance(said, Failure):
+            with self._lock:
+                first = not self._failures and not self._ending
+                self._failures.append(said)
+            if first:
+                # one that waited for another fails too, and may be heard first
+                threading.Timer(NEWS_S if said.vague else 0.0, self._settle).start()
+            return
+        with self._lock:
+            promised = self._asked.pop(said["made"], None)
+        if promised is not None:
+            promised.set_result(said)
+
+    def _settle(self) -> None:
+        for process in self.processes:
+            process.kill()
+        with self._lock:
+            self._settled = True
+            asked, self._asked = list(self._asked.values()), {}
+            error = worst_of(self._failures)
+        for promised in asked:
+            promised.set_exception(error)
+
+    def end(self, at_once: bool = False) -> None:
+        """Let all end what they have to end, or end them at once."""
+        with self._lock:
+            self._ending = True
+        for process in self.processes:
+            process.tell([END])
+            process.close()
+        for process in self.processes:
+            if not (at_once or self.over or self._passed is None or process.ended(END_S)):
+                log.warning("the process on %s did not end and is killed", process.device)
+            process.kill()
+        self._place.cleanup()
+
+
 @dataclass(eq=False)
 class Crew:
-    """The processes of one run: begun when they are first needed, or before.
+    """The processes of one run: begun before they are needed, and anew after a failure.
 
     Attributes:
         assignment: of the first of them; the others differ by their rank.
-        memo: what this process has in memory, which is forgotten when they begin anew: what all
-            have in memory decides what they exchange.
         logs: the folder of what they say.
+        lean: whether they keep less on their devices, as one was full.
+        peaks: bytes that the first of them took at most, of its device and of the host.
     """
 
     assignment: Assignment
-    memo: Memo
     logs: Path
-    _passing: Pass | None = None
-    _told: Pass | None = None
-    _members: list[_Member] = field(default_factory=list)
-    _met: bool = False
-    _losses: int = 0
-    _lock: threading.RLock = field(default_factory=threading.RLock)
-    _place: tempfile.TemporaryDirectory[str] | None = None
+    lean: bool = False
+    peaks: dict[str, int] = field(default_factory=dict)
+    _shift: Shift | None = None
+    _pass: tuple[Pass, Path] | None = None
 
-    def team(self) -> Team:
-        """What this process, the first, knows of all."""
-        devices = self.assignment.devices
-        return Team(0, len(devices), devices[0], self.together, lambda: self._losses)
+    def begin(self) -> Shift:
+        """Those that compute now; started where there are none."""
+        if self._shift is not None and self._shift.over:
+            self.close()
+        if self._shift is None:
+            self._shift = Shift(self.assignment, self.logs)
+        return self._shift
 
-    def begin(self) -> None:
-        """Start the processes, which takes them some seconds; nothing waits for them here."""
-        if self._members:
-            return
-        self._place = tempfile.TemporaryDirectory(prefix="blockquant-crew-")
-        self._members = [
-            _Member(self._assigned(rank), self.logs, self._on_end)
-            for rank in range(1, len(self.assignment.devices))
-        ]
-
-    def _assigned(self, rank: int) -> Assignment:
-        assert self._place is not None
-        given = asdict(self.assignment) | {"rank": rank, "meeting": f"{self._place.name}/meeting"}
-        return Assignment(**given)
+    @property
+    def ahead(self) -> bool:
+        """Whether results are asked for before they are needed: GPUs keep them in memory."""
+        return self.assignment.devices[0] != "cpu"
 
     @contextlib.contextmanager
-    def passing(self, passed: Pass) -> Iterator[None]:
-        """Compute what is asked for meanwhile together."""
-        self._passing = passed
-        try:
-            yield
-        finally:
-            self._passing = None
+    def in_turn(self, job: Job, plan: Plan, passed: Pass) -> Iterator[Iterator[tuple[Call, Asked]]]:
+        """The calls of a plan, each with its result, which may still be computed."""
+        with job.store.scratch("ahead") as place:
+            self._pass = (passed, place)
+            yield self._calls(job, plan)
 
-    @contextlib.contextmanager
-    def together(self, key: str, lean: bool) -> Iterator[None]:
-        """Have all processes compute the result of a key while this one does.
+    def _calls(self, job: Job, plan: Plan) -> Iterator[tuple[Call, Asked]]:
+        begun: deque[tuple[Call, Asked]] = deque()
+        planned = keyed(job, plan)
+        depth = DEPTH if self.ahead else 1
+        while True:
+            while len(begun) < depth and (found := next(planned, None)) is not None:
+                call, key = found
+                asked = Asked(self, job, key)
+                begun.append((call, asked))
+                if self.ahead and job.store.get(key) is None:
+                    asked.ask()
+            if not begun:
+                return
+            yield begun.popleft()
+
+    def ask(self, key: str) -> tuple[Shift, Future[dict[str, Any]]]:
+        """Have a result of the pass computed, and by whom."""
+        assert self._pass is not None
+        shift = self.begin()
+        return shift, shift.ask(*self._pass, key, self.lean)
+
+    def made(self, job: Job, said: Mapping[str, Any]) -> Made:
+        """A result as it was said."""
+        assert self._pass is not None
+        place = self._pass[1] / said["made"]
+        for name, checksum in said["files"].items():
+            job.store.note(place / name, checksum)
+        job.phases.seconds[AHEAD] += said["seconds"]
+        for name, size in said["peaks"].items():
+            self.peaks[name] = max(size, self.peaks.get(name, 0))
+        return Made(Draft.written(place, said["files"]), said["value"], None)
+
+    def close(self, at_once: bool = False) -> None:
+        """End the processes, which may end what they have to end unless it is to be at once."""
+        if self._shift is not None:
+            shift, self._shift = self._shift, None
+            shift.end(at_once)
+
+
+@dataclass(eq=False)
+class Asked:
+    """A result that the crew makes, once it is asked for it."""
+
+    crew: Crew
+    job: Job
+    key: str
+    _asked: tuple[Shift, Future[dict[str, Any]]] | None = field(default=None)
+
+    def ask(self) -> None:
+        """Have it made."""
+        self._asked = self.crew.ask(self.key)
+
+    def take(self) -> Made:
+        """Wait for it; taken again after a failure, it is made again.
 
         Raises:
-            Lost: one of them ended; what was computed meanwhile may be wrong.
-            MemoryError: the device of one is full.
+            Exception: as it failed there.
         """
-        if self._passing is None:
-            yield
-            return
-        with self._lock:
-            losses = self._losses
-            try:
-                self._tell(key, lean)
-                yield
-                if self._losses != losses:
-                    raise Lost("a process was lost")
-            except BaseException as error:
-                lost = self._end(of=error)
-                if lost is None:
-                    raise
-                raise lost from error
+        said = None
+        if self._asked is not None:
+            (shift, promised), self._asked = self._asked, None
+            said = shift.wait(promised)
+        if said is None:
+            # what was asked of those that are gone is asked of others
+            shift, promised = self.crew.ask(self.key)
+            said = shift.wait(promised)
+        assert said is not None
+        return self.crew.made(self.job, said)
 
-    def _tell(self, key: str, lean: bool) -> None:
-        assert self._passing is not None
-        self.begin()
-        if not self._met:
-            # what was left in memory by others is not what the new ones have
-            self.memo.clear()
-            assert self._place is not None
-            for member in self._members:
-                member.wait_until_ready()
-            meet(0, self.assignment.devices, f"{self._place.name}/meeting")
-            self._met = True
-        lines = [json.dumps({"make": key, "lean": lean})]
-        if self._told != self._passing:
-            lines.insert(0, self._passing.line())
-            self._told = self._passing
-        for member in self._members:
-            member.tell(lines)
-
-    def _on_end(self, member: _Member) -> None:
-        """One ended by itself: whoever waits for it on a GPU is let go."""
-        if member not in self._members:
-            return
-        self._losses += 1
-        if self._met and dist.get_backend() == "nccl":
-            with contextlib.suppress(RuntimeError):
-                distributed_c10d._abort_process_group()
-
-    def _end(self, of: BaseException) -> BaseException | None:
-        """End all after a failure; why one ended, if that is what failed."""
-        ours = isinstance(of, RunError | InputError) or ran_out_of_memory(of)
-        found = None
-        for member in self._members:
-            if not ours and member.ended(NEWS_S):
-                found = found or member.reason()
-        self._losses += 1
-        members, self._members = self._members, []
-        self._leave(members)
-        return found
-
-    def _leave(self, members: Sequence[_Member]) -> None:
-        for member in members:
-            member.kill()
-        if self._met:
-            with contextlib.suppress(RuntimeError, AssertionError):
-                dist.destroy_process_group()
-        self._met, self._told = False, None
-        if self._place is not None:
-            self._place.cleanup()
-            self._place = None
-
-    def close(self) -> None:
-        """Let all end what they have to end."""
-        members, self._members = self._members, []
-        for member in members:
-            member.close()
-        for member in members:
-            if not member.ended(END_S):
-                log.warning("the process on %s did not end and is killed", member.device)
-        self._leave(members)
+    def halt(self) -> None:
+        """Keep less on the devices from now on: one of them was full."""
+        self.crew.lean = True
 
 
 @contextlib.contextmanager
 def crew_of(
     job: Job, request: Request, recipe: str, overrides: Sequence[str]
 ) -> Iterator[Crew | None]:
-    """The processes on a job's other devices, which start at once; None where it has one device."""
+    """The processes on a job's devices, which start at once; None where it has one device."""
     if job.team.size == 1:
         yield None
         return
     assignment = Assignment(
-        1,
+        0,
         check_devices(request),
         "",
         torch.get_num_threads(),
@@ -280,84 +340,11 @@ def crew_of(
         job.memory,
         job.keep_incompatible,
     )
-    crew = Crew(assignment, job.memo, request.store / "logs")
+    crew = Crew(assignment, request.store / "logs")
     crew.begin()
     try:
         yield crew
-    finally:
-        crew.close()
-
-
-class _Member:
-    """One process of the crew, seen from the flow's."""
-
-    def __init__(self, assignment: Assignment, logs: Path, on_end: Any) -> None:
-        """Start it; ``on_end`` is called once it has ended."""
-        self.device = assignment.devices[assignment.rank]
-        logs.mkdir(parents=True, exist_ok=True)
-        self._log = logs / f"device-{os.getpid()}-{assignment.rank}.log"
-        with self._log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.crew_member", json.dumps(asdict(assignment))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                # an interrupt is told by who is interrupted
-                start_new_session=True,
-            )
-        self._news = threading.Thread(target=self._watch, args=(on_end,), daemon=True)
-        self._news.start()
-
-    def _watch(self, on_end: Any) -> None:
-        self._process.wait()
-        on_end(self)
-
-    def wait_until_ready(self) -> None:
-        """Wait until it can meet the others.
-
-        Raises:
-            Lost: it ended before.
-        """
-        assert self._process.stdout is not None
-        if self._process.stdout.readline().strip() != READY:
-            raise Lost(f"the process on {self.device} did not start")
-
-    def tell(self, lines: Sequence[str]) -> None:
-        """Have it read lines; one that is gone says so when it is waited for."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write("".join(f"{line}\n" for line in lines).encode())
-            self._process.stdin.flush()
-
-    def close(self) -> None:
-        """Tell it that there is no more."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-
-    def ended(self, within_s: float) -> bool:
-        """Whether it ends within so many seconds."""
-        try:
-            self._process.wait(within_s)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-    def reason(self) -> BaseException:
-        """Why it ended."""
-        said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        last = said[-1] if said else "it said nothing"
-        if self._process.returncode == FULL:
-            return MemoryError(f"{self.device} is full ({last})")
-        status = self._process.returncode
-        return Lost(f"the process on {self.device} ended ({status}): {last}; see {self._log}")
-
-    def kill(self) -> None:
-        """End it now; what it said is kept where that is a failure."""
-        self.close()
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        if self._process.returncode == 0 and not self._log.stat().st_size:
-            self._log.unlink()
+    except BaseException:
+        crew.close(at_once=True)
+        raise
+    crew.close()

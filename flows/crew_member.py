@@ -1,7 +1,8 @@
-"""One process of a crew: ``python -m flows.crew_member ASSIGNMENT``, which the flow starts.
+"""One process of a crew: ``python -m flows.crew_member ASSIGNMENT FILE``, which the flow starts.
 
-It plans the same passes as the flow, computes what it is told to compute, in step with the others,
-and writes nothing but its share of the hidden states.
+It plans the same passes as the flow and computes what it is told to, in step with the others. The
+first one writes the files of results and says what their values are; the others write nothing but
+their share of the hidden states.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -21,29 +23,32 @@ import torch
 
 from configs.loading import load_recipe
 from flows.block_plan import BlockPlan
-from flows.crew import END_S, FULL, READY, Assignment, Pass, meet
+from flows.crew import END_S, Assignment, Pass, meet
+from flows.crew_process import Failure
 from tasks.check import Request, check
-from tasks.engine.ahead import Call, keyed
-from tasks.engine.errors import one_line
+from tasks.engine.ahead import Call, Host, keyed
 from tasks.engine.job import Job
-from tasks.engine.residency import ran_out_of_memory
+from tasks.engine.residency import peaks
+from tasks.engine.step import Made
 from tasks.engine.streams import drop_boundaries
 from tasks.engine.team import Team
+from tasks.engine.transfer import beside
+from tasks.engine.values import resolved
 
 
 def job_of(given: Assignment) -> Job:
     """The flow's job, on this process's device."""
+    device = given.devices[given.rank]
     request = Request(
         load_recipe(given.recipe, given.overrides),
         given.model,
         None,
         Path(given.store),
-        given.devices[given.rank],
+        device,
         given.memory,
         given.keep_incompatible,
     )
     job, _ = check(request)
-    device = given.devices[given.rank]
     return replace(job, team=Team(given.rank, len(given.devices), device))
 
 
@@ -53,15 +58,15 @@ class Work:
     def __init__(self, job: Job, passed: Pass) -> None:
         """Plan it; nothing is computed."""
         self._job = job
-        step = job.steps[passed.step]
         self._plan = BlockPlan(
-            job, step, passed.tokens, passed.version, passed.clipped, passed.last
+            *(job, job.steps[passed.step], passed.tokens),
+            *(passed.version, passed.clipped, passed.last),
         )
         self._calls = keyed(job, self._plan.calls())
         self._call: tuple[Call, str] | None = None
 
-    def make(self, key: str, lean: bool) -> None:
-        """Compute a result, later in the plan than the one before or that one again.
+    def make(self, key: str, lean: bool) -> Made:
+        """Compute a result, later in the plan than the one before.
 
         Raises:
             LookupError: the plan has no such result.
@@ -73,7 +78,7 @@ class Work:
         if lean and not self._job.lean:
             self._job = self._job.leaner() or self._job
         call, _ = self._call
-        call.step.make(self._job, key, *call.args, block=call.block)
+        return call.step.make(self._job, key, *call.args, block=call.block)
 
     def end(self) -> None:
         """Drop the hidden states of a pass that is through."""
@@ -83,55 +88,106 @@ class Work:
             self._job.memo.clear()
 
 
-def work(job: Job, told: Iterator[dict[str, Any]]) -> None:
+class Voice:
+    """Says, in their order, that results are written, while the next are computed."""
+
+    def __init__(self, job: Job, said: int) -> None:
+        """Say it to an open file."""
+        self._job = job
+        self._said = said
+        self._host = Host(job)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockquant-voice")
+        self._failed: Future[None] | None = None
+
+    def tell(self, key: str, made: Made, place: Path, seconds: float) -> None:
+        """Have a result written below a folder and told.
+
+        Raises:
+            Exception: one before could not be.
+        """
+        if self._failed is not None and self._failed.done():
+            self._failed.result()
+        begun = self._host.begun(made, place / key)
+        self._failed = self._thread.submit(self._tell, key, begun, place, seconds)
+
+    def _tell(self, key: str, made: Made, place: Path, seconds: float) -> None:
+        files = {}
+        for name, path in made.draft.wait().items():
+            files[name] = self._job.store.describe(path).checksum
+        with beside(self._job.device, made.ready):
+            value = resolved(made.value)
+        found = {"files": files, "value": value, "peaks": peaks(self._job.device)}
+        say(self._said, {"made": key, "seconds": seconds, **found})
+
+    def end(self) -> None:
+        """Wait until all is told."""
+        if self._failed is not None:
+            self._failed.result()
+
+
+def say(said: int, message: dict[str, Any]) -> None:
+    """Write a line of JSON, whole."""
+    line = json.dumps(message).encode() + b"\n"
+    while line:
+        line = line[os.write(said, line) :]
+
+
+def work(job: Job, told: Iterator[dict[str, Any]], said: int) -> None:
     """Do what is told."""
     current: Work | None = None
+    place = Path()
+    voice = Voice(job, said)
     for message in told:
+        if "end" in message:
+            break
         if "pass" in message:
             if current is not None:
                 current.end()
-            current = Work(job, Pass.of(message["pass"]))
+            current, place = Work(job, Pass.of(message["pass"])), Path(message["place"])
         elif current is not None:
-            current.make(message["make"], message["lean"])
+            start = time.perf_counter()
+            made = current.make(message["make"], message["lean"])
+            if job.team.rank == 0:
+                voice.tell(message["make"], made, place, time.perf_counter() - start)
+    voice.end()
     if current is not None:
         current.end()
 
 
 def messages() -> Iterator[dict[str, Any]]:
     """What the flow's process says; once that is gone this one ends, whatever it waits for."""
-    said: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+    heard: SimpleQueue[dict[str, Any]] = SimpleQueue()
 
     def read() -> None:
         # not through sys.stdin: its buffer is locked while it waits, which ends Python in an abort
-        with os.fdopen(os.dup(0), "rb", closefd=True) as lines:
+        with os.fdopen(os.dup(0), "rb") as lines:
+            message: dict[str, Any] = {}
             for line in lines:
-                said.put(json.loads(line))
-        said.put(None)
-        time.sleep(END_S)
+                message = json.loads(line)
+                heard.put(message)
+        if "end" in message:
+            time.sleep(END_S)
         os._exit(1)
 
     threading.Thread(target=read, daemon=True).start()
-    while (message := said.get()) is not None:
-        yield message
+    while True:
+        yield heard.get()
 
 
 def main() -> None:
-    """Work until there is no more; a failure is one line."""
+    """Work until there is no more; a failure is told in a line."""
     given = json.loads(sys.argv[1])
     lists = {name: tuple(given[name]) for name in ("devices", "overrides")}
     assignment = Assignment(**(given | lists))
-    told = messages()
+    told, said = messages(), int(sys.argv[2])
     try:
         torch.set_num_threads(assignment.threads)
         job = job_of(assignment)
-        # what else is printed is for the log
-        os.write(1, READY + b"\n")
-        os.dup2(2, 1)
         meet(assignment.rank, assignment.devices, assignment.meeting)
-        work(job, told)
+        work(job, told, said)
     except Exception as error:
-        print(one_line(error), file=sys.stderr, flush=True)
-        os._exit(FULL if ran_out_of_memory(error) else 1)
+        say(said, {"failed": asdict(Failure.of(error))})
+        os._exit(1)
     # not by the way of interpreters: what others of us still exchange is no more waited for
     os._exit(0)
 

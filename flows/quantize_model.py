@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,8 +98,6 @@ def quantize_model(
         open_tracked(job, run, request, parent, name)
         kept = Path(log_file) if log_file else None
         with failure_kept(run, kept), crew_of(job, request, recipe, overrides) as crew:
-            if crew is not None:
-                job = replace(job, team=crew.team())
             result = _quantize(job, run, request, kept, crew)
             # after MLflow was told: killed before, the same command goes on
             result["mlflow"] = told(run)
@@ -134,7 +131,10 @@ def _quantize(
     for step, tokens in zip(job.steps, calibrated, strict=True):
         state = apply(job, run, course, step, tokens, state, crew)
     course.mark("last block")
-    taken = peaks(job.device)
+    if crew is not None:
+        # what is measured next takes the devices
+        crew.close()
+    taken = peaks(job.device) | (crew.peaks if crew is not None else {})
     phases = job.phases.of(course.marks["last block"] - course.marks["first block"])
     products: dict[str, Product] = {}
     if job.quantizes:

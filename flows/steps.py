@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from configs.schema import ResolvedStep
@@ -13,11 +15,11 @@ from flows.course import Course
 from flows.crew import Crew, Pass
 from tasks.calibration_set import calibration_set
 from tasks.clip import clip
-from tasks.engine.ahead import in_turn
+from tasks.engine.ahead import Call, in_turn
 from tasks.engine.feedback import warn_of_rank
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun
-from tasks.engine.step import Result, Step
+from tasks.engine.step import Result, Step, Upcoming
 from tasks.engine.store import Entry
 from tasks.engine.streams import drop_boundaries
 from tasks.engine.version import SOURCE, Version
@@ -29,6 +31,9 @@ from tasks.rotate import rotate
 from tasks.transform import transform
 
 log = logging.getLogger("blockquant")
+
+# the calls of a pass, each with its result where that is computed ahead of its task
+Turns = AbstractContextManager[Iterator[tuple[Call, Upcoming | None]]]
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,7 @@ def apply(
         )
         if not last:
             return state
-    if crew is None or tokens is None:
-        return _blocks(job, run, course, step, tokens, state, last)
-    number = [other is step for other in job.steps].index(True)
-    with crew.passing(Pass(number, tokens, state.version, state.clipped, last)):
-        return _blocks(job, run, course, step, tokens, state, last)
+    return _blocks(job, run, course, step, tokens, state, last, crew)
 
 
 def _blocks(
@@ -107,12 +108,19 @@ def _blocks(
     tokens: str | None,
     state: State,
     last: bool,
+    crew: Crew | None,
 ) -> State:
     """Take every block through a step, as :mod:`flows.block_plan` plans it."""
     plan = BlockPlan(job, step, tokens, state.version, state.clipped, last)
     results: list[tuple[Step[...], Result]] = []
     done = 0
-    with in_turn(job, plan.calls(), lambda: course.leaned(job).lean) as calls:
+    if crew is None:
+        turns: Turns = in_turn(job, plan.calls(), lambda: course.leaned(job).lean)
+    else:
+        number = [other is step for other in job.steps].index(True)
+        passed = Pass(number, tokens, state.version, state.clipped, last)
+        turns = crew.in_turn(job, plan.calls(), passed)
+    with turns as calls:
         for call, ahead in calls:
             while done < call.block:
                 course.block_done(done)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,32 @@ class Call:
 Plan = Generator[Call, str, None]
 
 
+class Host:
+    """Threads that write what a device made, and work out its values, while the device goes on."""
+
+    def __init__(self, job: Job) -> None:
+        """Begin with nothing to do."""
+        self._job = job
+        self._threads = ThreadPoolExecutor(HOST_THREADS, thread_name_prefix="blockquant-host")
+
+    def begun(self, made: Made, place: Path) -> Made:
+        """The same result, its files and values begun; files lie in the folder ``place``."""
+
+        def begin(work: Callable[[], Any]) -> Future[Any]:
+            return self._threads.submit(self._beside, made, work)
+
+        made.draft.write_ahead(place, begin, self._job.store)
+        return replace(made, value=begun(made.value, begin))
+
+    def _beside(self, made: Made, work: Callable[[], Any]) -> Any:
+        with beside(self._job.device, made.ready):
+            return work()
+
+    def close(self) -> None:
+        """End the threads, after what they are at."""
+        self._threads.shutdown(cancel_futures=True)
+
+
 class Lane:
     """The thread that computes ahead, one step after the other, in the order of a plan."""
 
@@ -63,7 +88,7 @@ class Lane:
             initializer=torch.set_num_threads,
             initargs=(torch.get_num_threads(),),
         )
-        self._host = ThreadPoolExecutor(HOST_THREADS, thread_name_prefix="blockquant-host")
+        self._host = Host(job)
         self._halted = False
 
     def calls(self, plan: Plan) -> Iterator[tuple[Call, Upcoming]]:
@@ -94,25 +119,10 @@ class Lane:
             return None
         try:
             made = call.step.make(self._job, key, *call.args, block=call.block)
-            begin = partial(self._beside, made)
-            made.draft.write_ahead(self._place / key, begin, store)
-            return replace(made, value=begun(made.value, begin))
+            return self._host.begun(made, self._place / key)
         except BaseException:
             self._halted = True
             raise
-
-    def _beside(self, made: Made, work: Callable[[], Any]) -> Future[Any]:
-        """Have the host work out a value of a result while the device goes on."""
-
-        def done() -> Any:
-            with beside(self._job.device, made.ready):
-                return work()
-
-        return self._host.submit(done)
-
-    def losses(self) -> int:
-        """How many times processes that compute with this one were lost."""
-        return self._job.team.losses()
 
     def halt(self) -> None:
         """Leave what was begun to the tasks; returns once nothing is computed any more."""
@@ -123,7 +133,7 @@ class Lane:
         """End the threads, after what they are computing."""
         self._halted = True
         self._thread.shutdown(cancel_futures=True)
-        self._host.shutdown(cancel_futures=True)
+        self._host.close()
 
 
 class _Begun:
@@ -148,9 +158,6 @@ class _Begun:
             except BaseException:
                 self._failed = True
                 raise
-        if made is not None and made.losses != self._lane.losses():
-            # processes that computed it were lost since
-            made = None
         if made is None:
             self._lane.halt()
         return made

@@ -47,13 +47,11 @@ class Made:
         draft: holds its tensors.
         value: its small values, as the step gave them.
         ready: reached on the device once all of it is computed.
-        losses: of the team, when it was computed.
     """
 
     draft: Draft
     value: dict[str, Any]
     ready: torch.cuda.Event | None
-    losses: int = 0
 
 
 class Upcoming(Protocol):
@@ -117,17 +115,12 @@ class Step(Generic[Parameters]):
     def make(self, job: Job, key: str, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Made:
         """Compute the result and write nothing; the steps that come next find it in memory."""
         draft = Draft(job.store.root / "staging" / key, held=True)
-        losses = job.team.losses()
-        with (
-            job.phases.measured(AHEAD),
-            working_on(job.device, self.name),
-            job.team.together(key, job.lean),
-        ):
+        with job.phases.measured(AHEAD), working_on(job.device, self.name):
             value = self.compute(job, draft, *args, **kwargs)
             if self.kept:
                 keep_result(job, key, draft)
             job.held[key] = tuple(sorted(draft.saved))
-            return Made(draft, value, reached(job.device), losses)
+            return Made(draft, value, reached(job.device))
 
     def run(
         self,
@@ -194,11 +187,7 @@ class Step(Generic[Parameters]):
                 with writing_to(job.store.root), job.store.draft(key) as draft:
                     made = _made_ahead(job, ahead)
                     if made is None:
-                        with (
-                            job.phases.measured(IN_TASK),
-                            working_on(job.device, self.name),
-                            job.team.together(key, job.lean),
-                        ):
+                        with job.phases.measured(IN_TASK), working_on(job.device, self.name):
                             value = resolved(self.compute(job, draft, *args, **kwargs))
                             if self.kept:
                                 keep_result(job, key, draft)
@@ -207,7 +196,6 @@ class Step(Generic[Parameters]):
                             with beside(job.device, made.ready):
                                 draft.take(made.draft)
                                 value = resolved(made.value)
-                            _require_whole(job, made)
                         job.store.commit(key, self.name, draft, value)
         job.held.pop(key, None)
         return {"key": key, "step": self.name}
@@ -218,12 +206,6 @@ def _made_ahead(job: Job, ahead: Upcoming | None) -> Made | None:
         return None
     with job.phases.measured(WAITED):
         return ahead.take()
-
-
-def _require_whole(job: Job, made: Made) -> None:
-    """Refuse what processes computed that were lost before it was all there."""
-    if made.losses != job.team.losses():
-        raise ChildProcessError("a process that computed this was lost; it is computed again")
 
 
 def step(

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -111,18 +111,30 @@ class Draft:
 
         self._written = {name: begin(partial(write, name)) for name in self.saved}
 
+    def wait(self) -> dict[str, Path]:
+        """Where the files lie that another thread writes, once all are there."""
+        return {name: written.result() for name, written in self._written.items()}
+
+    @classmethod
+    def written(cls, place: Path, names: Iterable[str]) -> Draft:
+        """A draft whose files another process has written to a folder."""
+        draft = cls(place, held=True)
+        for name in names:
+            draft._written[name] = Future()
+            draft._written[name].set_result(place / name)
+        return draft
+
     def take(self, held: Draft) -> None:
         """Take the files that another draft had written ahead; write those that it holds only.
 
         Raises:
             OSError: a file could not be written; taken again, it is written here.
         """
+        for name in [*held._written]:
+            os.replace(held._written.pop(name).result(), self.folder / name)
         for name, saved in held.saved.items():
-            written = held._written.pop(name, None)
-            if written is None:
+            if not (self.folder / name).exists():
                 self.save_tensors(name, saved.tensors, saved.metadata)
-            else:
-                os.replace(written.result(), self.folder / name)
 
     def link(self, name: str, source: Path) -> Path:
         """Put ``source`` into the draft under ``name``: a hard link, a copy across disks."""
@@ -252,6 +264,10 @@ class Store:
             self._checksums[mark] = checksum(path)
         _, _, size, _ = mark
         return StoredFile(size, self._checksums[mark])
+
+    def note(self, path: Path, found: str) -> None:
+        """Remember the checksum of a file that another process of ours has taken."""
+        self._checksums[_mark(path)] = found
 
     def entries(self) -> list[Entry]:
         """List the entries that have a readable manifest, oldest first."""

@@ -7,9 +7,8 @@ process has the same bits, each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,15 +16,6 @@ from torch import Tensor
 
 # bytes that are exchanged at once: of so many each process holds every other's
 EXCHANGED_BYTES = 1 << 26
-
-
-def _alone(key: str, lean: bool) -> AbstractContextManager[None]:
-    del key, lean
-    return nullcontext()
-
-
-def _never_lost() -> int:
-    return 0
 
 
 @dataclass(frozen=True)
@@ -36,19 +26,11 @@ class Team:
         rank: of this process, from 0.
         size: how many there are.
         device: that tensors are exchanged on.
-        together: of a result's key, and whether it is computed with little on the device: has the
-            others compute it too, while it is entered.
-        losses: how many times processes were lost and begun anew: what was computed before may be
-            wrong and is not kept.
     """
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
-    together: Callable[[str, bool], AbstractContextManager[None]] = field(
-        default=_alone, compare=False, repr=False
-    )
-    losses: Callable[[], int] = field(default=_never_lost, compare=False, repr=False)
 
     def counts(self, things: int) -> list[int]:
         """How many of some things in a row each process has: they differ by one at most."""

@@ -16,15 +16,18 @@ import psutil
 import pytest
 import torch
 
-import flows.crew
-from flows.crew import FULL, Crew
+from flows.crew import Crew, Pass, Shift
+from flows.crew_process import Failure
 from flows.quantize_model import quantize_model
 from tasks.engine.errors import InputError
+from tasks.engine.phases import AHEAD, IN_TASK
 from tasks.engine.store import Store
 from tests.integration.crashing import Work, run
 from tests.integration.resuming import contents
+from tests.operations.services import eventually
 
 pytestmark = pytest.mark.usefixtures("services")
+ROOT = Path(__file__).parent.parent.parent
 SAMPLES = 5
 # one that takes windows' shares of each kind: extremes, drawn rows, rows that are kept, gaps
 RECIPES = {
@@ -64,6 +67,11 @@ def quantized(
     return result
 
 
+def kill_last(shift: Shift) -> None:
+    """As the kernel ends a process, when memory runs out."""
+    os.kill(shift.processes[-1].pid, signal.SIGKILL)
+
+
 def left_running() -> list[psutil.Process]:
     """Processes of a crew that live."""
     found = []
@@ -76,19 +84,32 @@ def left_running() -> list[psutil.Process]:
     return found
 
 
+def of_store(home: Path) -> list[psutil.Process]:
+    """Processes of any crew whose assignment names a folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "flows.crew_member" in (said := " ".join(process.cmdline())) and str(home) in said:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
 @contextmanager
-def watched(monkeypatch: pytest.MonkeyPatch, at: int, act: Any) -> Iterator[list[str]]:
-    """Act on the crew as it is told of a step for the time of number ``at``; the keys told."""
-    tell, told = Crew._tell, []
+def watched(monkeypatch: pytest.MonkeyPatch, at: int, act: Any) -> Iterator[list[tuple[str, bool]]]:
+    """Act on the processes as result number ``at`` is asked of them; all that was asked."""
+    ask, asked = Shift.ask, []
 
-    def telling(crew: Crew, key: str, lean: bool) -> None:
-        tell(crew, key, lean)
-        told.append(key)
-        if len(told) == at + 1:
-            act(crew)
+    def asking(shift: Shift, passed: Pass, place: Path, key: str, lean: bool) -> Any:
+        promised = ask(shift, passed, place, key, lean)
+        asked.append((key, lean))
+        if len(asked) == at + 1:
+            act(shift)
+        return promised
 
-    monkeypatch.setattr(Crew, "_tell", telling)
-    yield told
+    monkeypatch.setattr(Shift, "ask", asking)
+    yield asked
 
 
 @pytest.mark.parametrize(
@@ -126,14 +147,40 @@ def test_a_process_that_is_killed_costs_the_step_it_was_at(
 ) -> None:
     undisturbed = quantized(home, tiny, words, "undisturbed", "awq_w4a16")
 
-    def kill(crew: Crew) -> None:
-        os.kill(crew._members[0]._process.pid, signal.SIGKILL)
-
-    with watched(monkeypatch, 6, kill) as told:
+    with watched(monkeypatch, 6, kill_last) as asked:
         disturbed = quantized(home, tiny, words, "disturbed", "awq_w4a16")
     assert contents(home / "disturbed") == contents(home / "undisturbed")
-    assert told[7] == told[6] and len(set(told)) == len(told) - 1, "one step was made twice"
+    assert asked[7] == asked[6] and len(set(asked)) == len(asked) - 1, "one step was made twice"
     assert disturbed["steps"] == undisturbed["steps"]
+    assert left_running() == []
+
+
+# what a process of a crew is made to believe where there is no GPU: results stay in its memory
+PRETENDED = """
+from tasks.engine.job import Job
+Job.on_gpu = property(lambda job: True)
+"""
+
+
+@pytest.mark.parametrize("recipe", ["awq_w4a16", pytest.param(STEPS[0], marks=pytest.mark.ops)])
+def test_results_that_are_asked_for_before_they_are_needed(
+    home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    quantized(home, tiny, words, "in-turn", recipe)
+    (home / "pretended").mkdir()
+    (home / "pretended" / "sitecustomize.py").write_text(PRETENDED)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(home / "pretended"), str(ROOT)]))
+    monkeypatch.setattr(Crew, "ahead", True)
+    with watched(monkeypatch, 1 << 30, kill_last) as asked:
+        ahead = quantized(home, tiny, words, "ahead", recipe)
+    assert contents(home / "ahead") == contents(home / "in-turn")
+    assert len(asked) == len(set(asked)), "a result was asked for twice"
+    assert ahead["phases"][AHEAD] > 0 and ahead["phases"][IN_TASK] == 0
+    # one is killed while others wait to be made: what was made stays, the rest is made by new ones
+    with watched(monkeypatch, 4, kill_last) as asked:
+        quantized(home, tiny, words, "killed", recipe)
+    assert contents(home / "killed") == contents(home / "in-turn")
+    assert len(asked) > len(set(asked))
     assert left_running() == []
 
 
@@ -141,31 +188,22 @@ def test_a_device_that_is_full_keeps_less_from_then_on(
     home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantized(home, tiny, words, "roomy", "awq_w4a16")
-    leans: list[bool] = []
-    told = flows.crew._Member.tell
 
-    def fill(crew: Crew) -> None:
-        # as a process ends whose device is full
-        member = crew._members[0]
-        os.kill(member._process.pid, signal.SIGKILL)
-        member._process.wait()
-        member._process.returncode = FULL
+    def fill(shift: Shift) -> None:
+        # as a process says whose device is full
+        shift._heard(Failure.of(torch.OutOfMemoryError("CUDA out of memory.")))
 
-    def seen(member: Any, lines: list[str]) -> None:
-        leans.append('"lean": true' in lines[-1])
-        told(member, lines)
-
-    monkeypatch.setattr(flows.crew._Member, "tell", seen)
-    with watched(monkeypatch, 2, fill):
+    with watched(monkeypatch, 2, fill) as asked:
         quantized(home, tiny, words, "full", "awq_w4a16")
     assert contents(home / "full") == contents(home / "roomy")
+    leans = [lean for _, lean in asked]
     assert leans[:3] == [False] * 3 and all(leans[3:]) and leans[3:]
 
 
 def test_a_failure_of_the_run_ends_all(
     home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(crew: Crew) -> None:
+    def fail(shift: Shift) -> None:
         raise ValueError("made to fail")
 
     with watched(monkeypatch, 3, fail), pytest.raises(ValueError, match="made to fail"):
@@ -192,6 +230,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(home: Path, tiny: Path, words: P
     undisturbed = run(work("undisturbed", None))
     assert undisturbed.exitcode == 0, undisturbed.result
     assert run(work("killed", "clip[block 1]: committed")).exitcode == -signal.SIGKILL
+    # they end with the flow's process, whatever they are at
+    eventually(lambda: not of_store(home / "killed") or None, "the end of the others", 20)
     resumed = run(work("killed", None))
     assert resumed.exitcode == 0, resumed.result
     assert resumed.made[0] == "quantize[block 1]"
@@ -239,10 +279,7 @@ def test_a_process_on_a_gpu_that_is_killed_costs_no_more_than_time(
 ) -> None:
     quantized(home, tiny, words, "undisturbed", "awq_w4a16", "cuda:0,cuda:1")
 
-    def kill(crew: Crew) -> None:
-        os.kill(crew._members[0]._process.pid, signal.SIGKILL)
-
-    with watched(monkeypatch, 6, kill):
+    with watched(monkeypatch, 6, kill_last):
         quantized(home, tiny, words, "disturbed", "awq_w4a16", "cuda:0,cuda:1")
     assert contents(home / "disturbed") == contents(home / "undisturbed")
     assert left_running() == []

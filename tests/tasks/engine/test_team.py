@@ -47,6 +47,4 @@ def test_one_alone_exchanges_nothing() -> None:
     assert ALONE.summed_(own) is own
     assert not splits(ALONE, SCHEME, 10)
     assert splits(Team(0, 2), SCHEME, 10) and not splits(Team(0, 2), SCHEME, 1)
-    with ALONE.together("key", False):
-        assert ALONE.losses() == 0
     assert errors_of(ALONE).__name__ == "output_errors"

@@ -1,0 +1,158 @@
+"""One process of a crew, seen from the flow's: what it is told, says, and why it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from tasks.engine.errors import InputError, RunError, one_line
+from tasks.engine.residency import ran_out_of_memory
+
+# kinds of failures that are the same here as there
+MEMORY, RUN, INPUT, DISK = "memory", "run", "input", "disk"
+# of a process that said nothing, and of one that failed otherwise, maybe as another was gone
+LOST, OTHER = "lost", "other"
+_ORDER = (MEMORY, RUN, INPUT, DISK, LOST, OTHER)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a process failed.
+
+    Attributes:
+        kind: of the failure.
+        said: in a line.
+        number: of an operating system's error.
+    """
+
+    kind: str
+    said: str
+    number: int | None = None
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """What an error is told as."""
+        if ran_out_of_memory(error):
+            return cls(MEMORY, one_line(error))
+        if isinstance(error, InputError):
+            return cls(INPUT, str(error))
+        if isinstance(error, RunError):
+            return cls(RUN, str(error))
+        if isinstance(error, OSError | SafetensorError):
+            return cls(DISK, str(error), getattr(error, "errno", None))
+        return cls(OTHER, one_line(error))
+
+    @property
+    def vague(self) -> bool:
+        """Whether another process may know better."""
+        return self.kind in (LOST, OTHER)
+
+    def error(self) -> Exception:
+        """As it is raised here."""
+        if self.kind == MEMORY:
+            return MemoryError(self.said)
+        if self.kind == INPUT:
+            return InputError(self.said)
+        if self.kind == DISK:
+            return OSError(self.number, self.said) if self.number else OSError(self.said)
+        # what may pass: the step is tried again with a new process
+        return ChildProcessError(self.said) if self.kind == LOST else RunError(self.said)
+
+
+def worst_of(failures: Sequence[Failure]) -> Exception:
+    """Of failures of processes that waited for each other, the one that the others came from."""
+    return min(failures, key=lambda failure: _ORDER.index(failure.kind)).error()
+
+
+class Process:
+    """A process that computes; what it says is told to ``heard`` by a thread."""
+
+    def __init__(
+        self,
+        assignment: Mapping[str, Any],
+        device: str,
+        rank: int,
+        logs: Path,
+        heard: Callable[[dict[str, Any] | Failure], None],
+    ) -> None:
+        """Start it."""
+        self.device = device
+        logs.mkdir(parents=True, exist_ok=True)
+        self._log = logs / f"device-{os.getpid()}-{rank}.log"
+        self._heard = heard
+        # a pipe of its own: what libraries print is for the log
+        self._said, saying = os.pipe()
+        command = [sys.executable, "-m", "flows.crew_member", json.dumps(assignment), str(saying)]
+        with self._log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=(saying,),
+                # an interrupt is told by who is interrupted
+                start_new_session=True,
+            )
+        os.close(saying)
+        self._listening = threading.Thread(target=self._listen, daemon=True)
+        self._listening.start()
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    def _listen(self) -> None:
+        failed = False
+        with os.fdopen(self._said, "rb") as lines:
+            for line in lines:
+                said = json.loads(line)
+                failed = failed or "failed" in said
+                self._heard(Failure(**said["failed"]) if "failed" in said else said)
+        status = self._process.wait()
+        if status and not failed:
+            self._heard(Failure(LOST, self._last_words(status)))
+
+    def _last_words(self, status: int) -> str:
+        said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = f": {said[-1]}" if said else ""
+        return f"the process on {self.device} ended ({status}){last}; see {self._log}"
+
+    def tell(self, lines: Sequence[str]) -> None:
+        """Have it read lines; that one is gone is heard otherwise."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError, ValueError):
+            self._process.stdin.write("".join(f"{line}\n" for line in lines).encode())
+            self._process.stdin.flush()
+
+    def close(self) -> None:
+        """Tell it that there is no more."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+    def ended(self, within_s: float) -> bool:
+        """Whether it ends within so many seconds."""
+        try:
+            self._process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End it now, if it did not; what it said is kept where it failed."""
+        self.close()
+        self._process.kill()
+        self._process.wait()
+        if self._process.returncode == 0 and self._log.exists() and not self._log.stat().st_size:
+            self._log.unlink()
