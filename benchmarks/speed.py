@@ -197,10 +197,11 @@ def _ours(bench: Bench, recipe: str) -> tuple[dict[str, Any], Path | None]:
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     whole = time.perf_counter() - start
     found = json.loads(done.stdout)
-    start = time.perf_counter()
+    again = None
     if bench.again:
+        start = time.perf_counter()
         subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-    again = time.perf_counter() - start
+        again = time.perf_counter() - start
     marks, ends = found["marks"], found["block_ends"]
     between = [b - a for a, b in itertools.pairwise(ends)]
     # the last one of a pass moves no hidden states on
@@ -305,7 +306,7 @@ def _table(report: dict[str, Any]) -> Table:
             *(f"{best['seconds'].get(name, 0):.2f}" for name in BESIDE),
             f"{best['disk']:.2f}",
             f"{best['whole']:.2f}",
-            f"{best['again']:.2f}",
+            "" if best["again"] is None else f"{best['again']:.2f}",
             f"{best['peaks'].get('device', 0) / GIB:.2f}",
             f"{best['peaks']['predicted'] / GIB:.2f}",
             f"{best['peaks']['host'] / GIB:.2f}",

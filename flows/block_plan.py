@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from configs.schema import ResolvedStep
 from tasks.advance import advance
@@ -24,6 +25,38 @@ class Choice:
 
     decision: str | None
     clipped: str | None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass of a step through every block, in values that can be told to other processes.
+
+    Attributes:
+        step: number of the recipe's.
+        tokens: key of the calibration windows, None where none are read.
+        version: of the model before rounding, as the steps before left it.
+        clipped: per block, the key of the ranges that those decided.
+        last: whether what is rounded is exported.
+    """
+
+    step: int
+    tokens: str | None
+    version: Version
+    clipped: tuple[str | None, ...]
+    last: bool
+
+    def plan(self, job: Job) -> BlockPlan:
+        """What it asks for."""
+        step = job.steps[self.step]
+        return BlockPlan(job, step, self.tokens, self.version, self.clipped, self.last)
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Pass:
+        """The pass whose ``asdict`` was told as JSON."""
+        version = told["version"]
+        decisions = tuple(tuple(keys) for keys in version["decisions"])
+        known = Version(version["rotation"], decisions)
+        return cls(**{**told, "version": known, "clipped": tuple(told["clipped"])})
 
 
 @dataclass

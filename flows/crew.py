@@ -13,7 +13,6 @@ import logging
 import os
 import tempfile
 import threading
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
@@ -24,14 +23,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flows.block_plan import Pass
 from flows.crew_process import Failure, Process, worst_of
 from tasks.check import Request, check_devices
-from tasks.engine.ahead import DEPTH, Call, Plan, keyed
+from tasks.engine.ahead import DEPTH, Call, Plan, begun_ahead
 from tasks.engine.job import Job
 from tasks.engine.phases import AHEAD
 from tasks.engine.step import Made
 from tasks.engine.store import Draft
-from tasks.engine.version import Version
 
 log = logging.getLogger("blockquant")
 
@@ -71,34 +70,6 @@ class Assignment:
     store: str
     memory: int
     keep_incompatible: bool
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A pass over all blocks, as :class:`flows.block_plan.BlockPlan` takes it."""
-
-    step: int
-    tokens: str | None
-    version: Version
-    clipped: tuple[str | None, ...]
-    last: bool
-
-    def line(self, place: Path) -> str:
-        """As the processes are told of it, and where they write."""
-        return json.dumps({"pass": asdict(self), "place": str(place)})
-
-    @classmethod
-    def of(cls, said: Mapping[str, Any]) -> Pass:
-        """What such a line says."""
-        version = said["version"]
-        decisions = tuple(tuple(keys) for keys in version["decisions"])
-        return cls(
-            said["step"],
-            said["tokens"],
-            Version(version["rotation"], decisions),
-            tuple(said["clipped"]),
-            said["last"],
-        )
 
 
 def meet(rank: int, devices: Sequence[str], meeting: str) -> None:
@@ -157,7 +128,7 @@ class Shift:
         """Have a result of a pass computed; what the first of them says of it."""
         lines = [json.dumps({"make": key, "lean": lean})]
         if self._passed != passed:
-            lines.insert(0, passed.line(place))
+            lines.insert(0, json.dumps({"pass": asdict(passed), "place": str(place)}))
             self._passed = passed
         promised: Future[dict[str, Any]] = Future()
         with self._lock:
@@ -244,22 +215,16 @@ class Crew:
         """The calls of a plan, each with its result, which may still be computed."""
         with job.store.scratch("ahead") as place:
             self._pass = (passed, place)
-            yield self._calls(job, plan)
+            depth = DEPTH if self.ahead else 1
+            yield begun_ahead(
+                job, plan, lambda call, key: self._begun(job, key), lambda begun: depth
+            )
 
-    def _calls(self, job: Job, plan: Plan) -> Iterator[tuple[Call, Asked]]:
-        begun: deque[tuple[Call, Asked]] = deque()
-        planned = keyed(job, plan)
-        depth = DEPTH if self.ahead else 1
-        while True:
-            while len(begun) < depth and (found := next(planned, None)) is not None:
-                call, key = found
-                asked = Asked(self, job, key)
-                begun.append((call, asked))
-                if self.ahead and job.store.get(key) is None:
-                    asked.ask()
-            if not begun:
-                return
-            yield begun.popleft()
+    def _begun(self, job: Job, key: str) -> Asked:
+        asked = Asked(self, job, key)
+        if self.ahead and job.store.get(key) is None:
+            asked.ask()
+        return asked
 
     def ask(self, key: str) -> tuple[Shift, Future[dict[str, Any]]]:
         """Have a result of the pass computed, and by whom."""

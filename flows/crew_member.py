@@ -12,9 +12,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -22,10 +23,10 @@ from typing import Any
 import torch
 
 from configs.loading import load_recipe
-from flows.block_plan import BlockPlan
-from flows.crew import END_S, Assignment, Pass, meet
+from flows.block_plan import Pass
+from flows.crew import END_S, Assignment, meet
 from flows.crew_process import Failure
-from tasks.check import Request, check
+from tasks.check import Request, checked_job
 from tasks.engine.ahead import Call, Host, keyed
 from tasks.engine.job import Job
 from tasks.engine.residency import peaks
@@ -48,8 +49,7 @@ def job_of(given: Assignment) -> Job:
         given.memory,
         given.keep_incompatible,
     )
-    job, _ = check(request)
-    return replace(job, team=Team(given.rank, len(given.devices), device))
+    return replace(checked_job(request), team=Team(given.rank, len(given.devices), device))
 
 
 class Work:
@@ -58,10 +58,7 @@ class Work:
     def __init__(self, job: Job, passed: Pass) -> None:
         """Plan it; nothing is computed."""
         self._job = job
-        self._plan = BlockPlan(
-            *(job, job.steps[passed.step], passed.tokens),
-            *(passed.version, passed.clipped, passed.last),
-        )
+        self._plan = passed.plan(job)
         self._calls = keyed(job, self._plan.calls())
         self._call: tuple[Call, str] | None = None
 
@@ -97,23 +94,15 @@ class Voice:
         self._said = said
         self._host = Host(job)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockquant-voice")
-        self._failed: Future[None] | None = None
 
     def tell(self, key: str, made: Made, place: Path, seconds: float) -> None:
-        """Have a result written below a folder and told.
-
-        Raises:
-            Exception: one before could not be.
-        """
-        if self._failed is not None and self._failed.done():
-            self._failed.result()
+        """Have a result written below a folder and told; where it cannot be, this process ends."""
         begun = self._host.begun(made, place / key)
-        self._failed = self._thread.submit(self._tell, key, begun, place, seconds)
+        self._thread.submit(_or_fail, self._said, partial(self._tell, key, begun, seconds))
 
-    def _tell(self, key: str, made: Made, place: Path, seconds: float) -> None:
-        files = {}
-        for name, path in made.draft.wait().items():
-            files[name] = self._job.store.describe(path).checksum
+    def _tell(self, key: str, made: Made, seconds: float) -> None:
+        written = made.draft.wait().items()
+        files = {name: self._job.store.describe(path).checksum for name, path in written}
         with beside(self._job.device, made.ready):
             value = resolved(made.value)
         found = {"files": files, "value": value, "peaks": peaks(self._job.device)}
@@ -121,8 +110,7 @@ class Voice:
 
     def end(self) -> None:
         """Wait until all is told."""
-        if self._failed is not None:
-            self._failed.result()
+        self._thread.shutdown()
 
 
 def say(said: int, message: dict[str, Any]) -> None:
@@ -174,20 +162,29 @@ def messages() -> Iterator[dict[str, Any]]:
         yield heard.get()
 
 
+def _or_fail(said: int, do: Callable[[], None]) -> None:
+    """Do something; where it fails that is told, and this process ends."""
+    try:
+        do()
+    except Exception as error:
+        say(said, {"failed": asdict(Failure.of(error))})
+        os._exit(1)
+
+
 def main() -> None:
     """Work until there is no more; a failure is told in a line."""
     given = json.loads(sys.argv[1])
     lists = {name: tuple(given[name]) for name in ("devices", "overrides")}
     assignment = Assignment(**(given | lists))
     told, said = messages(), int(sys.argv[2])
-    try:
+
+    def run() -> None:
         torch.set_num_threads(assignment.threads)
         job = job_of(assignment)
         meet(assignment.rank, assignment.devices, assignment.meeting)
         work(job, told, said)
-    except Exception as error:
-        say(said, {"failed": asdict(Failure.of(error))})
-        os._exit(1)
+
+    _or_fail(said, run)
     # not by the way of interpreters: what others of us still exchange is no more waited for
     os._exit(0)
 

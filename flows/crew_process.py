@@ -49,7 +49,8 @@ class Failure:
         if isinstance(error, RunError):
             return cls(RUN, str(error))
         if isinstance(error, OSError | SafetensorError):
-            return cls(DISK, str(error), getattr(error, "errno", None))
+            words = getattr(error, "strerror", None) or str(error)
+            return cls(DISK, words, getattr(error, "errno", None))
         return cls(OTHER, one_line(error))
 
     @property

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from configs.schema import ResolvedStep
 from configs.special_keys import GptqSpecial
 from configs.vocabulary import Method
-from flows.block_plan import BlockPlan
+from flows.block_plan import Pass
 from flows.course import Course
-from flows.crew import Crew, Pass
+from flows.crew import Crew
 from tasks.calibration_set import calibration_set
 from tasks.clip import clip
 from tasks.engine.ahead import Call, in_turn
@@ -97,28 +97,25 @@ def apply(
         )
         if not last:
             return state
-    return _blocks(job, run, course, step, tokens, state, last, crew)
+    passed = Pass(job.steps.index(step), tokens, state.version, state.clipped, last)
+    return _blocks(job, run, course, crew, passed, state.decided)
 
 
 def _blocks(
     job: Job,
     run: ToldRun,
     course: Course,
-    step: ResolvedStep,
-    tokens: str | None,
-    state: State,
-    last: bool,
     crew: Crew | None,
+    passed: Pass,
+    decided: tuple[Result, ...],
 ) -> State:
     """Take every block through a step, as :mod:`flows.block_plan` plans it."""
-    plan = BlockPlan(job, step, tokens, state.version, state.clipped, last)
+    plan = passed.plan(job)
     results: list[tuple[Step[...], Result]] = []
     done = 0
     if crew is None:
         turns: Turns = in_turn(job, plan.calls(), lambda: course.leaned(job).lean)
     else:
-        number = [other is step for other in job.steps].index(True)
-        passed = Pass(number, tokens, state.version, state.clipped, last)
         turns = crew.in_turn(job, plan.calls(), passed)
     with turns as calls:
         for call, ahead in calls:
@@ -127,7 +124,7 @@ def _blocks(
                 done += 1
             result = course.run(call.step, job, *call.args, ahead=ahead, block=call.block)
             results.append((call.step, result))
-            if call.step is quantize and last:
+            if call.step is quantize and passed.last:
                 run.log_points(block_points(call.block, result.entry))
             if call.step is learn:
                 run.log_points(loss_points(call.block, result.entry))
@@ -137,9 +134,9 @@ def _blocks(
         drop_boundaries(job, passed_on)
     job.memo.clear()
     return State(
-        state.version.after([choice.decision for choice in plan.choices]),
+        passed.version.after([choice.decision for choice in plan.choices]),
         tuple(choice.clipped for choice in plan.choices),
         tuple(result for made, result in results if made is quantize),
         tuple(result for made, result in results if made is pack),
-        (*state.decided, *(r for made, r in results if made in (transform, learn, clip))),
+        (*decided, *(r for made, r in results if made in (transform, learn, clip))),
     )

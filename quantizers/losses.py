@@ -63,15 +63,7 @@ def output_error_ratio(weight: Tensor, restored: Tensor, gram: Tensor) -> Tensor
 def output_energies(weight: Tensor, restored: Tensor, gram: Tensor) -> Tensor:
     """tr(D H D^T) and tr(W H W^T), D = W - Q, (2,) float64: those of all rows are their sums.
 
-    Nothing waits for the device.
-
-    Args:
-        weight: (N, K), floating point.
-        restored: (N, K), floating point, same device.
-        gram: (K, K), the inputs' Gram matrix.
-
-    Raises:
-        ValueError: the shapes do not fit each other.
+    Arguments and errors are those of relative_output_error; nothing waits for the device.
     """
     _check_pair(weight, restored)
     columns = weight.shape[1]

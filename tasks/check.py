@@ -95,7 +95,6 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
     check_upload(request.upload)
     check_uri(settings().tracking_uri)
     devices = check_devices(request)
-    device = devices[0]
     source = _open_model(request)
     _check_overwritten(request, source)
     if "quantization_config" in source.config:
@@ -107,16 +106,7 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
     if request.recipe.save.save_sgl:
         gpus = request.recipe.serving.tensor_parallel
         require_parallel(source.config, gpus, "serving.tensor_parallel")
-    job = Job(
-        request.recipe,
-        source,
-        Store(request.store),
-        Memo(),
-        device,
-        request.memory or min(_available_memory(each) for each in devices),
-        request.keep_incompatible,
-        team=Team(size=len(devices), device=device),
-    )
+    job = _job(request, source, devices)
     asked = str(request.recipe.model.torch_dtype)
     if asked not in ("auto", str(job.dtype).removeprefix("torch.")):
         raise InputError(
@@ -139,6 +129,24 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
     if download and is_hub_id(named):
         job = replace(job, source=fetched(source, named))
     return job, prediction
+
+
+def checked_job(request: Request) -> Job:
+    """The job of a request that :func:`check` found right, in another process."""
+    return _job(request, _open_model(request), check_devices(request))
+
+
+def _job(request: Request, source: Source, devices: tuple[str, ...]) -> Job:
+    return Job(
+        request.recipe,
+        source,
+        Store(request.store),
+        Memo(),
+        devices[0],
+        request.memory or min(_available_memory(each) for each in devices),
+        request.keep_incompatible,
+        team=Team(size=len(devices), device=devices[0]),
+    )
 
 
 def _check_serving(recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ from tasks.engine.job import Job
 from tasks.engine.step import Made, Step, Upcoming
 from tasks.engine.transfer import beside
 from tasks.engine.values import begun
+
+Begun = TypeVar("Begun")
 
 # steps that are begun before they are written: about those of two blocks
 DEPTH = 11
@@ -93,21 +95,17 @@ class Lane:
 
     def calls(self, plan: Plan) -> Iterator[tuple[Call, Upcoming]]:
         """The calls of a plan, each with its result, which may still be computed."""
-        begun: deque[tuple[Call, _Begun]] = deque()
-        planned = keyed(self._job, plan)
-        while True:
-            if not begun:
-                # after a failure, what was begun was made by the tasks
-                self._halted = self._lean()
-            while not begun or (len(begun) < DEPTH and not self._halted):
-                found = next(planned, None)
-                if found is None:
-                    break
-                call, key = found
-                begun.append((call, _Begun(self, self._thread.submit(self._make, call, key))))
-            if not begun:
-                return
-            yield begun.popleft()
+
+        def begin(call: Call, key: str) -> _Begun:
+            return _Begun(self, self._thread.submit(self._make, call, key))
+
+        return begun_ahead(self._job, plan, begin, self._depth)
+
+    def _depth(self, begun: int) -> int:
+        if not begun:
+            # after a failure, what was begun was made by the tasks
+            self._halted = self._lean()
+        return 1 if self._halted else DEPTH
 
     def _make(self, call: Call, key: str) -> Made | None:
         store = self._job.store
@@ -165,6 +163,31 @@ class _Begun:
     def halt(self) -> None:
         """Have nothing more computed ahead, until what was begun is done."""
         self._lane.halt()
+
+
+def begun_ahead(
+    job: Job,
+    plan: Plan,
+    begin: Callable[[Call, str], Begun],
+    depth: Callable[[int], int],
+) -> Iterator[tuple[Call, Begun]]:
+    """The calls of a plan in their order, each with what was begun of it.
+
+    Args:
+        job: the run.
+        plan: of calls.
+        begin: begins a call, given the key of its result.
+        depth: how many may be begun at once, given how many are.
+    """
+    begun: deque[tuple[Call, Begun]] = deque()
+    planned = keyed(job, plan)
+    while True:
+        while len(begun) < depth(len(begun)) and (found := next(planned, None)) is not None:
+            call, key = found
+            begun.append((call, begin(call, key)))
+        if not begun:
+            return
+        yield begun.popleft()
 
 
 @contextmanager

@@ -170,13 +170,7 @@ class _Inputs:
         length = hidden.shape[1]
         batches = micro_batches(hidden, job.device)
         windows = windows_of_each(job, stream)
-        rows = sampled_rows(sum(windows) * length)
-        ends = list(itertools.accumulate(windows, initial=0))
-        samples = [
-            int(((rows >= start * length) & (rows < end * length)).sum())
-            for start, end in itertools.pairwise(ends)
-        ]
-        keeps = _kept_rows(job, batches, ends[job.team.rank] * length, ends[-1] * length)
+        keeps, samples = _kept_rows(job, batches, [count * length for count in windows])
         return cls(batches, keeps, windows, samples, length)
 
 
@@ -247,23 +241,29 @@ class _AllSeen(Exception):
     """What comes after the last input, the largest product of a block, is not needed."""
 
 
-def _kept_rows(job: Job, batches: Sequence[Tensor], start: int, tokens: int) -> tuple[Tensor, ...]:
+def _kept_rows(
+    job: Job, batches: Sequence[Tensor], tokens: Sequence[int]
+) -> tuple[tuple[Tensor, ...], list[int]]:
     """Numbers of the rows of each micro-batch that are kept, on the device.
 
-    ``start`` is the number of their first row among all ``tokens``.
+    And how many rows are kept of all ``tokens`` of each process.
     """
 
-    def compute() -> tuple[Tensor, ...]:
+    def compute() -> tuple[tuple[Tensor, ...], list[int]]:
+        sample = sampled_rows(sum(tokens))
+        of_each = [len(part) for part in _inside(sample, 0, tokens)]
         sizes = [batch.shape[0] * batch.shape[1] for batch in batches]
-        sample, at, found = sampled_rows(tokens), start, []
-        for size in sizes:
-            inside = (sample >= at) & (sample < at + size)
-            found.append((sample[inside] - at).to(job.device))
-            at += size
-        return tuple(found)
+        own = _inside(sample, sum(tokens[: job.team.rank]), sizes)
+        return tuple(part.to(job.device) for part in own), of_each
 
-    shape = f"{start} of {tokens}: {[tuple(batch.shape[:2]) for batch in batches]}"
+    shape = f"{list(tokens)}: {[tuple(batch.shape[:2]) for batch in batches]}"
     return job.memo.get("kept rows", shape, compute)
+
+
+def _inside(rows: Tensor, start: int, sizes: Sequence[int]) -> list[Tensor]:
+    """Numbers of rows within each of some parts that follow one another, the first at ``start``."""
+    ends = itertools.accumulate(sizes, initial=start)
+    return [rows[(rows >= a) & (rows < b)] - a for a, b in itertools.pairwise(ends)]
 
 
 def sampled_rows(tokens: int) -> Tensor:

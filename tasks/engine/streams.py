@@ -111,7 +111,11 @@ def start_stream(job: Job, tokens: str, version: Version = SOURCE) -> Stream:
 
 def windows_of_each(job: Job, stream: Stream) -> list[int]:
     """How many of the stream's windows each process of the team has."""
-    return job.team.counts(require(job, stream.tokens).value["windows"])
+
+    def read() -> list[int]:
+        return job.team.counts(require(job, stream.tokens).value["windows"])
+
+    return job.memo.get("windows", stream.tokens, read)
 
 
 def hidden_states(job: Job, stream: Stream) -> Tensor:

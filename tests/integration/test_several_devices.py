@@ -16,9 +16,11 @@ import psutil
 import pytest
 import torch
 
-from flows.crew import Crew, Pass, Shift
+from flows.block_plan import Pass
+from flows.crew import Crew, Shift
 from flows.crew_process import Failure
 from flows.quantize_model import quantize_model
+from tasks.engine.disk import DiskFullError
 from tasks.engine.errors import InputError
 from tasks.engine.phases import AHEAD, IN_TASK
 from tasks.engine.store import Store
@@ -198,6 +200,29 @@ def test_a_device_that_is_full_keeps_less_from_then_on(
     assert contents(home / "full") == contents(home / "roomy")
     leans = [lean for _, lean in asked]
     assert leans[:3] == [False] * 3 and all(leans[3:]) and leans[3:]
+
+
+# a disk that is full where results are written; what else is written has room
+FULL_DISK = """
+import errno
+import tasks.engine.store
+
+def write(path, saved):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+tasks.engine.store._write = write
+"""
+
+
+def test_a_full_disk_is_told_by_the_process_that_finds_it(
+    home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "full").mkdir()
+    (home / "full" / "sitecustomize.py").write_text(FULL_DISK)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(home / "full"), str(ROOT)]))
+    with pytest.raises(DiskFullError, match="no room is left"):
+        quantized(home, tiny, words, "out", "awq_w4a16")
+    assert left_running() == []
 
 
 def test_a_failure_of_the_run_ends_all(
