@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from configs.schema import ResolvedStep
@@ -12,6 +12,7 @@ from tasks.clip import clip, has_clip
 from tasks.engine.ahead import Call, Plan
 from tasks.engine.job import Job
 from tasks.engine.streams import Stream, Streams, start_stream
+from tasks.engine.team import ALONE
 from tasks.engine.version import Version
 from tasks.learn import has_learned_clip, has_learned_transform, has_learning, learn
 from tasks.pack import pack
@@ -44,6 +45,15 @@ class Pass:
     version: Version
     clipped: tuple[str | None, ...]
     last: bool
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it reads calibration windows, which several devices share."""
+        return self.tokens is not None
+
+    def job(self, job: Job) -> Job:
+        """The job as it computes this pass: alone where nothing is shared."""
+        return job if self.calibrated or job.team.size == 1 else replace(job, team=ALONE)
 
     def plan(self, job: Job) -> BlockPlan:
         """What it asks for."""
@@ -92,7 +102,6 @@ class BlockPlan:
         floats = stream if has_learning(quant) or makes_up(quant) else None
         rounds = self.last or (stream is not None and quant.quant_out)
         for block in self.job.blocks:
-            self.job.digest_ahead(block + 1)
             choice = Choice(None, self.clipped[block] if self.clipped else None)
             if stream is not None:
                 choice = yield from self._decided(stream, floats, choice.clipped, block)

@@ -137,12 +137,13 @@ def quantize(
 
 def run_quantization(parameters: dict[str, Any]) -> dict[str, Any]:
     """Check the input, then run the flow under a Prefect API."""
+    from flows.crew_start import started_early
     from flows.prefect_api import prefect_api, waiting_server
     from tasks.engine.settings import new_log, settings
 
     store = parameters["store"]
     place = settings(Path(store) if store else None)
-    with waiting_server() as server:
+    with waiting_server() as server, started_early(parameters["device"]):
         # before any server begins: bad input costs seconds and leaves no file behind
         _check(parameters)
         from flows.progress import shown

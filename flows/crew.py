@@ -1,8 +1,10 @@
-"""The processes that compute a run's blocks, one on each of several devices; the flow notes.
+"""The processes that compute a run's blocks, one on each of its devices; the flow notes.
 
-They are told, one line of JSON each, which pass over the blocks begins and which result is computed
-next. All compute it together (:mod:`tasks.engine.team`); the first writes its files and says what
-its values are. Where one fails or is lost, all are begun anew by the next step that is asked for.
+They are told, one line of JSON each, what the job is, which pass over the blocks begins and which
+result is computed next. What calibration takes they compute together (:mod:`tasks.engine.team`),
+and the first writes the files of a result and says what its values are; where a pass reads no
+calibration, each block is one process's. Where one fails or is lost, all are begun anew by the next
+step that is asked for.
 """
 
 from __future__ import annotations
@@ -11,11 +13,10 @@ import contextlib
 import json
 import logging
 import os
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,44 +26,42 @@ import torch.distributed as dist
 
 from flows.block_plan import Pass
 from flows.crew_process import Failure, Process, worst_of
-from tasks.check import Request, check_devices
+from flows.crew_start import take_started
+from tasks.check import Request
 from tasks.engine.ahead import DEPTH, Call, Plan, begun_ahead
+from tasks.engine.draft import Draft
 from tasks.engine.job import Job
 from tasks.engine.phases import AHEAD
+from tasks.engine.residency import vacate
 from tasks.engine.step import Made
-from tasks.engine.store import Draft
 
 log = logging.getLogger("blockquant")
 
 # after which there is no more; without it, the flow's process was killed
 END = json.dumps({"end": True})
+# a file that torch's profiler writes what a process did to, as Chrome's tracing reads it
+TRACE = "BLOCKQUANT_TRACE"
 # how long the others may be waited for, and how long one may take to end
 LIMIT = timedelta(minutes=10)
-END_S = 30.0
+END_S = 600.0 if os.environ.get(TRACE) else 30.0
 # how long what another process says of a failure is waited for
 NEWS_S = 3.0
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a process of the crew is started with.
+    """What the processes of a crew are to compute.
 
     Attributes:
-        rank: its own.
-        devices: of all, in the order of the ranks.
-        meeting: a file through which they find each other.
         threads: to compute with.
         recipe: its file or name.
         overrides: over the recipe.
         model: the source's folder.
         store: the folder of results.
-        memory: bytes that may be used on the device.
+        memory: bytes that may be used on a device.
         keep_incompatible: whether linears are left out whose sizes do not fit.
     """
 
-    rank: int
-    devices: tuple[str, ...]
-    meeting: str
     threads: int
     recipe: str
     overrides: tuple[str, ...]
@@ -74,6 +73,8 @@ class Assignment:
 
 def meet(rank: int, devices: Sequence[str], meeting: str) -> None:
     """Find the other processes, by a file and over loopback alone; waits until all are there."""
+    if len(devices) == 1:
+        return
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
     device = torch.device(devices[rank])
@@ -88,22 +89,46 @@ def meet(rank: int, devices: Sequence[str], meeting: str) -> None:
     )
 
 
+@dataclass(eq=False)
+class Round:
+    """A pass over the blocks, as far as it was planned.
+
+    Attributes:
+        passed: the pass.
+        place: the folder of its results' files.
+        calls: what each call is called, and the key of its result, in their order.
+    """
+
+    passed: Pass
+    place: Path
+    calls: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all processes compute each result together."""
+        return self.passed.calibrated
+
+    def planned(self, call: Call, key: str) -> int:
+        """Note the next call; its number."""
+        self.calls.append((f"{call.step.name}[block {call.block}]", key))
+        return len(self.calls) - 1
+
+
 class Shift:
     """Processes that compute together until one of them fails."""
 
-    def __init__(self, assignment: Assignment, logs: Path) -> None:
-        """Start them, which takes them some seconds; nothing waits for them here."""
-        self._place = tempfile.TemporaryDirectory(prefix="blockquant-crew-")
-        given = replace(assignment, meeting=f"{self._place.name}/meeting")
+    def __init__(self, device: str, assignment: Assignment, logs: Path) -> None:
+        """Give a job to those that were started, or start them; nothing waits for them here."""
+        self._started = take_started(device)
         self._lock = threading.Lock()
         self._asked: dict[str, Future[dict[str, Any]]] = {}
         self._failures: list[Failure] = []
         self._ending = self._settled = self._raised = False
-        self._passed: Pass | None = None
-        self.processes = [
-            Process(asdict(replace(given, rank=rank)), given.devices[rank], rank, logs, self._heard)
-            for rank in range(len(given.devices))
-        ]
+        # of each process, the round it is at and how many of its calls it knows
+        self._told: dict[int, tuple[Round, int]] = {}
+        self.processes = [Process(member, logs, self._heard) for member in self._started.members]
+        for process in self.processes:
+            process.tell([json.dumps({"job": asdict(assignment)})])
 
     @property
     def over(self) -> bool:
@@ -124,24 +149,38 @@ class Shift:
             self._raised = True
             raise
 
-    def ask(self, passed: Pass, place: Path, key: str, lean: bool) -> Future[dict[str, Any]]:
-        """Have a result of a pass computed; what the first of them says of it."""
-        lines = [json.dumps({"make": key, "lean": lean})]
-        if self._passed != passed:
-            lines.insert(0, json.dumps({"pass": asdict(passed), "place": str(place)}))
-            self._passed = passed
+    def ask(self, at: Round, number: int, block: int, lean: bool) -> Future[dict[str, Any]]:
+        """Have a call's result computed; what who computes it says of it.
+
+        Args:
+            at: the round.
+            number: of the call in it; none before it is asked for after it.
+            block: that it is of.
+            lean: whether less is kept on the devices.
+        """
         promised: Future[dict[str, Any]] = Future()
         with self._lock:
             if self._settled:
                 promised.set_exception(worst_of(self._failures))
                 return promised
-            self._asked[key] = promised
-        for process in self.processes:
-            process.tell(lines)
+            self._asked[at.calls[number][1]] = promised
+        count = len(self.processes)
+        for rank in range(count) if at.shared else (block % count,):
+            self._tell(rank, at, number, lean)
         return promised
 
+    def _tell(self, rank: int, at: Round, number: int, lean: bool) -> None:
+        current, known = self._told.get(rank, (None, 0))
+        lines = []
+        if current is not at:
+            lines.append(json.dumps({"pass": asdict(at.passed), "place": str(at.place)}))
+            known = 0
+        lines.append(json.dumps({"make": at.calls[known : number + 1], "lean": lean}))
+        self._told[rank] = (at, number + 1)
+        self.processes[rank].tell(lines)
+
     def _heard(self, said: dict[str, Any] | Failure) -> None:
-        """A process said that a result is there, or failed."""
+        """A process said that a result is there, or what it has to say, or failed."""
         if isinstance(said, Failure):
             with self._lock:
                 first = not self._failures and not self._ending
@@ -149,6 +188,12 @@ class Shift:
             if first:
                 # one that waited for another fails too, and may be heard first
                 threading.Timer(NEWS_S if said.vague else 0.0, self._settle).start()
+            return
+        if "log" in said:
+            now, _ = self._told.get(said["rank"], (None, 0))
+            # what all compute together each of them says
+            if said["rank"] == 0 or (now is not None and not now.shared):
+                log.log(said["level"], said["log"])
             return
         with self._lock:
             promised = self._asked.pop(said["made"], None)
@@ -173,10 +218,9 @@ class Shift:
             process.tell([END])
             process.close()
         for process in self.processes:
-            if not (at_once or self.over or self._passed is None or process.ended(END_S)):
+            if not (at_once or self.over or not self._told or process.ended(END_S)):
                 log.warning("the process on %s did not end and is killed", process.device)
-            process.kill()
-        self._place.cleanup()
+        self._started.end()
 
 
 @dataclass(eq=False)
@@ -184,58 +228,60 @@ class Crew:
     """The processes of one run: begun before they are needed, and anew after a failure.
 
     Attributes:
-        assignment: of the first of them; the others differ by their rank.
-        logs: the folder of what they say.
+        device: theirs, as it was asked for.
+        assignment: what they compute.
+        logs: the folder of what those printed that failed.
         lean: whether they keep less on their devices, as one was full.
-        peaks: bytes that the first of them took at most, of its device and of the host.
+        peaks: bytes that one of them took at most, of its device and of the host.
     """
 
+    device: str
     assignment: Assignment
     logs: Path
     lean: bool = False
     peaks: dict[str, int] = field(default_factory=dict)
     _shift: Shift | None = None
-    _pass: tuple[Pass, Path] | None = None
+    _round: Round | None = None
 
     def begin(self) -> Shift:
         """Those that compute now; started where there are none."""
         if self._shift is not None and self._shift.over:
             self.close()
         if self._shift is None:
-            self._shift = Shift(self.assignment, self.logs)
+            self._shift = Shift(self.device, self.assignment, self.logs)
         return self._shift
 
     @property
     def ahead(self) -> bool:
         """Whether results are asked for before they are needed: GPUs keep them in memory."""
-        return self.assignment.devices[0] != "cpu"
+        return "cuda" in self.device
 
     @contextlib.contextmanager
     def in_turn(self, job: Job, plan: Plan, passed: Pass) -> Iterator[Iterator[tuple[Call, Asked]]]:
         """The calls of a plan, each with its result, which may still be computed."""
+        job.memo.clear()
+        vacate(job.device)
         with job.store.scratch("ahead") as place:
-            self._pass = (passed, place)
-            depth = DEPTH if self.ahead else 1
-            yield begun_ahead(
-                job, plan, lambda call, key: self._begun(job, key), lambda begun: depth
-            )
+            self._round = Round(passed, place)
+            yield begun_ahead(job, plan, self._begun, DEPTH if self.ahead else 1)
 
-    def _begun(self, job: Job, key: str) -> Asked:
-        asked = Asked(self, job, key)
+    def _begun(self, job: Job, call: Call, key: str) -> Asked:
+        assert self._round is not None
+        asked = Asked(self, job, call.block, self._round.planned(call, key))
         if self.ahead and job.store.get(key) is None:
             asked.ask()
         return asked
 
-    def ask(self, key: str) -> tuple[Shift, Future[dict[str, Any]]]:
-        """Have a result of the pass computed, and by whom."""
-        assert self._pass is not None
+    def ask(self, number: int, block: int) -> tuple[Shift, Future[dict[str, Any]]]:
+        """Have the result of a call of this round computed, and by whom."""
+        assert self._round is not None
         shift = self.begin()
-        return shift, shift.ask(*self._pass, key, self.lean)
+        return shift, shift.ask(self._round, number, block, self.lean)
 
     def made(self, job: Job, said: Mapping[str, Any]) -> Made:
         """A result as it was said."""
-        assert self._pass is not None
-        place = self._pass[1] / said["made"]
+        assert self._round is not None
+        place = self._round.place / said["made"]
         for name, checksum in said["files"].items():
             job.store.note(place / name, checksum)
         job.phases.seconds[AHEAD] += said["seconds"]
@@ -256,29 +302,34 @@ class Asked:
 
     crew: Crew
     job: Job
-    key: str
-    _asked: tuple[Shift, Future[dict[str, Any]]] | None = field(default=None)
+    block: int
+    number: int
+    _asked: tuple[Shift, Future[dict[str, Any]]] | None = None
+    _made: Made | None = None
 
     def ask(self) -> None:
         """Have it made."""
-        self._asked = self.crew.ask(self.key)
+        self._asked = self.crew.ask(self.number, self.block)
 
     def take(self) -> Made:
-        """Wait for it; taken again after a failure, it is made again.
+        """Wait for it; made again where it could not be, and the same where it was.
 
         Raises:
             Exception: as it failed there.
         """
         said = None
+        if self._made is not None:
+            return self._made
         if self._asked is not None:
             (shift, promised), self._asked = self._asked, None
             said = shift.wait(promised)
         if said is None:
             # what was asked of those that are gone is asked of others
-            shift, promised = self.crew.ask(self.key)
+            shift, promised = self.crew.ask(self.number, self.block)
             said = shift.wait(promised)
         assert said is not None
-        return self.crew.made(self.job, said)
+        self._made = self.crew.made(self.job, said)
+        return self._made
 
     def halt(self) -> None:
         """Keep less on the devices from now on: one of them was full."""
@@ -289,14 +340,11 @@ class Asked:
 def crew_of(
     job: Job, request: Request, recipe: str, overrides: Sequence[str]
 ) -> Iterator[Crew | None]:
-    """The processes on a job's devices, which start at once; None where it has one device."""
-    if job.team.size == 1:
+    """The processes on a job's devices; None where it has one CPU, which the flow computes on."""
+    if job.team.size == 1 and not job.on_gpu:
         yield None
         return
     assignment = Assignment(
-        0,
-        check_devices(request),
-        "",
         torch.get_num_threads(),
         recipe,
         tuple(overrides),
@@ -305,7 +353,7 @@ def crew_of(
         job.memory,
         job.keep_incompatible,
     )
-    crew = Crew(assignment, request.store / "logs")
+    crew = Crew(request.device, assignment, request.store / "logs")
     crew.begin()
     try:
         yield crew

@@ -1,19 +1,21 @@
-"""One process of a crew: ``python -m flows.crew_member ASSIGNMENT FILE``, which the flow starts.
+"""One process of a crew: ``python -m flows.crew_member SEAT FILE``, which a run starts.
 
-It plans the same passes as the flow and computes what it is told to, in step with the others. The
-first one writes the files of results and says what their values are; the others write nothing but
-their share of the hidden states.
+It plans the same passes as the flow and computes what it is told to, where that is calibrated in
+step with the others. The first one then writes the files of results and says what their values are;
+the others write nothing but their share of the hidden states.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +26,11 @@ import torch
 
 from configs.loading import load_recipe
 from flows.block_plan import Pass
-from flows.crew import END_S, Assignment, meet
+from flows.crew import END_S, TRACE, Assignment, meet
 from flows.crew_process import Failure
-from tasks.check import Request, checked_job
-from tasks.engine.ahead import Call, Host, keyed
+from flows.crew_start import Seat
+from tasks.check import Request, check_device, checked_job
+from tasks.engine.ahead import Call, Host, Plan
 from tasks.engine.job import Job
 from tasks.engine.residency import peaks
 from tasks.engine.step import Made
@@ -37,19 +40,18 @@ from tasks.engine.transfer import beside
 from tasks.engine.values import resolved
 
 
-def job_of(given: Assignment) -> Job:
+def job_of(given: Assignment, rank: int, devices: Sequence[str]) -> Job:
     """The flow's job, on this process's device."""
-    device = given.devices[given.rank]
     request = Request(
         load_recipe(given.recipe, given.overrides),
         given.model,
         None,
         Path(given.store),
-        device,
+        devices[rank],
         given.memory,
         given.keep_incompatible,
     )
-    return replace(checked_job(request), team=Team(given.rank, len(given.devices), device))
+    return replace(checked_job(request), team=Team(rank, len(devices), devices[rank]))
 
 
 class Work:
@@ -57,48 +59,95 @@ class Work:
 
     def __init__(self, job: Job, passed: Pass) -> None:
         """Plan it; nothing is computed."""
-        self._job = job
-        self._plan = passed.plan(job)
-        self._calls = keyed(job, self._plan.calls())
-        self._call: tuple[Call, str] | None = None
+        self.job = passed.job(job)
+        self._plan = passed.plan(self.job)
+        self._calls = self._plan.calls()
+        self._call: Call | None = next(self._calls, None)
 
-    def make(self, key: str, lean: bool) -> Made:
-        """Compute a result, later in the plan than the one before.
+    def make(self, calls: Sequence[tuple[str, str]], lean: bool) -> Made:
+        """Compute the result of a call.
+
+        Args:
+            calls: what those are called that follow, and the keys of their results, which the flow
+                knows; the last one's result is computed.
+            lean: whether less is kept on the device.
 
         Raises:
-            LookupError: the plan has no such result.
+            LookupError: the plan is another than the flow's.
         """
-        while self._call is None or self._call[1] != key:
-            self._call = next(self._calls, None)
-            if self._call is None:
-                raise LookupError(f"no step of this pass makes {key}: the processes disagree")
-        if lean and not self._job.lean:
-            self._job = self._job.leaner() or self._job
-        call, _ = self._call
-        return call.step.make(self._job, key, *call.args, block=call.block)
+        if lean and not self.job.lean:
+            self.job = self.job.leaner() or self.job
+        made: Made | None = None
+        for number, (label, key) in enumerate(calls, start=1):
+            call = self._call
+            if call is None or f"{call.step.name}[block {call.block}]" != label:
+                raise LookupError(f"no {label} comes next in this pass: the processes disagree")
+            if number == len(calls):
+                made = call.step.make(self.job, key, *call.args, block=call.block)
+            self._call = _sent(self._calls, key)
+        assert made is not None
+        return made
 
     def end(self) -> None:
         """Drop the hidden states of a pass that is through."""
-        if next(self._calls, None) is None:
+        if self._call is None:
             for stream in self._plan.streams:
-                drop_boundaries(self._job, stream)
-            self._job.memo.clear()
+                drop_boundaries(self.job, stream)
+            self.job.memo.clear()
+
+
+def _sent(calls: Plan, key: str) -> Call | None:
+    """The call after one whose result has a key; None where there is none."""
+    try:
+        return calls.send(key)
+    except StopIteration:
+        return None
+
+
+class Saying:
+    """Says lines of JSON, each whole, from any thread."""
+
+    def __init__(self, file: int) -> None:
+        """Say them to an open file."""
+        self._file = file
+        self._lock = threading.Lock()
+
+    def __call__(self, message: dict[str, Any]) -> None:
+        """Say one."""
+        line = json.dumps(message).encode() + b"\n"
+        with self._lock:
+            while line:
+                line = line[os.write(self._file, line) :]
+
+
+class Forwarded(logging.Handler):
+    """Has the flow log what this process would."""
+
+    def __init__(self, say: Saying, rank: int) -> None:
+        """Say it there, and which process says so."""
+        super().__init__()
+        self._say = say
+        self._rank = rank
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say one record."""
+        self._say({"log": record.getMessage(), "level": record.levelno, "rank": self._rank})
 
 
 class Voice:
     """Says, in their order, that results are written, while the next are computed."""
 
-    def __init__(self, job: Job, said: int) -> None:
-        """Say it to an open file."""
+    def __init__(self, job: Job, say: Saying) -> None:
+        """Say it to the flow."""
         self._job = job
-        self._said = said
+        self._say = say
         self._host = Host(job)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockquant-voice")
 
     def tell(self, key: str, made: Made, place: Path, seconds: float) -> None:
         """Have a result written below a folder and told; where it cannot be, this process ends."""
         begun = self._host.begun(made, place / key)
-        self._thread.submit(_or_fail, self._said, partial(self._tell, key, begun, seconds))
+        self._thread.submit(_or_fail, self._say, partial(self._tell, key, begun, seconds))
 
     def _tell(self, key: str, made: Made, seconds: float) -> None:
         written = made.draft.wait().items()
@@ -106,25 +155,18 @@ class Voice:
         with beside(self._job.device, made.ready):
             value = resolved(made.value)
         found = {"files": files, "value": value, "peaks": peaks(self._job.device)}
-        say(self._said, {"made": key, "seconds": seconds, **found})
+        self._say({"made": key, "seconds": seconds, **found})
 
     def end(self) -> None:
         """Wait until all is told."""
         self._thread.shutdown()
 
 
-def say(said: int, message: dict[str, Any]) -> None:
-    """Write a line of JSON, whole."""
-    line = json.dumps(message).encode() + b"\n"
-    while line:
-        line = line[os.write(said, line) :]
-
-
-def work(job: Job, told: Iterator[dict[str, Any]], said: int) -> None:
+def work(job: Job, told: Iterator[dict[str, Any]], say: Saying) -> None:
     """Do what is told."""
     current: Work | None = None
     place = Path()
-    voice = Voice(job, said)
+    voice = Voice(job, say)
     for message in told:
         if "end" in message:
             break
@@ -135,8 +177,9 @@ def work(job: Job, told: Iterator[dict[str, Any]], said: int) -> None:
         elif current is not None:
             start = time.perf_counter()
             made = current.make(message["make"], message["lean"])
-            if job.team.rank == 0:
-                voice.tell(message["make"], made, place, time.perf_counter() - start)
+            if current.job.team.rank == 0:
+                _, key = message["make"][-1]
+                voice.tell(key, made, place, time.perf_counter() - start)
     voice.end()
     if current is not None:
         current.end()
@@ -158,33 +201,55 @@ def messages() -> Iterator[dict[str, Any]]:
         os._exit(1)
 
     threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield heard.get()
+    return iter(heard.get, None)
 
 
-def _or_fail(said: int, do: Callable[[], None]) -> None:
+@contextmanager
+def _traced(rank: int) -> Iterator[None]:
+    """Have torch's profiler look on, where that is asked for."""
+    if not (path := os.environ.get(TRACE)):
+        yield
+        return
+    every = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with torch.profiler.profile(experimental_config=every) as profiler:
+        yield
+    profiler.export_chrome_trace(f"{path}.{rank}" if rank else path)
+
+
+def _or_fail(say: Saying, do: Callable[[], None]) -> None:
     """Do something; where it fails that is told, and this process ends."""
     try:
         do()
     except Exception as error:
-        say(said, {"failed": asdict(Failure.of(error))})
+        say({"failed": asdict(Failure.of(error))})
         os._exit(1)
 
 
 def main() -> None:
     """Work until there is no more; a failure is told in a line."""
     given = json.loads(sys.argv[1])
-    lists = {name: tuple(given[name]) for name in ("devices", "overrides")}
-    assignment = Assignment(**(given | lists))
-    told, said = messages(), int(sys.argv[2])
+    seat, say = Seat(**(given | {"devices": tuple(given["devices"])})), Saying(int(sys.argv[2]))
+    told = messages()
 
     def run() -> None:
+        devices = [check_device(name) for name in seat.devices]
+        # takes a second, which none of the job's is then
+        torch.zeros(1, device=devices[seat.rank])
+        meet(seat.rank, devices, seat.meeting)
+        message = next(told)
+        if "job" not in message:
+            return
+        given = message["job"]
+        assignment = Assignment(**(given | {"overrides": tuple(given["overrides"])}))
         torch.set_num_threads(assignment.threads)
-        job = job_of(assignment)
-        meet(assignment.rank, assignment.devices, assignment.meeting)
-        work(job, told, said)
+        job = job_of(assignment, seat.rank, devices)
+        logger = logging.getLogger("blockquant")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(Forwarded(say, seat.rank))
+        with _traced(seat.rank):
+            work(job, told, say)
 
-    _or_fail(said, run)
+    _or_fail(say, run)
     # not by the way of interpreters: what others of us still exchange is no more waited for
     os._exit(0)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
-import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from flows.crew_start import Member
 from tasks.engine.errors import InputError, RunError, one_line
 from tasks.engine.residency import ran_out_of_memory
 
@@ -79,81 +80,60 @@ class Process:
     """A process that computes; what it says is told to ``heard`` by a thread."""
 
     def __init__(
-        self,
-        assignment: Mapping[str, Any],
-        device: str,
-        rank: int,
-        logs: Path,
-        heard: Callable[[dict[str, Any] | Failure], None],
+        self, member: Member, logs: Path, heard: Callable[[dict[str, Any] | Failure], None]
     ) -> None:
-        """Start it."""
-        self.device = device
-        logs.mkdir(parents=True, exist_ok=True)
-        self._log = logs / f"device-{os.getpid()}-{rank}.log"
+        """Listen to one that was started; what it printed is kept in ``logs`` where it fails."""
+        self._member = member
+        self._logs = logs
         self._heard = heard
-        # a pipe of its own: what libraries print is for the log
-        self._said, saying = os.pipe()
-        command = [sys.executable, "-m", "flows.crew_member", json.dumps(assignment), str(saying)]
-        with self._log.open("wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                pass_fds=(saying,),
-                # an interrupt is told by who is interrupted
-                start_new_session=True,
-            )
-        os.close(saying)
-        self._listening = threading.Thread(target=self._listen, daemon=True)
-        self._listening.start()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    @property
+    def device(self) -> str:
+        """What it computes on."""
+        return self._member.device
 
     @property
     def pid(self) -> int:
         """Its number."""
-        return self._process.pid
+        return self._member.process.pid
 
     def _listen(self) -> None:
         failed = False
-        with os.fdopen(self._said, "rb") as lines:
+        with os.fdopen(self._member.said, "rb") as lines:
             for line in lines:
                 said = json.loads(line)
                 failed = failed or "failed" in said
                 self._heard(Failure(**said["failed"]) if "failed" in said else said)
-        status = self._process.wait()
+        status = self._member.process.wait()
         if status and not failed:
             self._heard(Failure(LOST, self._last_words(status)))
 
     def _last_words(self, status: int) -> str:
-        said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        last = f": {said[-1]}" if said else ""
-        return f"the process on {self.device} ended ({status}){last}; see {self._log}"
+        text = "nothing"
+        with suppress(OSError):
+            text = self._member.log.read_text(encoding="utf-8", errors="replace").strip() or text
+            self._logs.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self._member.log, self._logs / self._member.log.name)
+        kept = self._logs / self._member.log.name
+        return f"the process on {self.device} ended ({status}): {text.splitlines()[-1]}; see {kept}"
 
     def tell(self, lines: Sequence[str]) -> None:
         """Have it read lines; that one is gone is heard otherwise."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError, ValueError):
-            self._process.stdin.write("".join(f"{line}\n" for line in lines).encode())
-            self._process.stdin.flush()
+        self._member.tell(lines)
 
     def close(self) -> None:
         """Tell it that there is no more."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
+        self._member.close()
 
     def ended(self, within_s: float) -> bool:
         """Whether it ends within so many seconds."""
         try:
-            self._process.wait(within_s)
+            self._member.process.wait(within_s)
         except subprocess.TimeoutExpired:
             return False
         return True
 
     def kill(self) -> None:
-        """End it now, if it did not; what it said is kept where it failed."""
-        self.close()
-        self._process.kill()
-        self._process.wait()
-        if self._process.returncode == 0 and self._log.exists() and not self._log.stat().st_size:
-            self._log.unlink()
+        """End it now, if it did not end."""
+        self._member.kill()

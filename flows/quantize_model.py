@@ -13,6 +13,7 @@ from prefect import flow
 from configs.loading import ineffective_keys, load_recipe
 from flows.course import Course
 from flows.crew import Crew, crew_of
+from flows.crew_start import started_early
 from flows.finishing import look, publish_products, sample, scored, serve, settled, show, uploaded
 from flows.steps import State, apply, calibration, passes
 from flows.tracked import failure_kept, open_tracked
@@ -21,7 +22,7 @@ from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun, told, told_run
 from tasks.engine.publication import alone, end, work_identity
 from tasks.engine.residency import forget_peaks, peaks
-from tasks.engine.settings import settings
+from tasks.engine.settings import Settings, settings
 from tasks.engine.step import Result, action
 from tasks.engine.store import Entry
 from tasks.evaluate import evaluate, summary
@@ -90,8 +91,22 @@ def quantize_model(
         overwrite,
         upload,
     )
+    with started_early(device):
+        return _checked(request, place, recipe, overrides, log_file, parent, name)
+
+
+def _checked(
+    request: Request,
+    place: Settings,
+    recipe: str,
+    overrides: Sequence[str],
+    log_file: str | None,
+    parent: str | None,
+    name: str | None,
+) -> dict[str, Any]:
+    """Check the request, then work on it, known to MLflow."""
     job, _ = action(check)(request, download=True)
-    for key in ineffective_keys(loaded):
+    for key in ineffective_keys(request.recipe):
         log.info("%s has no effect here and is ignored", key)
     identity = work_identity(job, request.output)
     with alone(job.store, request.output or identity), told_run(place, identity) as run:

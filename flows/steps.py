@@ -32,7 +32,7 @@ from tasks.transform import transform
 
 log = logging.getLogger("blockquant")
 
-# the calls of a pass, each with its result where that is computed ahead of its task
+# the calls of a pass, each with its result where others than its task compute that
 Turns = AbstractContextManager[Iterator[tuple[Call, Upcoming | None]]]
 
 
@@ -110,11 +110,12 @@ def _blocks(
     decided: tuple[Result, ...],
 ) -> State:
     """Take every block through a step, as :mod:`flows.block_plan` plans it."""
+    job = passed.job(job)
     plan = passed.plan(job)
     results: list[tuple[Step[...], Result]] = []
     done = 0
     if crew is None:
-        turns: Turns = in_turn(job, plan.calls(), lambda: course.leaned(job).lean)
+        turns: Turns = in_turn(job, plan.calls())
     else:
         turns = crew.in_turn(job, plan.calls(), passed)
     with turns as calls:

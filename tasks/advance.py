@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tasks.engine.draft import Draft
 from tasks.engine.job import Job, activation_lineage
 from tasks.engine.step import step
-from tasks.engine.store import Draft
 from tasks.engine.streams import (
     Stream,
     hidden_states,

@@ -211,9 +211,7 @@ def check_devices(request: Request) -> tuple[str, ...]:
     if any(isinstance(step.quant.special, OmniQuantSpecial) for step in steps):
         raise InputError(f"{place}: OmniQuant learns on one device; give one")
     samples = [step.calib.n_samples for step in steps if step.calib is not None]
-    if not samples:
-        raise InputError(f"{place}: only calibration is shared, and this recipe has none; give one")
-    if min(samples) < len(devices):
+    if min(samples, default=len(devices)) < len(devices):
         raise InputError(
             f"{place}: calib.n_samples is {min(samples)}, less than a sample for each; use more"
         )

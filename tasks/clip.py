@@ -17,12 +17,12 @@ from quantizers.rounding import ClipRange
 from quantizers.schemes import Granularity
 from tasks.engine.architectures import Architecture, LinearGroup
 from tasks.engine.collect import block_statistics
+from tasks.engine.draft import Draft
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job, result_files, result_tensors, scheme_lineage
 from tasks.engine.precision import search_products
 from tasks.engine.sharing import clip_of
 from tasks.engine.step import step
-from tasks.engine.store import Draft
 from tasks.engine.streams import Stream
 from tasks.engine.version import block_transforms, transformed_block
 from tasks.transform import no_transform

@@ -25,10 +25,11 @@ from tasks.engine.decoder import (
     micro_batches,
     run_block,
 )
+from tasks.engine.draft import Draft
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job, require
 from tasks.engine.step import step
-from tasks.engine.store import Draft, Entry, load_tensors
+from tasks.engine.store import Entry, load_tensors
 from tasks.engine.weights import Weights, weights_of
 from tasks.engine.windows import read_tokens
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from configs.schema import Evaluation
+from tasks.engine.draft import Draft
 from tasks.engine.job import Job
 from tasks.engine.step import step
-from tasks.engine.store import Draft
 from tasks.engine.windows import save_windows, window_lineage
 
 

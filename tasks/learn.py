@@ -25,6 +25,7 @@ from tasks.clip import LEARNED
 from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics
 from tasks.engine.decoder import InputHook, micro_batches, run_block
+from tasks.engine.draft import Draft
 from tasks.engine.export_format import export_dtype
 from tasks.engine.folding import (
     apply_transforms,
@@ -38,7 +39,6 @@ from tasks.engine.folding import (
 from tasks.engine.job import Job, activation_lineage, scheme_lineage
 from tasks.engine.precision import search_products
 from tasks.engine.step import step
-from tasks.engine.store import Draft
 from tasks.engine.streams import Stream, Streams, block_arguments, hidden_states, pass_block
 from tasks.engine.version import DECISION, version_block
 from tasks.transform import GroupInputs, group_problem

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tasks.engine.draft import Draft
 from tasks.engine.job import Job
 from tasks.engine.plan import require_fit
 from tasks.engine.step import step
-from tasks.engine.store import Draft
 
 
 def _depends_on(job: Job) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from tasks.engine.draft import Draft
 from tasks.engine.export_format import compress, export_dtype
 from tasks.engine.job import Job
 from tasks.engine.step import step
-from tasks.engine.store import Draft
 from tasks.engine.version import transformed_block
 from tasks.quantize import Origin, block_codes, block_input_scales, quantize
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.engine.disk import writing_to
+from tasks.engine.draft import link_or_copy
 from tasks.engine.errors import InputError
 from tasks.engine.output import (
     content_of,
@@ -22,7 +23,7 @@ from tasks.engine.output import (
 from tasks.engine.publication import REPORT, begin
 from tasks.engine.served_windows import WINDOWS, ServedWindows, windows_text
 from tasks.engine.serving.server import launch_command
-from tasks.engine.store import Entry, Store, checksum, link_or_copy
+from tasks.engine.store import Entry, Store, checksum
 from tasks.report import report_text
 
 CARD = "README.md"

@@ -20,6 +20,7 @@ from quantizers.rounding import QuantizedWeight, dequantize, round_group
 from tasks.clip import rounding_ranges
 from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics
+from tasks.engine.draft import Draft
 from tasks.engine.feedback import RoundedBlock, feed_back
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job, activation_lineage, result_tensors, scheme_lineage
@@ -29,7 +30,6 @@ from tasks.engine.ranges import input_ranges, weight_range
 from tasks.engine.sharing import output_error
 from tasks.engine.source import tensor_digest
 from tasks.engine.step import step
-from tasks.engine.store import Draft
 from tasks.engine.streams import Stream, Streams
 from tasks.engine.values import Later
 from tasks.engine.version import (

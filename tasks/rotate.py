@@ -7,10 +7,10 @@ from typing import Any
 from configs.schema import ResolvedStep
 from configs.special_keys import QuarotSpecial
 from quantizers.rotation import RotationKind, draw_rotation
+from tasks.engine.draft import Draft
 from tasks.engine.job import Job
 from tasks.engine.rotating import rotation_tensors
 from tasks.engine.step import step
-from tasks.engine.store import Draft
 from tasks.engine.version import ROTATION
 
 

@@ -22,6 +22,7 @@ from quantizers.smoothquant import smoothing_scale
 from quantizers.statistics import InputStatistics
 from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics
+from tasks.engine.draft import Draft
 from tasks.engine.export_format import export_dtype
 from tasks.engine.folding import (
     is_norm,
@@ -35,7 +36,6 @@ from tasks.engine.job import Job, activation_lineage, scheme_lineage
 from tasks.engine.precision import search_products
 from tasks.engine.sharing import errors_of
 from tasks.engine.step import step
-from tasks.engine.store import Draft
 from tasks.engine.streams import Stream
 from tasks.engine.version import DECISION, version_block
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from quantizers.clipping import clamp_to_range
 from tasks.clip import block_clip
+from tasks.engine.draft import Draft
 from tasks.engine.export_format import export_dtype
 from tasks.engine.job import Job, scheme_lineage
 from tasks.engine.step import step
-from tasks.engine.store import Draft
 from tasks.engine.version import Version, version_block
 from tasks.pack import save_shards, untouched
 

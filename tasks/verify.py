@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tasks.engine.checkpoint import Checkpoint, open_checkpoint
 from tasks.engine.decoder import Decoder, build_decoder, run_block
+from tasks.engine.draft import Draft
 from tasks.engine.errors import InputError, VerificationError
 from tasks.engine.export_format import (
     INPUT_SCALE,
@@ -32,7 +33,6 @@ from tasks.engine.plan import outside_shapes
 from tasks.engine.publication import REPORT
 from tasks.engine.source import TensorInfo
 from tasks.engine.step import step
-from tasks.engine.store import Draft
 from tasks.quantize import codes_digest
 
 LOGIT_TOLERANCE = 1e-4

@@ -1,8 +1,6 @@
-"""Results of the steps to come, computed and written beside the one that is being noted.
+"""Calls of steps that are planned, begun before they are needed, and written beside what follows.
 
-A thread computes, others write what it made; the tasks that steps are run as take both and note
-them. Where it fails, the task of that step fails in its place, and all that was begun is left to
-the tasks.
+A device computes, threads write what it made; the tasks that steps are run as take and note it.
 """
 
 from __future__ import annotations
@@ -10,15 +8,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from tasks.engine.job import Job
-from tasks.engine.step import Made, Step, Upcoming
+from tasks.engine.step import Made, Step
 from tasks.engine.transfer import beside
 from tasks.engine.values import begun
 
@@ -61,115 +57,16 @@ class Host:
         def begin(work: Callable[[], Any]) -> Future[Any]:
             return self._threads.submit(self._beside, made, work)
 
-        made.draft.write_ahead(place, begin, self._job.store)
+        made.draft.write_ahead(place, begin, self._job.store.describe)
         return replace(made, value=begun(made.value, begin))
 
     def _beside(self, made: Made, work: Callable[[], Any]) -> Any:
         with beside(self._job.device, made.ready):
             return work()
 
-    def close(self) -> None:
-        """End the threads, after what they are at."""
-        self._threads.shutdown(cancel_futures=True)
-
-
-class Lane:
-    """The thread that computes ahead, one step after the other, in the order of a plan."""
-
-    def __init__(self, job: Job, lean: Callable[[], bool], place: Path) -> None:
-        """Begin with nothing to do; where ``lean`` says so, nothing is computed ahead.
-
-        Files are written to ``place``.
-        """
-        self._job = job
-        self._place = place
-        self._lean = lean
-        self._thread = ThreadPoolExecutor(
-            1,
-            thread_name_prefix="blockquant-ahead",
-            initializer=torch.set_num_threads,
-            initargs=(torch.get_num_threads(),),
-        )
-        self._host = Host(job)
-        self._halted = False
-
-    def calls(self, plan: Plan) -> Iterator[tuple[Call, Upcoming]]:
-        """The calls of a plan, each with its result, which may still be computed."""
-
-        def begin(call: Call, key: str) -> _Begun:
-            return _Begun(self, self._thread.submit(self._make, call, key))
-
-        return begun_ahead(self._job, plan, begin, self._depth)
-
-    def _depth(self, begun: int) -> int:
-        if not begun:
-            # after a failure, what was begun was made by the tasks
-            self._halted = self._lean()
-        return 1 if self._halted else DEPTH
-
-    def _make(self, call: Call, key: str) -> Made | None:
-        store = self._job.store
-        if self._halted or store.get(key) is not None:
-            return None
-        if store.is_locked(key):
-            # another process is making it, and the task waits for that
-            self._halted = True
-            return None
-        try:
-            made = call.step.make(self._job, key, *call.args, block=call.block)
-            return self._host.begun(made, self._place / key)
-        except BaseException:
-            self._halted = True
-            raise
-
-    def halt(self) -> None:
-        """Leave what was begun to the tasks; returns once nothing is computed any more."""
-        self._halted = True
-        self._thread.submit(_nothing).result()
-
-    def close(self) -> None:
-        """End the threads, after what they are computing."""
-        self._halted = True
-        self._thread.shutdown(cancel_futures=True)
-        self._host.close()
-
-
-class _Begun:
-    """A result that the lane makes."""
-
-    def __init__(self, lane: Lane, future: Future[Made | None]) -> None:
-        """Of a lane, promised."""
-        self._lane = lane
-        self._future = future
-        self._failed = False
-
-    def take(self) -> Made | None:
-        """Wait for it; None where the task has to make it, and nothing else is computed then.
-
-        Raises:
-            Exception: what went wrong, once: asked again, the task makes it.
-        """
-        made = None
-        if not self._failed:
-            try:
-                made = self._future.result()
-            except BaseException:
-                self._failed = True
-                raise
-        if made is None:
-            self._lane.halt()
-        return made
-
-    def halt(self) -> None:
-        """Have nothing more computed ahead, until what was begun is done."""
-        self._lane.halt()
-
 
 def begun_ahead(
-    job: Job,
-    plan: Plan,
-    begin: Callable[[Call, str], Begun],
-    depth: Callable[[int], int],
+    job: Job, plan: Plan, begin: Callable[[Job, Call, str], Begun], depth: int
 ) -> Iterator[tuple[Call, Begun]]:
     """The calls of a plan in their order, each with what was begun of it.
 
@@ -177,46 +74,34 @@ def begun_ahead(
         job: the run.
         plan: of calls.
         begin: begins a call, given the key of its result.
-        depth: how many may be begun at once, given how many are.
+        depth: how many may be begun at once.
     """
     begun: deque[tuple[Call, Begun]] = deque()
     planned = keyed(job, plan)
     while True:
-        while len(begun) < depth(len(begun)) and (found := next(planned, None)) is not None:
+        while len(begun) < depth and (found := next(planned, None)) is not None:
             call, key = found
-            begun.append((call, begin(call, key)))
+            begun.append((call, begin(job, call, key)))
         if not begun:
             return
         yield begun.popleft()
 
 
 @contextmanager
-def in_turn(
-    job: Job, plan: Plan, lean: Callable[[], bool]
-) -> Iterator[Iterator[tuple[Call, Upcoming | None]]]:
-    """The calls of a plan; beside a GPU, each with its result, which may still be computed."""
-    if not job.on_gpu:
-        yield ((call, None) for call, _ in keyed(job, plan))
-        return
-    with job.store.scratch("ahead") as place:
-        lane = Lane(job, lean, place)
-        try:
-            yield lane.calls(plan)
-        finally:
-            lane.close()
+def in_turn(job: Job, plan: Plan) -> Iterator[Iterator[tuple[Call, None]]]:
+    """The calls of a plan, none begun before it is needed."""
+    yield ((call, None) for call, _ in keyed(job, plan))
 
 
 def keyed(job: Job, plan: Plan) -> Iterator[tuple[Call, str]]:
     """The calls of a plan with the keys of their results."""
-    try:
+    block = -1
+    with suppress(StopIteration):
         call = next(plan)
         while True:
+            if call.block != block:
+                block = call.block
+                job.digest_ahead(block + 1)
             key = call.key(job)
             yield call, key
             call = plan.send(key)
-    except StopIteration:
-        return
-
-
-def _nothing() -> None:
-    return

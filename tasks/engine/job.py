@@ -15,6 +15,7 @@ from configs.vocabulary import DataName
 from tasks.engine.architectures import architecture_of
 from tasks.engine.behind import Behind
 from tasks.engine.decoder import Decoder, build_decoder, device_fingerprint
+from tasks.engine.draft import Draft
 from tasks.engine.errors import InputError
 from tasks.engine.export_format import Scheme, scheme_of
 from tasks.engine.kernel_limits import Shapes, misfits
@@ -22,9 +23,9 @@ from tasks.engine.memo import Memo
 from tasks.engine.phases import Phases
 from tasks.engine.plan import Plan, matrix_shape, plan_model
 from tasks.engine.precision import compute_dtype
-from tasks.engine.residency import OnHost
+from tasks.engine.residency import OnHost, vacate
 from tasks.engine.source import Source
-from tasks.engine.store import Draft, Entry, Store, load_tensors
+from tasks.engine.store import Entry, Store, load_tensors
 from tasks.engine.team import Team
 from tasks.engine.text import text_digest, text_of
 from tasks.engine.transfer import pinned
@@ -152,7 +153,9 @@ class Job:
     @property
     def fingerprint(self) -> dict[str, str]:
         """What decides the last bits on this machine."""
-        together = {"devices": str(self.team.size)} if self.team.size > 1 else {}
+        # only sums over calibration windows are sums of shares
+        shared = self.team.size > 1 and any(step.calib is not None for step in self.steps)
+        together = {"devices": str(self.team.size)} if shared else {}
         return device_fingerprint(self.device) | together
 
     def block_digest(self, block: int) -> str:
@@ -190,8 +193,7 @@ class Job:
     def leaner(self) -> Job | None:
         """The same job with less on the device, and room made there; None if there is none."""
         self.memo.clear()
-        if torch.device(self.device).type == "cuda":
-            torch.cuda.empty_cache()
+        vacate(self.device)
         return None if self.lean else replace(self, lean=True)
 
     def resident(self, values: Mapping[str, Value]) -> Mapping[str, Value]:

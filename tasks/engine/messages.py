@@ -16,9 +16,9 @@ from typing import Any
 from filelock import FileLock
 
 from tasks.engine.disk import writing_to
+from tasks.engine.draft import link_or_copy
 from tasks.engine.errors import masked
 from tasks.engine.settings import Settings
-from tasks.engine.store import link_or_copy
 
 # facts of a journal: which server had its first message, and its address where that has no secret
 SERVER = "server"

@@ -68,6 +68,12 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+def vacate(device: str) -> None:
+    """Give back what of a GPU's memory this process holds and does not use."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def forget_peaks(device: str) -> None:
     """Begin to note anew how much of a GPU's memory was taken at most."""
     if torch.device(device).type == "cuda":

@@ -23,13 +23,14 @@ from prefect.tasks import exponential_backoff
 from safetensors import SafetensorError
 
 from tasks.engine.disk import writing_to
+from tasks.engine.draft import Draft
 from tasks.engine.errors import one_line
 from tasks.engine.job import Job, keep_result
 from tasks.engine.lineage import code_digest, lineage_key, quantizer_imports
 from tasks.engine.phases import AHEAD, IN_TASK, WAITED, WRITTEN
 from tasks.engine.residency import DeviceMemoryError, ran_out_of_memory
-from tasks.engine.store import Draft, Entry
-from tasks.engine.transfer import beside, reached, working_on
+from tasks.engine.store import Entry
+from tasks.engine.transfer import reached, working_on
 from tasks.engine.values import resolved
 
 log = logging.getLogger("blockquant")
@@ -55,13 +56,13 @@ class Made:
 
 
 class Upcoming(Protocol):
-    """What is computed ahead of its task."""
+    """What is computed by others than its task."""
 
-    def take(self) -> Made | None:
-        """Wait for it; None where the task has to make it."""
+    def take(self) -> Made:
+        """Wait for it; after a failure, which is raised, it is made again."""
 
     def halt(self) -> None:
-        """Have nothing more computed ahead, until what was begun is done."""
+        """Have what follows computed with less on the device."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Step(Generic[Parameters]):
         *args: Parameters.args,
         **kwargs: Parameters.kwargs,
     ) -> Result:
-        """Run the step under Prefect, which may write what was computed ahead; return its entry.
+        """Run the step under Prefect, which may note what others compute; return its entry.
 
         Where the device has no room, it is tried again with less kept there: the same bytes.
 
@@ -185,27 +186,22 @@ class Step(Generic[Parameters]):
             if job.store.get(key) is None:
                 ran.append(True)
                 with writing_to(job.store.root), job.store.draft(key) as draft:
-                    made = _made_ahead(job, ahead)
-                    if made is None:
+                    made = None
+                    if ahead is None:
                         with job.phases.measured(IN_TASK), working_on(job.device, self.name):
                             value = resolved(self.compute(job, draft, *args, **kwargs))
                             if self.kept:
                                 keep_result(job, key, draft)
+                    else:
+                        with job.phases.measured(WAITED):
+                            made = ahead.take()
+                        draft.take(made.draft)
+                        value = made.value
                     with job.phases.measured(WRITTEN):
-                        if made is not None:
-                            with beside(job.device, made.ready):
-                                draft.take(made.draft)
-                                value = resolved(made.value)
                         job.store.commit(key, self.name, draft, value)
-        job.held.pop(key, None)
+                        if made is not None:
+                            made.draft.drop()
         return {"key": key, "step": self.name}
-
-
-def _made_ahead(job: Job, ahead: Upcoming | None) -> Made | None:
-    if ahead is None:
-        return None
-    with job.phases.measured(WAITED):
-        return ahead.take()
 
 
 def step(

@@ -11,20 +11,17 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tasks.engine.transfer import to_host
+from tasks.engine.draft import Draft
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 24
@@ -59,86 +56,6 @@ class Entry:
     def size(self) -> int:
         """Bytes of all files of the entry."""
         return sum(f.size for f in self.files.values())
-
-
-@dataclass(frozen=True, eq=False)
-class Saved:
-    """What a draft was given for one file."""
-
-    tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str] | None
-
-
-class Draft:
-    """An entry being written; files go into ``folder`` until the store commits it.
-
-    Attributes:
-        folder: where its files lie.
-        saved: what was given for each file of tensors.
-    """
-
-    def __init__(self, folder: Path, held: bool = False) -> None:
-        """Start a draft in an empty ``folder``; of a held one, tensors are not written yet."""
-        self.folder = folder
-        self.saved: dict[str, Saved] = {}
-        self._held = held
-        self._written: dict[str, Future[Path]] = {}
-
-    def save_tensors(
-        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-    ) -> None:
-        """Write ``tensors`` as a safetensors file called ``name``."""
-        self.saved[name] = Saved(tensors, metadata)
-        if not self._held:
-            _write(self.folder / name, self.saved[name])
-
-    def write_ahead(
-        self, place: Path, begin: Callable[[Callable[[], Path]], Future[Path]], store: Store
-    ) -> None:
-        """Have what is held written to ``place``, and its checksums taken, by another thread.
-
-        Args:
-            place: a folder of its own.
-            begin: begins work in another thread.
-            store: remembers the checksums.
-        """
-
-        def write(name: str) -> Path:
-            place.mkdir(parents=True, exist_ok=True)
-            _write(place / name, self.saved[name])
-            store.describe(place / name)
-            return place / name
-
-        self._written = {name: begin(partial(write, name)) for name in self.saved}
-
-    def wait(self) -> dict[str, Path]:
-        """Where the files lie that another thread writes, once all are there."""
-        return {name: written.result() for name, written in self._written.items()}
-
-    @classmethod
-    def written(cls, place: Path, names: Iterable[str]) -> Draft:
-        """A draft whose files another process has written to a folder."""
-        draft = cls(place, held=True)
-        for name in names:
-            draft._written[name] = Future()
-            draft._written[name].set_result(place / name)
-        return draft
-
-    def take(self, held: Draft) -> None:
-        """Take the files that another draft had written ahead; write those that it holds only.
-
-        Raises:
-            OSError: a file could not be written; taken again, it is written here.
-        """
-        for name in [*held._written]:
-            os.replace(held._written.pop(name).result(), self.folder / name)
-        for name, saved in held.saved.items():
-            if not (self.folder / name).exists():
-                self.save_tensors(name, saved.tensors, saved.metadata)
-
-    def link(self, name: str, source: Path) -> Path:
-        """Put ``source`` into the draft under ``name``: a hard link, a copy across disks."""
-        return link_or_copy(source, self.folder / name)
 
 
 class Store:
@@ -353,23 +270,6 @@ def _remove(place: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
     else:
         place.unlink(missing_ok=True)
-
-
-def _write(path: Path, saved: Saved) -> None:
-    ordered = {key: to_host(saved.tensors[key]) for key in sorted(saved.tensors)}
-    save_file(ordered, path, metadata=dict(saved.metadata) if saved.metadata else None)
-    # safetensors makes files for their owner only; a server may run as somebody else
-    path.chmod(0o644)
-
-
-def link_or_copy(source: Path, target: Path) -> Path:
-    """Hard-link ``source`` to ``target``, or copy where the file system cannot."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-    return target
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor
 from configs.fields import effective
 from configs.schema import Calibration, Evaluation
 from configs.vocabulary import DataName
+from tasks.engine.draft import Draft
 from tasks.engine.errors import InputError
 from tasks.engine.generate import BATCH, sample_windows
 from tasks.engine.job import Job
 from tasks.engine.source import Source
-from tasks.engine.store import Draft, Entry, load_tensors
+from tasks.engine.store import Entry, load_tensors
 from tasks.engine.text import (
     Cut,
     EncodedDocuments,

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import flows.crew_process
+import flows.crew_start
 from flows.crew_process import LOST, OTHER, Failure, Process, worst_of
+from flows.crew_start import Member, Seat
 from tasks.engine.disk import is_full
 from tasks.engine.errors import InputError, RunError
 from tasks.engine.residency import ran_out_of_memory
@@ -63,9 +64,12 @@ def heard() -> list[Any]:
 
 def process(script: str, heard: list[Any], logs: Path, patch: pytest.MonkeyPatch) -> Process:
     """A process that runs a script in place of a member of the crew."""
-    # `python -m flows.crew_member ASSIGNMENT` with another program
-    patch.setattr(flows.crew_process.sys, "executable", str(script))
-    return Process({}, "cpu", 1, logs, heard.append)
+    # `python -m flows.crew_member SEAT` with another program
+    patch.setattr(flows.crew_start.sys, "executable", str(script))
+    folder = logs.with_name("crew")
+    folder.mkdir()
+    member = Member(Seat(1, ("cuda", "cpu"), str(folder / "meeting")), folder)
+    return Process(member, logs, heard.append)
 
 
 @pytest.fixture
@@ -100,6 +104,7 @@ def test_what_a_process_says_is_heard(
     assert running.ended(30)
     eventually(lambda: heard == expected or None, "what it said", 10)
     running.kill()
+    assert not (tmp_path / "logs").exists(), "kept though nothing was lost"
 
 
 def test_the_last_words_of_a_process_that_died(

@@ -223,9 +223,10 @@ def _wrap_steps(recorder: Recorder) -> None:
 
 
 def _wrap_store(recorder: Recorder) -> None:
+    import tasks.engine.draft as draft
     import tasks.engine.store as store
 
-    lock, save = store.Store.lock, store.save_file
+    lock, save = store.Store.lock, draft.save_file
     write_text = Path.write_text
 
     @contextlib.contextmanager
@@ -259,7 +260,8 @@ def _wrap_store(recorder: Recorder) -> None:
 
     shutil_rmtree = store.shutil.rmtree
     store.Store.lock = locked  # type: ignore[method-assign]
-    store.save_file = saved
+    draft.save_file = saved
+    draft.os = _moves(recorder, draft.os)  # type: ignore[assignment]
     store.os = _moves(recorder, store.os)  # type: ignore[assignment]
     store.shutil = Stand(store.shutil, rmtree=removed)  # type: ignore[assignment]
     Path.write_text = texted  # type: ignore[assignment]

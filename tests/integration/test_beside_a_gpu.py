@@ -1,23 +1,24 @@
-"""How results move where a GPU computes: in memory, and behind the computation; the same bytes.
+"""What a process computes for the flow beside a GPU: in memory, and ahead of it; the same bytes.
 
 Where there is no GPU the CPU takes its place, and all that depends on there being one is done.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import tasks.engine.job
-import tasks.engine.streams
+import flows.quantize_model
+from flows.crew import Crew
 from flows.quantize_model import quantize_model
-from tasks.engine.ahead import Lane
 from tasks.engine.job import Job
 from tasks.engine.phases import AHEAD, IN_TASK
 from tasks.engine.store import Store
+from tests.crews import PRETENDED, left_running, made_to_run
 from tests.integration.resuming import contents
 
 pytestmark = pytest.mark.usefixtures("services")
@@ -47,45 +48,66 @@ def quantized(
     return result
 
 
+# a process that pretends to have a GPU says what it reads back, and which boundaries it writes
+LOOKING = f"""
+{PRETENDED}
+import logging
+import tasks.engine.job
+import tasks.engine.streams
+
+log = logging.getLogger("blockquant")
+read, write = tasks.engine.job._read_result, tasks.engine.streams._write_boundary
+
+def reading(job, key, file):
+    log.warning("%s was read back", file)
+    return read(job, key, file)
+
+def writing(job, stream, hidden):
+    log.warning("boundary %d is written", stream.block)
+    write(job, stream, hidden)
+
+tasks.engine.job._read_result = reading
+tasks.engine.streams._write_boundary = writing
+"""
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_same_bytes_and_no_block_read_back(
-    home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+    home: Path,
+    tiny: Path,
+    words: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    recipe: str,
 ) -> None:
     quantized(home, tiny, words, "plain", recipe)
-    written: list[int] = []
-    write = tasks.engine.streams._write_boundary
-
-    def watched(job: Job, stream: Any, hidden: Any) -> None:
-        written.append(stream.block)
-        write(job, stream, hidden)
-
-    read = tasks.engine.job._read_result
-
-    def seldom(job: Job, key: str, file: str) -> Any:
-        # a step begins with what the one before decided about all blocks
-        assert file == "transform.safetensors" and recipe in STEPS, f"{file} was read back"
-        return read(job, key, file)
-
+    made_to_run(LOOKING, home / "looking", monkeypatch)
     monkeypatch.setattr(Job, "on_gpu", property(lambda job: True))
-    monkeypatch.setattr(tasks.engine.streams, "_write_boundary", watched)
-    monkeypatch.setattr(tasks.engine.job, "_read_result", seldom)
-    quantized(home, tiny, words, "beside", recipe)
+    monkeypatch.setattr(Crew, "ahead", True)
+    with caplog.at_level("WARNING", "blockquant"):
+        phases = quantized(home, tiny, words, "beside", recipe)["phases"]
     assert contents(home / "beside") == contents(home / "plain")
+    assert phases[AHEAD] > 0 and phases[IN_TASK] == 0
+    said = [record.getMessage() for record in caplog.records]
+    read = {line for line in said if line.endswith("was read back")}
+    # a step begins with what the one before decided about all blocks
+    assert read <= ({"transform.safetensors was read back"} if recipe in STEPS else set())
     # of two blocks, one boundary for each stream of each step, if the one before was written
-    assert written
+    assert any(line.startswith("boundary") for line in said)
     left = [entry.task for entry in Store(home / "store-beside").entries()]
     assert "boundary" not in left
+    assert left_running() == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_gpu_gives_the_same_bytes_whether_or_not_it_computes_ahead(
+def test_a_gpu_gives_the_same_bytes_whoever_asks_it(
     home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
-    ahead = quantized(home, tiny, words, "ahead", recipe, "cuda")["phases"]
-    assert ahead[AHEAD] > 0 and ahead[IN_TASK] == 0
-    # what is not made ahead is made by the tasks
-    monkeypatch.setattr(Lane, "_make", lambda lane, call, key: None)
+    apart = quantized(home, tiny, words, "apart", recipe, "cuda")["phases"]
+    assert apart[AHEAD] > 0 and apart[IN_TASK] == 0
+    # what no other process makes is made by the tasks
+    monkeypatch.setattr(flows.quantize_model, "crew_of", lambda *_: nullcontext())
     in_tasks = quantized(home, tiny, words, "in-tasks", recipe, "cuda")["phases"]
     assert in_tasks[AHEAD] == 0 and in_tasks[IN_TASK] > 0
-    assert contents(home / "ahead") == contents(home / "in-tasks")
+    assert contents(home / "apart") == contents(home / "in-tasks")

@@ -16,20 +16,22 @@ import psutil
 import pytest
 import torch
 
-from flows.block_plan import Pass
-from flows.crew import Crew, Shift
+import flows.cli
+import flows.crew
+import flows.crew_start
+from flows.crew import Crew, Round, Shift
 from flows.crew_process import Failure
 from flows.quantize_model import quantize_model
 from tasks.engine.disk import DiskFullError
 from tasks.engine.errors import InputError
 from tasks.engine.phases import AHEAD, IN_TASK
 from tasks.engine.store import Store
+from tests.crews import PRETENDED, left_running, made_to_run
 from tests.integration.crashing import Work, run
 from tests.integration.resuming import contents
 from tests.operations.services import eventually
 
 pytestmark = pytest.mark.usefixtures("services")
-ROOT = Path(__file__).parent.parent.parent
 SAMPLES = 5
 # one that takes windows' shares of each kind: extremes, drawn rows, rows that are kept, gaps
 RECIPES = {
@@ -74,24 +76,14 @@ def kill_last(shift: Shift) -> None:
     os.kill(shift.processes[-1].pid, signal.SIGKILL)
 
 
-def left_running() -> list[psutil.Process]:
-    """Processes of a crew that live."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "flows.crew_member" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def of_store(home: Path) -> list[psutil.Process]:
-    """Processes of any crew whose assignment names a folder."""
+def of_home(home: Path) -> list[psutil.Process]:
+    """Processes of any crew whose run has its files in a folder."""
     found = []
     for process in psutil.process_iter():
         try:
-            if "flows.crew_member" in (said := " ".join(process.cmdline())) and str(home) in said:
+            if "flows.crew_member" not in " ".join(process.cmdline()):
+                continue
+            if process.environ().get("BLOCKQUANT_HOME", "").startswith(str(home)):
                 found.append(process)
         except psutil.Error:
             continue
@@ -103,9 +95,9 @@ def watched(monkeypatch: pytest.MonkeyPatch, at: int, act: Any) -> Iterator[list
     """Act on the processes as result number ``at`` is asked of them; all that was asked."""
     ask, asked = Shift.ask, []
 
-    def asking(shift: Shift, passed: Pass, place: Path, key: str, lean: bool) -> Any:
-        promised = ask(shift, passed, place, key, lean)
-        asked.append((key, lean))
+    def asking(shift: Shift, now: Round, number: int, block: int, lean: bool) -> Any:
+        promised = ask(shift, now, number, block, lean)
+        asked.append((now.calls[number][1], lean))
         if len(asked) == at + 1:
             act(shift)
         return promised
@@ -157,21 +149,12 @@ def test_a_process_that_is_killed_costs_the_step_it_was_at(
     assert left_running() == []
 
 
-# what a process of a crew is made to believe where there is no GPU: results stay in its memory
-PRETENDED = """
-from tasks.engine.job import Job
-Job.on_gpu = property(lambda job: True)
-"""
-
-
 @pytest.mark.parametrize("recipe", ["awq_w4a16", pytest.param(STEPS[0], marks=pytest.mark.ops)])
 def test_results_that_are_asked_for_before_they_are_needed(
     home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     quantized(home, tiny, words, "in-turn", recipe)
-    (home / "pretended").mkdir()
-    (home / "pretended" / "sitecustomize.py").write_text(PRETENDED)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(home / "pretended"), str(ROOT)]))
+    made_to_run(PRETENDED, home / "pretended", monkeypatch)
     monkeypatch.setattr(Crew, "ahead", True)
     with watched(monkeypatch, 1 << 30, kill_last) as asked:
         ahead = quantized(home, tiny, words, "ahead", recipe)
@@ -205,21 +188,19 @@ def test_a_device_that_is_full_keeps_less_from_then_on(
 # a disk that is full where results are written; what else is written has room
 FULL_DISK = """
 import errno
-import tasks.engine.store
+import tasks.engine.draft
 
 def write(path, saved):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-tasks.engine.store._write = write
+tasks.engine.draft._write = write
 """
 
 
 def test_a_full_disk_is_told_by_the_process_that_finds_it(
     home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (home / "full").mkdir()
-    (home / "full" / "sitecustomize.py").write_text(FULL_DISK)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(home / "full"), str(ROOT)]))
+    made_to_run(FULL_DISK, home / "full", monkeypatch)
     with pytest.raises(DiskFullError, match="no room is left"):
         quantized(home, tiny, words, "out", "awq_w4a16")
     assert left_running() == []
@@ -256,7 +237,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(home: Path, tiny: Path, words: P
     assert undisturbed.exitcode == 0, undisturbed.result
     assert run(work("killed", "clip[block 1]: committed")).exitcode == -signal.SIGKILL
     # they end with the flow's process, whatever they are at
-    eventually(lambda: not of_store(home / "killed") or None, "the end of the others", 20)
+    eventually(lambda: not of_home(home / "killed") or None, "the end of the others", 20)
     resumed = run(work("killed", None))
     assert resumed.exitcode == 0, resumed.result
     assert resumed.made[0] == "quantize[block 1]"
@@ -269,7 +250,6 @@ def test_a_killed_run_goes_on_to_the_same_bytes(home: Path, tiny: Path, words: P
     [
         ("awq_w4a16", "cpu,meta", [], "--device meta: not supported"),
         ("awq_w4a16", "cpu,", [], "--device : not a device"),
-        ("rtn_w4a16", "cpu,cpu", [], "only calibration is shared"),
         ("w4a16_combin", "cpu,cpu", [], "OmniQuant learns on one device"),
         ("awq_w4a16", "cpu,cpu", ["calib.n_samples=1"], "calib.n_samples is 1"),
     ],
@@ -283,6 +263,103 @@ def test_what_cannot_be_shared_is_one_line(
     with pytest.raises(InputError, match=said) as raised:
         quantize_model(recipe, str(tiny), str(home / "out"), given, device=device)
     assert "\n" not in str(raised.value)
+    assert left_running() == []
+
+
+# what processes say of themselves as they compute a block's codes
+TELLING = """
+import logging
+import os
+import tasks.quantize
+
+rounded = tasks.quantize.rounded_block
+
+def telling(*args):
+    logging.getLogger("blockquant").warning("a block is rounded by process %d", os.getpid())
+    return rounded(*args)
+
+tasks.quantize.rounded_block = telling
+"""
+
+
+def test_without_calibration_each_block_is_one_device_s(
+    home: Path,
+    tiny: Path,
+    words: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def run(name: str, device: str) -> dict[str, Any]:
+        given = [f"eval={{name: text, path: {words}, windows: 2, seq_len: 32}}"]
+        given += ["serving.smoke_test=false", "serving.check_kernels=false", "eval.report=false"]
+        place = {"store": str(home / f"store-{name}"), "device": device}
+        return quantize_model("rtn_w4a16", str(tiny), str(home / name), given, **place)  # type: ignore[no-any-return, arg-type]
+
+    run("alone", "cpu")
+    made_to_run(TELLING, home / "telling", monkeypatch)
+    started = []
+    start = flows.crew.take_started
+    monkeypatch.setattr(
+        flows.crew, "take_started", lambda device: started.append(start(device)) or started[-1]
+    )
+    with caplog.at_level("WARNING", "blockquant"):
+        result = run("two", "cpu,cpu")
+    assert contents(home / "two") == contents(home / "alone")
+    assert result["phases"][AHEAD] > 0 and result["phases"][IN_TASK] == 0
+    pids = [str(member.process.pid) for member in started[0].members]
+    said = [r.getMessage() for r in caplog.records if "is rounded by process" in r.getMessage()]
+    assert [line.split()[-1] for line in said] == pids, "a block each, of two"
+    # they are what one device would find: their keys do not tell how many there were
+    again = quantize_model(
+        "rtn_w4a16",
+        str(tiny),
+        str(home / "again"),
+        [
+            f"eval={{name: text, path: {words}, windows: 2, seq_len: 32}}",
+            *("serving.smoke_test=false", "serving.check_kernels=false", "eval.report=false"),
+        ],
+        store=str(home / "store-alone"),
+        device="cpu,cpu",
+    )
+    blocks = [step for step in again["steps"] if "block" in step["step"]]
+    assert blocks and all(step["cached"] for step in blocks)
+    assert left_running() == []
+
+
+def test_a_command_s_processes_start_before_its_input_is_checked(
+    home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[flows.crew_start.Started] = []
+    start = flows.crew_start.Started
+
+    def starting(devices: Any) -> flows.crew_start.Started:
+        started.append(start(devices))
+        return started[-1]
+
+    monkeypatch.setattr(flows.crew_start, "Started", starting)
+    parameters = {
+        "recipe": "awq_w4a16",
+        "model": str(tiny),
+        "output": str(home / "out"),
+        "overrides": overrides("awq_w4a16", words),
+        "device": "cpu,cpu",
+        "memory": None,
+        "store": str(home / "store"),
+        "keep_incompatible": False,
+        "overwrite": False,
+        "upload": None,
+    }
+
+    def refused(checked: dict[str, Any]) -> None:
+        assert len(started) == 1 and len(left_running()) == 2
+        raise InputError("a line")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="a line"):
+        patch.setattr(flows.cli, "_check", refused)
+        flows.cli.run_quantization(parameters)
+    assert left_running() == [] and not (home / "store").exists()
+    flows.cli.run_quantization(parameters)
+    assert len(started) == 2 and started[1].taken, "the flow takes those of the command"
     assert left_running() == []
 
 

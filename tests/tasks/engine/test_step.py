@@ -22,12 +22,13 @@ from safetensors import SafetensorError
 import tasks.engine.step as module
 from tasks.engine import lineage
 from tasks.engine.disk import DiskFullError
+from tasks.engine.draft import Draft
 from tasks.engine.errors import InputError, NonFiniteWeightError, RunError
 from tasks.engine.lineage import code_digest
 from tasks.engine.phases import Phases
 from tasks.engine.residency import DeviceMemoryError
 from tasks.engine.step import Step, action, step
-from tasks.engine.store import MANIFEST, Draft, Store, load_tensors
+from tasks.engine.store import MANIFEST, Store, load_tensors
 from tasks.engine.team import ALONE, Team
 
 pytestmark = [

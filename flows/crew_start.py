@@ -1,0 +1,153 @@
+"""Starts the processes of a crew: they load what they need, and find each other, before any job.
+
+Imports nothing that takes long: a command begins with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a process of a crew is started with.
+
+    Attributes:
+        rank: its own.
+        devices: of all, in the order of the ranks, as they were asked for.
+        meeting: a file through which they find each other.
+    """
+
+    rank: int
+    devices: tuple[str, ...]
+    meeting: str
+
+
+class Member:
+    """A process that was started: ``python -m flows.crew_member SEAT FILE``.
+
+    Attributes:
+        seat: its own.
+        log: what it prints.
+        said: number of the open file that it says its results to.
+        process: the system's.
+    """
+
+    def __init__(self, seat: Seat, folder: Path) -> None:
+        """Start it, its log in a folder."""
+        self.seat = seat
+        self.log = folder / f"device-{os.getpid()}-{seat.rank}.log"
+        # a pipe of its own: what libraries print is for the log
+        self.said, saying = os.pipe()
+        command = [sys.executable, "-m", "flows.crew_member", json.dumps(asdict(seat)), str(saying)]
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=(saying,),
+                # an interrupt is told by who is interrupted
+                start_new_session=True,
+            )
+        os.close(saying)
+
+    @property
+    def device(self) -> str:
+        """Its own, as it was asked for."""
+        return self.seat.devices[self.seat.rank]
+
+    def tell(self, lines: Sequence[str]) -> None:
+        """Have it read lines; that one is gone is heard otherwise."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError, ValueError):
+            self.process.stdin.write("".join(f"{line}\n" for line in lines).encode())
+            self.process.stdin.flush()
+
+    def close(self) -> None:
+        """Tell it that there is no more."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def kill(self) -> None:
+        """End it now, if it did not end."""
+        self.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class Started:
+    """Processes, one on each of some devices, that wait for a job.
+
+    Attributes:
+        devices: as they were asked for.
+        members: the processes, in the order of their ranks.
+        taken: whether they were given a job.
+    """
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        """Start them, which takes them some seconds; nothing waits for them here."""
+        self._folder = tempfile.TemporaryDirectory(prefix="blockquant-crew-")
+        folder = Path(self._folder.name)
+        self.devices = tuple(devices)
+        self.taken = False
+        seats = (Seat(rank, self.devices, f"{folder}/meeting") for rank in range(len(devices)))
+        self.members = [Member(seat, folder) for seat in seats]
+
+    def end(self) -> None:
+        """End them at once, if they did not end; nothing of them is left."""
+        for member in self.members:
+            member.kill()
+        self._folder.cleanup()
+
+
+def apart(device: str) -> bool:
+    """Whether processes of their own compute on what ``--device`` says: GPUs, or several."""
+    return "cuda" in device or "," in device
+
+
+def names(device: str) -> tuple[str, ...]:
+    """Devices as ``--device`` says them, with commas between."""
+    return tuple(name.strip() for name in device.split(","))
+
+
+# begun by a command before its flow asks for them
+_EARLY: ContextVar[Started | None] = ContextVar("crew that was started early", default=None)
+
+
+@contextmanager
+def started_early(device: str) -> Iterator[None]:
+    """Have the processes start, where there are to be any, while input is checked.
+
+    Those that nobody took by the end are ended.
+    """
+    if not apart(device) or _EARLY.get() is not None:
+        yield
+        return
+    started = Started(names(device))
+    token = _EARLY.set(started)
+    try:
+        yield
+    finally:
+        _EARLY.reset(token)
+        if not started.taken:
+            started.end()
+
+
+def take_started(device: str) -> Started:
+    """Processes on what ``--device`` says: those that were started early, or new ones."""
+    early = _EARLY.get()
+    if early is None or early.taken or early.devices != names(device):
+        early = Started(names(device))
+    early.taken = True
+    return early

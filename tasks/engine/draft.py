@@ -1,0 +1,114 @@
+"""An entry of the store while it is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tasks.engine.transfer import to_host
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """What a draft was given for one file."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] | None
+
+
+class Draft:
+    """An entry being written; files go into ``folder`` until the store commits it.
+
+    Attributes:
+        folder: where its files lie.
+        saved: what was given for each file of tensors.
+    """
+
+    def __init__(self, folder: Path, held: bool = False) -> None:
+        """Start a draft in an empty ``folder``; of a held one, tensors are not written yet."""
+        self.folder = folder
+        self.saved: dict[str, Saved] = {}
+        self._held = held
+        self._written: dict[str, Future[Path]] = {}
+
+    def save_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Write ``tensors`` as a safetensors file called ``name``."""
+        self.saved[name] = Saved(tensors, metadata)
+        if not self._held:
+            _write(self.folder / name, self.saved[name])
+
+    def write_ahead(
+        self,
+        place: Path,
+        begin: Callable[[Callable[[], Path]], Future[Path]],
+        written: Callable[[Path], object],
+    ) -> None:
+        """Have what is held written to ``place`` by another thread.
+
+        Args:
+            place: a folder of its own.
+            begin: begins work in another thread.
+            written: is called there with each file.
+        """
+
+        def write(name: str) -> Path:
+            place.mkdir(parents=True, exist_ok=True)
+            _write(place / name, self.saved[name])
+            written(place / name)
+            return place / name
+
+        self._written = {name: begin(partial(write, name)) for name in self.saved}
+
+    def wait(self) -> dict[str, Path]:
+        """Where the files lie that another thread writes, once all are there."""
+        return {name: written.result() for name, written in self._written.items()}
+
+    @classmethod
+    def written(cls, place: Path, names: Iterable[str]) -> Draft:
+        """A draft whose files another process has written to a folder."""
+        draft = cls(place, held=True)
+        for name in names:
+            draft._written[name] = Future()
+            draft._written[name].set_result(place / name)
+        return draft
+
+    def take(self, made: Draft) -> None:
+        """Take the files that were written for another draft, which keeps them."""
+        for name, path in made.wait().items():
+            link_or_copy(path, self.folder / name)
+
+    def drop(self) -> None:
+        """Remove the files that another process has written."""
+        for path in self.wait().values():
+            path.unlink(missing_ok=True)
+
+    def link(self, name: str, source: Path) -> Path:
+        """Put ``source`` into the draft under ``name``: a hard link, a copy across disks."""
+        return link_or_copy(source, self.folder / name)
+
+
+def _write(path: Path, saved: Saved) -> None:
+    ordered = {key: to_host(saved.tensors[key]) for key in sorted(saved.tensors)}
+    save_file(ordered, path, metadata=dict(saved.metadata) if saved.metadata else None)
+    # safetensors makes files for their owner only; a server may run as somebody else
+    path.chmod(0o644)
+
+
+def link_or_copy(source: Path, target: Path) -> Path:
+    """Hard-link ``source`` to ``target``, or copy where the file system cannot."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target

@@ -1,0 +1,65 @@
+"""Processes that are started before their job: at once, by who needs them, and never left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows.crew_start import Started, apart, started_early, take_started
+from tests.crews import left_running
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cpu", False), ("cuda", True), ("cuda:1", True), ("cpu,cpu", True), ("nonsense", False)],
+)
+def test_which_devices_are_computed_on_by_processes_of_their_own(
+    device: str, expected: bool
+) -> None:
+    assert apart(device) is expected
+    with started_early("cpu"):
+        assert left_running() == []
+
+
+def test_those_that_nobody_takes_are_ended() -> None:
+    with started_early("cpu, cpu"):
+        assert len(left_running()) == 2
+        # one flow within another's command begins no more
+        with started_early("cpu,cpu"):
+            assert len(left_running()) == 2
+    assert left_running() == []
+
+
+def test_they_are_taken_once_and_by_who_asks_for_the_same_devices() -> None:
+    with started_early("cpu,cpu"):
+        others = take_started("cpu,cpu,cpu")
+        assert len(left_running()) == 5
+        early = take_started("cpu, cpu")
+        assert len(left_running()) == 5
+        again = take_started("cpu,cpu")
+        assert len(left_running()) == 7 and again is not early
+    # who took them ends them
+    assert len(left_running()) == 7
+    for started in (others, early, again):
+        started.end()
+        # and may say so twice
+        started.end()
+    assert left_running() == []
+
+
+def test_what_they_leave_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    started = Started(("cpu",))
+    assert len(list(tmp_path.iterdir())) == 1
+    started.end()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_whose_starter_is_gone_ends_by_itself() -> None:
+    started = Started(("cpu",))
+    (member,) = started.members
+    # the pipe that it reads is all that it knows of its starter
+    member.close()
+    assert member.process.wait(60) == 1
+    started.end()
