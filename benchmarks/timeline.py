@@ -2,9 +2,10 @@
 
     python benchmarks/timeline.py WORK --recipe awq_w4a16
 
-A model as `speed.py` makes it is quantized twice in one process; the second time under torch's
-profiler. Counted is what the device does between the end of the first block and that of the last
-but one, over the number of blocks. Profiling itself costs time: `speed.py` has the times.
+A model as `speed.py` makes it is quantized twice, the second time with torch's profiler in the
+process that computes (`BLOCKQUANT_TRACE`). Counted is what the device does between the end of the
+first block and that of the last but one, over the number of blocks. Profiling itself costs time:
+`speed.py` has the times.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
+TRACE = "BLOCKQUANT_TRACE"
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 # in which the host waits for the device
 WAITS = ("Synchronize", "cudaMemcpyAsync", "cudaMalloc", "cudaFree", "cudaHostAlloc")
@@ -57,11 +58,8 @@ def main(
     with _served(work), tempfile.TemporaryDirectory() as folder:
         _quantized(work, recipe, model, given, device)
         trace = Path(folder) / "trace.json"
-        with torch.profiler.profile(
-            experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-        ) as profiler:
-            result = _quantized(work, recipe, model, given, device)
-        profiler.export_chrome_trace(str(trace))
+        os.environ[TRACE] = str(trace)
+        result = _quantized(work, recipe, model, given, device)
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     console.print(f"{recipe}, phases of the whole run: {result['phases']}")
     for title, table in tables(events, blocks, rows):

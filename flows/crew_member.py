@@ -23,14 +23,17 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from configs.loading import load_recipe
 from flows.block_plan import Pass
 from flows.crew import END_S, TRACE, Assignment, meet
 from flows.crew_process import Failure
 from flows.crew_start import Seat
+from quantizers.statistics import add_batch, empty_statistics
 from tasks.check import Request, check_device, checked_job
 from tasks.engine.ahead import Call, Host, Plan
+from tasks.engine.doubts import settle
 from tasks.engine.job import Job
 from tasks.engine.residency import peaks
 from tasks.engine.step import Made
@@ -96,6 +99,17 @@ class Work:
             self.job.memo.clear()
 
 
+def warm(device: str) -> None:
+    """Have a GPU and its libraries ready, which no block waits for then."""
+    if device == "cpu":
+        return
+    x = torch.zeros(1, 16, 128, dtype=torch.bfloat16, device=device)
+    torch.mm(x[0], x[0].t(), out_dtype=torch.float32)
+    scaled_dot_product_attention(x[None], x[None], x[None])
+    with torch.cuda.device(device):
+        add_batch(empty_statistics(128, x.device), x)
+
+
 def _sent(calls: Plan, key: str) -> Call | None:
     """The call after one whose result has a key; None where there is none."""
     try:
@@ -153,6 +167,7 @@ class Voice:
         written = made.draft.wait().items()
         files = {name: self._job.store.describe(path).checksum for name, path in written}
         with beside(self._job.device, made.ready):
+            settle(made.doubts)
             value = resolved(made.value)
         found = {"files": files, "value": value, "peaks": peaks(self._job.device)}
         self._say({"made": key, "seconds": seconds, **found})
@@ -167,20 +182,23 @@ def work(job: Job, told: Iterator[dict[str, Any]], say: Saying) -> None:
     current: Work | None = None
     place = Path()
     voice = Voice(job, say)
-    for message in told:
-        if "end" in message:
-            break
-        if "pass" in message:
-            if current is not None:
-                current.end()
-            current, place = Work(job, Pass.of(message["pass"])), Path(message["place"])
-        elif current is not None:
-            start = time.perf_counter()
-            made = current.make(message["make"], message["lean"])
-            if current.job.team.rank == 0:
-                _, key = message["make"][-1]
-                voice.tell(key, made, place, time.perf_counter() - start)
-    voice.end()
+    try:
+        for message in told:
+            if "end" in message:
+                break
+            if "pass" in message:
+                if current is not None:
+                    current.end()
+                current, place = Work(job, Pass.of(message["pass"])), Path(message["place"])
+            elif current is not None:
+                start = time.perf_counter()
+                made = current.make(message["make"], message["lean"])
+                if current.job.team.rank == 0:
+                    _, key = message["make"][-1]
+                    voice.tell(key, made, place, time.perf_counter() - start)
+    finally:
+        # a failure comes after what was made before it, which may have failed too
+        voice.end()
     if current is not None:
         current.end()
 
@@ -233,8 +251,7 @@ def main() -> None:
 
     def run() -> None:
         devices = [check_device(name) for name in seat.devices]
-        # takes a second, which none of the job's is then
-        torch.zeros(1, device=devices[seat.rank])
+        warm(devices[seat.rank])
         meet(seat.rank, devices, seat.meeting)
         message = next(told)
         if "job" not in message:
@@ -243,6 +260,8 @@ def main() -> None:
         assignment = Assignment(**(given | {"overrides": tuple(given["overrides"])}))
         torch.set_num_threads(assignment.threads)
         job = job_of(assignment, seat.rank, devices)
+        # the flow is still at its texts
+        _ = job.plan, job.decoder
         logger = logging.getLogger("blockquant")
         logger.setLevel(logging.INFO)
         logger.addHandler(Forwarded(say, seat.rank))

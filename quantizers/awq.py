@@ -12,7 +12,15 @@ from quantizers.output_error import Errors, GroupProblem, output_errors
 from quantizers.schemes import Granularity, WeightScheme
 from quantizers.statistics import InputStatistics
 
-__all__ = ["AwqVersion", "ImportanceMeasure", "Trial", "candidate_scales", "importance", "search"]
+__all__ = [
+    "AwqVersion",
+    "ImportanceMeasure",
+    "Trial",
+    "Tried",
+    "candidate_scales",
+    "importance",
+    "search",
+]
 
 _SMALLEST = 1e-4
 # halvings of the grid's step around its best ratio
@@ -42,6 +50,24 @@ class Trial:
     error: float
 
 
+@dataclass(frozen=True, eq=False)
+class Tried:
+    """What a search tried, its errors still on their device.
+
+    Attributes:
+        points: version and ratio of each.
+        errors: (n,) float64.
+    """
+
+    points: Sequence[tuple[str, float]]
+    errors: Tensor
+
+    def trials(self) -> list[Trial]:
+        """All of it, for which the device is waited for."""
+        errors = self.errors.tolist()
+        return [Trial(*point, error) for point, error in zip(self.points, errors, strict=True)]
+
+
 def search(
     problem: GroupProblem,
     realize: Callable[[Tensor], Tensor],
@@ -51,7 +77,7 @@ def search(
     ratios: int = 20,
     refine: bool = False,
     errors_of: Errors = output_errors,
-) -> tuple[ChannelTransform, list[Trial]]:
+) -> tuple[ChannelTransform, Tried]:
     """The factors with the least output error, and everything that was tried.
 
     Args:
@@ -60,39 +86,43 @@ def search(
         versions: tried each; the first of equals wins.
         measure: of the inputs' size.
         ratios: r = 0, 1/ratios, ... below 1.
-        refine: whether to halve the step around the best ratio of each version, twice.
+        refine: whether to halve the step around the best ratio of each version, twice, for which
+            the device is waited for; without, nothing waits for it.
         errors_of: what gives the output errors of candidates, (R,) float64.
     """
     sizes = importance(problem.statistics, measure)
     weights = None
     if AwqVersion.V1 in versions:
         weights = weight_importance(problem.stacked(), problem.weight_scheme)
-    trials: list[Trial] = []
-    transforms: list[ChannelTransform] = []
+    points: list[tuple[str, float]] = []
+    scales: list[Tensor] = []
+    errors: list[Tensor] = []
+
+    def attempt(version: AwqVersion, tried: Sequence[float]) -> None:
+        wanted = realize(candidate_scales(sizes, weights, version, tried))
+        points.extend((version.value, ratio) for ratio in tried)
+        scales.append(wanted)
+        errors.append(errors_of(problem, [ChannelTransform(scale) for scale in wanted]))
 
     for version in versions:
-
-        def attempt(tried: list[float], version: AwqVersion = version) -> None:
-            scales = realize(candidate_scales(sizes, weights, version, tried))
-            transforms.extend(ChannelTransform(scale) for scale in scales)
-            # the device is waited for once
-            errors = errors_of(problem, transforms[-len(tried) :]).tolist()
-            found = zip(tried, errors, strict=True)
-            trials.extend(Trial(version.value, ratio, error) for ratio, error in found)
-
-        attempt([step / ratios for step in range(ratios)])
-        width = 1 / ratios
+        first, width = len(errors), 1 / ratios
+        attempt(version, [step / ratios for step in range(ratios)])
         for _ in range(_REFINEMENTS if refine else 0):
             width /= 2
-            best = _best([trial for trial in trials if trial.version == version.value])
-            beside = (best.ratio - width, best.ratio + width)
-            attempt([ratio for ratio in beside if 0 <= ratio <= 1])
-    # not a part of what all were: that would keep the whole
-    return ChannelTransform(transforms[trials.index(_best(trials))].scale.clone()), trials
+            known = torch.cat(errors[first:])
+            own = points[len(points) - len(known) :]
+            _, best = own[int(_least(known))]
+            beside = (best - width, best + width)
+            attempt(version, [ratio for ratio in beside if 0 <= ratio <= 1])
+    found = torch.cat(errors)
+    # a copy: a part of what all were would keep the whole
+    scale = torch.cat(scales).index_select(0, _least(found).reshape(1)).squeeze(0)
+    return ChannelTransform(scale), Tried(points, found)
 
 
-def _best(trials: Sequence[Trial]) -> Trial:
-    return min(trials, key=lambda trial: trial.error)
+def _least(errors: Tensor) -> Tensor:
+    """The number of the least error, the first of equals; NaN is none."""
+    return errors.nan_to_num(torch.inf, torch.inf, -torch.inf).argmin()
 
 
 def importance(statistics: InputStatistics, measure: ImportanceMeasure) -> Tensor:

@@ -188,7 +188,7 @@ def round_to_nearest(
         NonFiniteError: weight holds NaN or infinity, or a range that float32 cannot hold.
         ValueError: weight does not suit the scheme.
     """
-    ((scale, zero_point),) = _finite_scales([weight], scheme, [clip])
+    ((scale, zero_point),) = _scales([weight], scheme, [clip], refuse=True)
     return quantize_weight(weight, scale, zero_point, scheme)
 
 
@@ -196,32 +196,39 @@ def round_group(
     weights: Sequence[Tensor],
     scheme: WeightScheme,
     clips: Sequence[Tensor | ClipRange | None],
+    *,
+    refuse: bool = True,
 ) -> list[QuantizedWeight]:
     """Quantize linears that a server fuses: one scale for all where a tensor has one.
+
+    Waits for the device once, unless nothing is to be refused.
 
     Args:
         weights: (N_i, K) each, floating point.
         scheme: the scheme.
         clips: of each weight, as round_to_nearest takes it; all the same where the scale is.
+        refuse: whether weights that are not finite are refused; where not, their scales are NaN.
 
     Raises:
         NonFiniteError, ValueError: as round_to_nearest.
     """
     if scheme.granularity is not Granularity.TENSOR:
-        found = _finite_scales(weights, scheme, clips)
+        found = _scales(weights, scheme, clips, refuse)
         return [
             quantize_weight(weight, scale, zero_point, scheme)
             for weight, (scale, zero_point) in zip(weights, found, strict=True)
         ]
-    ((scale, zero_point),) = _finite_scales([torch.cat(list(weights))], scheme, clips[:1])
+    stacked = torch.cat(list(weights))
+    ((scale, zero_point),) = _scales([stacked], scheme, clips[:1], refuse)
     # each its own copy: files hold no tensor twice
     return [quantize_weight(weight, scale.clone(), zero_point, scheme) for weight in weights]
 
 
-def _finite_scales(
+def _scales(
     weights: Sequence[Tensor],
     scheme: WeightScheme,
     clips: Sequence[Tensor | ClipRange | None],
+    refuse: bool,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Scales and zero points of each weight; all before one is looked at: one wait."""
     pairs = [clip if isinstance(clip, tuple) else (clip, clip) for clip in clips]
@@ -229,6 +236,8 @@ def _finite_scales(
         weight_scales(weight.detach(), scheme, clip_low=low, clip_high=high)
         for weight, (low, high) in zip(weights, pairs, strict=True)
     ]
+    if not refuse:
+        return found
     finite = torch.stack([scale.isfinite().all() for scale, _ in found]).tolist()
     for weight, whole in zip(weights, finite, strict=True):
         if not whole:

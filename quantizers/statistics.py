@@ -183,16 +183,25 @@ def add_batch(
     return checked(found) if last else found
 
 
+def completed(statistics: InputStatistics) -> InputStatistics:
+    """The same after its last batch: the whole Gram matrix, written in place."""
+    _mirror_(statistics.gram)
+    return statistics
+
+
+def all_finite(statistics: InputStatistics) -> Tensor:
+    """Whether no input held NaN or infinity and no sum overflowed, a bool; nothing waits for it."""
+    # A finite diagonal bounds the whole matrix: (x_i x_j)^2 <= x_i^2 x_j^2, summed.
+    return torch.cat((statistics.mean_abs_sum, statistics.gram.diagonal())).isfinite().all()
+
+
 def checked(statistics: InputStatistics) -> InputStatistics:
     """The same after its last batch: the whole Gram matrix, written in place, all of it finite.
 
     Raises:
         NonFiniteError: an input held NaN or infinity, or a sum overflows float32.
     """
-    _mirror_(statistics.gram)
-    # A finite diagonal bounds the whole matrix: (x_i x_j)^2 <= x_i^2 x_j^2, summed.
-    bounds = torch.cat((statistics.mean_abs_sum, statistics.gram.diagonal()))
-    if not bool(bounds.isfinite().all()):
+    if not bool(all_finite(completed(statistics))):
         raise NonFiniteError(
             f"inputs of {statistics.tokens} tokens, {len(statistics.total)} channels, hold NaN, "
             "infinity or overflow"

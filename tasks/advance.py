@@ -36,8 +36,10 @@ def advance(
     if packed is not None:
         # nothing more is asked of the block; what it had in memory is the pass's
         job.memo.forget("statistics", "codes", "transformed block")
+    # what was kept of the block has left room for the next
+    job.send_ahead(block + 1)
     hidden = pass_block(job, stream, hidden_states(job, stream), packed)
-    mean_square = require_finite(hidden, block, job.team, windows_of_each(job, stream))
+    mean_square = require_finite(job, hidden, block, windows_of_each(job, stream))
     after = stream.after(advance.key(job, stream, packed, block=block), packed)
     job.memo.put(after.kind, after.key, hidden)
     keep_boundary(job, after, hidden)

@@ -74,7 +74,9 @@ def clip(
     special = recipe_step.quant.special
     assert isinstance(special, AwqSpecial | GptqSpecial)
     codes = job.scheme.weight.number_format
-    factors = range_factors(codes, special.clip_steps, special.clip_shrink)
+    known = range_factors(codes, special.clip_steps, special.clip_shrink)
+    # on the device once for all blocks, which wait for no copy
+    factors = job.memo.get("clip factors", str(known.tolist()), lambda: known.to(job.device))
     statistics = block_statistics(job, stream, block)
     transforms = block_transforms(job, decision)
     tensors = transformed_block(job, block, decision, stream.version)
@@ -100,11 +102,9 @@ def clip(
                     job.team, weight, gram, job.scheme.weight, factors
                 )
     draft.save_tensors(CLIP, {n: t.clone() for n, t in chosen.items()} | {FACTORS: factors})
-    counts = {
-        linear: torch.stack([(numbers == number).sum() for number in range(len(factors))])
-        for linear, numbers in chosen.items()
-    }
-    return {"factors": factors.tolist(), "chosen": counts, "errors": errors}
+    numbers = torch.arange(len(factors), device=job.device)[:, None]
+    counts = {linear: (found.reshape(1, -1) == numbers).sum(1) for linear, found in chosen.items()}
+    return {"factors": known.tolist(), "chosen": counts, "errors": errors}
 
 
 def rounding_ranges(

@@ -25,6 +25,7 @@ from tasks.clip import LEARNED
 from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics
 from tasks.engine.decoder import InputHook, micro_batches, run_block
+from tasks.engine.doubts import settle
 from tasks.engine.draft import Draft
 from tasks.engine.export_format import export_dtype
 from tasks.engine.folding import (
@@ -191,6 +192,7 @@ def _start(
     factors = range_factors(scheme.number_format).to(job.device)
     searched = special.search_clip_init and not scheme.number_format.is_float
     statistics = block_statistics(job, stream, block) if searched else {}
+    settle(job.doubts.take())
     logits: dict[str, tuple[Tensor, Tensor]] = {}
     for group in quantized_groups(job, block):
         for linear in group.linears:
@@ -233,6 +235,7 @@ def _starting_channels(
     """SmoothQuant's factors, or AWQ's where asked, and shifts where biases take them."""
     tensors = version_block(job, stream.version, block)
     statistics = block_statistics(job, stream, block)
+    settle(job.doubts.take())
     found: dict[str, Moved] = {}
     for group in _moved_groups(job, block):
         inputs = statistics[group.name]

@@ -35,7 +35,9 @@ def pack(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:
     for name, tensor in transformed_block(job, block, origin.decision, origin.version).items():
         linear, _, ending = name.rpartition(".")
         if linear in codes and ending == "weight":
-            members = compress(codes[linear], job.scheme, scales.get(linear))
+            # a GPU would be waited for; verify compares every code that is on disk
+            given = (codes[linear], job.scheme, scales.get(linear))
+            members = compress(*given, check=not job.on_gpu)
             packed |= {f"{plan.prefix}{linear}.{part}": t for part, t in members.items()}
         else:
             packed[plan.prefix + name] = untouched(tensor, job)

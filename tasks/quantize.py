@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from configs.fields import effective
@@ -21,12 +22,13 @@ from tasks.clip import rounding_ranges
 from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics
 from tasks.engine.draft import Draft
+from tasks.engine.errors import RunError
 from tasks.engine.feedback import RoundedBlock, feed_back
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job, activation_lineage, result_tensors, scheme_lineage
 from tasks.engine.lineage import code_digest
 from tasks.engine.precision import search_products
-from tasks.engine.ranges import input_ranges, weight_range
+from tasks.engine.ranges import described, of_inputs, of_weight
 from tasks.engine.sharing import output_error
 from tasks.engine.source import tensor_digest
 from tasks.engine.step import step
@@ -142,14 +144,14 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
                 report["input_scale"] = scales[name].reshape(())
             linears[name] = report
             ranges[name] = {
-                "before": weight_range(source[f"{name}.weight"]),
-                "after": weight_range(restored),
+                "before": of_weight(source[f"{name}.weight"]),
+                "after": of_weight(restored),
             }
     if scales:
         draft.save_tensors(INPUT_SCALES, {name: scale.clone() for name, scale in scales.items()})
     return {
         "linears": linears,
-        "weights": ranges,
+        "weights": described(ranges),
         "inputs": {} if rounded.notes else _inputs(job, origin, block),
     }
 
@@ -174,8 +176,13 @@ def rounded_block(job: Job, origin: Origin, block: int) -> RoundedBlock:
         for group in quantized_groups(job, block):
             weights = [tensors[f"{linear}.weight"] for linear in group.linears]
             clipped = [clips.get(linear) for linear in group.linears]
-            rounded = round_group(weights, job.scheme.weight, clipped)
+            rounded = round_group(weights, job.scheme.weight, clipped, refuse=False)
             codes |= dict(zip(group.linears, rounded, strict=True))
+        if codes:
+            job.doubts.add(
+                torch.stack([found.scale.isfinite().all() for found in codes.values()]).all(),
+                lambda: RunError(f"block {block}: a weight to be rounded holds NaN or infinity"),
+            )
         return RoundedBlock(codes, {})
 
     return job.memo.get("codes", quantize.key(job, origin, block=block), compute)
@@ -216,13 +223,13 @@ def _input_scales(job: Job, origin: Origin, block: int) -> dict[str, Tensor]:
     return scales
 
 
-def _inputs(job: Job, origin: Origin, block: int) -> dict[str, Any]:
+def _inputs(job: Job, origin: Origin, block: int) -> Mapping[str, Any] | Later:
     """How large the inputs of groups are, before and after the transforms; none collected: {}."""
     if origin.stream is None:
         return {}
     statistics = block_statistics(job, origin.stream, block)
     found = {group.name: statistics[group.name] for group in quantized_groups(job, block)}
-    return input_ranges(found, block_transforms(job, origin.decision))
+    return described(of_inputs(found, block_transforms(job, origin.decision)))
 
 
 def _gram(job: Job, origin: Origin, block: int, group: LinearGroup) -> Tensor | None:

@@ -37,6 +37,7 @@ from tasks.engine.precision import search_products
 from tasks.engine.sharing import errors_of
 from tasks.engine.step import step
 from tasks.engine.streams import Stream
+from tasks.engine.values import Later
 from tasks.engine.version import DECISION, version_block
 
 _RANGES = {
@@ -48,7 +49,7 @@ _RANGES = {
 _CLIP_KEYS = ("trans", "weight_clip", "clip_query_key", "clip_steps", "clip_shrink")
 
 Trials = list[dict[str, Any]]
-Decision = tuple[ChannelTransform, Trials] | None
+Decision = tuple[ChannelTransform, Trials | Later] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +144,7 @@ def _awq(job: Job, quant: Quant, given: GroupInputs) -> Decision:
     if fed_by_linear and not special.do_gqa_trans and shares_heads(given.group, given.tensors):
         return None
     both = special.trans_version is TransVersion.BEST
-    found, trials = awq.search(
+    found, tried = awq.search(
         group_problem(job, quant, given),
         realizer(job, given.block, given.group, given.tensors),
         versions=tuple(AwqVersion) if both else (AwqVersion(special.trans_version.value),),
@@ -152,7 +153,7 @@ def _awq(job: Job, quant: Quant, given: GroupInputs) -> Decision:
         refine=special.refine,
         errors_of=errors_of(job.team),
     )
-    return found, [asdict(trial) for trial in trials]
+    return found, Later(lambda: [asdict(trial) for trial in tried.trials()])
 
 
 def _smoothquant(job: Job, quant: Quant, given: GroupInputs) -> Decision:

@@ -11,8 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantizers.errors import NonFiniteError
-from quantizers.statistics import InputStatistics, add_batch, empty_statistics
+from quantizers.statistics import (
+    InputStatistics,
+    add_batch,
+    all_finite,
+    completed,
+    empty_statistics,
+)
 from tasks.engine.architectures import LinearGroup
 from tasks.engine.decoder import InputHook, micro_batches, run_block
 from tasks.engine.errors import RunError
@@ -185,31 +190,37 @@ def _added(
 ) -> InputStatistics:
     """Statistics with micro-batch number ``at`` added, those before used up.
 
-    With the last one, what the other processes saw is added too; nothing is checked before.
+    With the last one, what the other processes saw is added too; whether all of it was finite is
+    known by the end of the step.
     """
     before = before or empty_statistics(x.shape[-1], x.device)
     last, team = at + 1 == len(inputs.batches), job.team
     others = sum(inputs.windows[: team.rank]) * inputs.length
     # how inputs are rounded matters where they are
     draw = job.scheme.activation is not None
-    try:
-        # its products take the inputs as they are: bf16 factors, float32 sums
-        with search_products(job.device) if x.dtype == torch.bfloat16 else nullcontext():
-            found = add_batch(
-                before,
-                x,
-                keep=inputs.keeps[at],
-                draw=draw,
-                reuse=True,
-                last=last and team.size == 1,
-                before=others,
-            )
-        if last and team.size > 1:
-            return statistics_of_all(team, found, inputs.windows, inputs.length, inputs.samples)
+    # its products take the inputs as they are: bf16 factors, float32 sums
+    with search_products(job.device) if x.dtype == torch.bfloat16 else nullcontext():
+        found = add_batch(
+            before,
+            x,
+            keep=inputs.keeps[at],
+            draw=draw,
+            reuse=True,
+            last=False,
+            before=others,
+        )
+    if not last:
         return found
-    except NonFiniteError as error:
-        place = f"{job.plan.blocks[block].prefix}{linear}"
-        raise RunError(f"block {block}: the inputs of {place} hold NaN or Inf") from error
+    if team.size > 1:
+        found = statistics_of_all(team, found, inputs.windows, inputs.length, inputs.samples)
+    else:
+        found = completed(found)
+    place = f"{job.plan.blocks[block].prefix}{linear}"
+    job.doubts.add(
+        all_finite(found),
+        lambda: RunError(f"block {block}: the inputs of {place} hold NaN or Inf"),
+    )
+    return found
 
 
 def _input_of(

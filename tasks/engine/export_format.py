@@ -120,9 +120,15 @@ def _layout(codes: NumberFormat, packed: bool) -> str:
 
 
 def compress(
-    quantized: QuantizedWeight, scheme: Scheme, input_scale: Tensor | None = None
+    quantized: QuantizedWeight,
+    scheme: Scheme,
+    input_scale: Tensor | None = None,
+    check: bool = True,
 ) -> dict[str, Tensor]:
-    """Turn codes (N, K) and scales into the tensors of the format, by their names' endings."""
+    """Turn codes (N, K) and scales into the tensors of the format, by their names' endings.
+
+    Where codes are not to be checked, those that do not fit are others after they are packed.
+    """
     scale = {"weight_scale": quantized.scale}
     if input_scale is not None:
         scale[INPUT_SCALE] = input_scale
@@ -132,7 +138,8 @@ def compress(
         return {"weight": quantized.codes} | scale
     bits = scheme.weight.number_format.bits
     shape = torch.tensor(quantized.codes.shape, dtype=torch.int64)
-    tensors = {"weight_packed": pack_codes(quantized.codes, bits), "weight_shape": shape} | scale
+    packed = pack_codes(quantized.codes, bits, check=check)
+    tensors = {"weight_packed": packed, "weight_shape": shape} | scale
     if quantized.zero_point is not None:
         tensors["weight_zero_point"] = pack_zero_points(quantized.zero_point, bits)
     return tensors

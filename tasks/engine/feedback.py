@@ -18,6 +18,7 @@ from quantizers.scale_refit import better_rows, refit_scales
 from quantizers.schemes import Granularity, WeightScheme
 from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics, observe, observe_beside
+from tasks.engine.doubts import settle
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job
 from tasks.engine.precision import search_products
@@ -77,6 +78,8 @@ def feed_back(
         else:
             statistics = block_statistics(job, streams.quantized, block)[group.name]
             targets = weights
+        # a factor is waited for in any case
+        settle(job.doubts.take())
         gram = statistics.gram_mean()
         factor = factorize(gram, percdamp=special.percdamp, actorder=special.actorder)
         clipped = [clips.get(linear) for linear in group.linears]

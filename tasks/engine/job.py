@@ -15,6 +15,7 @@ from configs.vocabulary import DataName
 from tasks.engine.architectures import architecture_of
 from tasks.engine.behind import Behind
 from tasks.engine.decoder import Decoder, build_decoder, device_fingerprint
+from tasks.engine.doubts import Doubts
 from tasks.engine.draft import Draft
 from tasks.engine.errors import InputError
 from tasks.engine.export_format import Scheme, scheme_of
@@ -28,7 +29,7 @@ from tasks.engine.source import Source
 from tasks.engine.store import Entry, Store, load_tensors
 from tasks.engine.team import Team
 from tasks.engine.text import text_digest, text_of
-from tasks.engine.transfer import pinned
+from tasks.engine.transfer import Sent, pinned, sent_beside
 
 Value = TypeVar("Value")
 
@@ -47,6 +48,7 @@ class Job:
         before: digests what will be needed.
         loading: reads what will be needed next.
         held: files of results that are not in the store yet, by their keys.
+        doubts: what the device has still to say of the steps that were computed.
         phases: where the time of its steps goes.
         team: the processes that compute it together, of which this is one.
     """
@@ -63,6 +65,7 @@ class Job:
     before: Behind = field(default_factory=Behind)
     loading: Behind = field(default_factory=Behind)
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    doubts: Doubts = field(default_factory=Doubts)
     phases: Phases = field(default_factory=Phases)
     team: Team = field(default_factory=Team)
 
@@ -225,13 +228,27 @@ class Job:
         self._loaded.clear()
         self.loading.offer(f"block {block}: load ahead", load)
 
+    def send_ahead(self, block: int) -> None:
+        """Have a GPU copy a block that was loaded ahead, beside what it is asked next."""
+        on_gpu = torch.device(self.device).type == "cuda"
+        if on_gpu and not self.loading.busy and block in self._loaded:
+            self._sent[block] = sent_beside(self._loaded.pop(block), self.device)
+
     def _taken_ahead(self, block: int) -> dict[str, torch.Tensor] | None:
         """A block that was loaded ahead, on its way to the device; None if it was not."""
         self.loading.wait()
+        sent = self._sent.pop(block, None)
+        self._sent.clear()
+        if sent is not None:
+            return sent.arrived()
         stored = self._loaded.pop(block, None)
         if stored is None or self.lean:
             return None
         return {n: tensor.to(self.device, non_blocking=True) for n, tensor in stored.items()}
+
+    @cached_property
+    def _sent(self) -> dict[int, Sent]:
+        return {}
 
     @cached_property
     def _loaded(self) -> dict[int, dict[str, torch.Tensor]]:

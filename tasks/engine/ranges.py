@@ -2,51 +2,79 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from quantizers.channel_transform import ChannelTransform, transformed_absmax
 from quantizers.statistics import InputStatistics
+from tasks.engine.values import Later
 
 # entries that percentiles are taken of, at equal distances: the largest is looked for among all
 SAMPLED = 1 << 16
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 
 
-def weight_range(weight: Tensor) -> dict[str, Tensor]:
-    """The largest magnitude of a weight (any shape) and percentiles of its magnitudes, scalars."""
+class Magnitudes(NamedTuple):
+    """The largest magnitude of some numbers, a scalar, and those that percentiles are taken of."""
+
+    largest: Tensor
+    entries: Tensor
+
+
+def of_weight(weight: Tensor) -> Magnitudes:
+    """Magnitudes of a weight of any shape."""
     entries = weight.flatten()
     stride = -(-entries.numel() // SAMPLED)
-    # at least as wide as it is stored: float64 holds every value exactly
-    return _described(weight.abs().max(), entries[::stride].abs().double())
+    return Magnitudes(weight.abs().max(), entries[::stride].abs())
 
 
-def input_range(channel_absmax: Tensor) -> dict[str, Tensor]:
-    """The largest input, and percentiles of the channels' largest (K,); scalars."""
-    return _described(channel_absmax.max(), channel_absmax.double())
-
-
-def input_ranges(
+def of_inputs(
     found: Mapping[str, InputStatistics], transforms: Mapping[str, ChannelTransform]
-) -> dict[str, dict[str, Any]]:
-    """Ranges of the inputs of groups of linears, before and after the channels' transforms."""
+) -> dict[str, dict[str, Magnitudes]]:
+    """Of each group's inputs, the channels' largest, before and after their transforms."""
     ranges = {}
     for name, statistics in found.items():
-        before = input_range(statistics.absmax)
-        after = before
+        before = after = _of_channels(statistics.absmax)
         if name in transforms:
-            after = input_range(transformed_absmax(statistics, transforms[name]).amax(0))
+            after = _of_channels(transformed_absmax(statistics, transforms[name]).amax(0))
         ranges[name] = {"before": before, "after": after}
     return ranges
 
 
-def _described(largest: Tensor, magnitudes: Tensor) -> dict[str, Tensor]:
-    ordered = magnitudes.sort().values
+def _of_channels(absmax: Tensor) -> Magnitudes:
+    return Magnitudes(absmax.max(), absmax)
+
+
+def described(ranges: Mapping[str, Mapping[str, Magnitudes]]) -> Later:
+    """Largest and percentiles of each, by the same names; the device is waited for once, later."""
+    alike: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for name, members in ranges.items():
+        for member, magnitudes in members.items():
+            alike[len(magnitudes.entries)].append((name, member))
+    # as many as are of one length are sorted at once; float32 holds what is stored in less
+    parts = [_table([ranges[a][b] for a, b in own], length) for length, own in alike.items()]
+    table = torch.cat(parts) if parts else torch.empty(0)
+    order = [key for own in alike.values() for key in own]
+
+    def work() -> dict[str, dict[str, Any]]:
+        rows = dict(zip(order, table.tolist(), strict=True))
+        titles = ("absmax", *PERCENTILES)
+        return {
+            name: {member: dict(zip(titles, rows[name, member], strict=True)) for member in members}
+            for name, members in ranges.items()
+        }
+
+    return Later(work)
+
+
+def _table(ranges: list[Magnitudes], length: int) -> Tensor:
+    """(n, 4) float64: the largest and the percentiles of each."""
+    ordered = torch.stack([found.entries.float() for found in ranges]).sort(1).values
     # the entry at that place, not one between two: the same everywhere
-    places = {name: round(share * (len(ordered) - 1)) for name, share in PERCENTILES.items()}
-    return {
-        "absmax": largest,
-        **{name: ordered[place] for name, place in places.items()},
-    }
+    places = [round(share * (length - 1)) for share in PERCENTILES.values()]
+    largest = torch.stack([found.largest.double() for found in ranges])
+    return torch.cat((largest[:, None], ordered[:, places].double()), 1)

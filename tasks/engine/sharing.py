@@ -14,7 +14,7 @@ from quantizers.losses import energy_ratio, output_energies
 from quantizers.output_error import Errors, GroupProblem, output_errors
 from quantizers.rounding import QuantizedWeight
 from quantizers.schemes import Granularity, WeightScheme
-from quantizers.statistics import InputStatistics, WeightedRows, checked, drawn_rows, heaviest
+from quantizers.statistics import InputStatistics, WeightedRows, completed, drawn_rows, heaviest
 from tasks.engine.team import Team
 
 
@@ -82,18 +82,17 @@ def statistics_of_all(
 ) -> InputStatistics:
     """Statistics of the inputs that all processes saw; of the own ones what is summed is used up.
 
+    Nothing is refused.
+
     Args:
         team: the processes.
         own: of this one's inputs, before they are checked.
         windows: of each process.
         length: tokens of a window.
         samples: rows that each process keeps.
-
-    Raises:
-        NonFiniteError: an input of any process holds NaN or infinity.
     """
     drawn = [drawn_rows(count * length) if len(own.drawn.rows) else 0 for count in windows]
-    return checked(
+    return completed(
         InputStatistics(
             gram=team.summed_(own.gram),
             total=team.summed_(own.total),

@@ -23,6 +23,7 @@ from prefect.tasks import exponential_backoff
 from safetensors import SafetensorError
 
 from tasks.engine.disk import writing_to
+from tasks.engine.doubts import Doubt, settle
 from tasks.engine.draft import Draft
 from tasks.engine.errors import one_line
 from tasks.engine.job import Job, keep_result
@@ -48,11 +49,13 @@ class Made:
         draft: holds its tensors.
         value: its small values, as the step gave them.
         ready: reached on the device once all of it is computed.
+        doubts: what is to be settled before it is told.
     """
 
     draft: Draft
     value: dict[str, Any]
     ready: torch.cuda.Event | None
+    doubts: tuple[Doubt, ...] = ()
 
 
 class Upcoming(Protocol):
@@ -121,7 +124,7 @@ class Step(Generic[Parameters]):
             if self.kept:
                 keep_result(job, key, draft)
             job.held[key] = tuple(sorted(draft.saved))
-            return Made(draft, value, reached(job.device))
+            return Made(draft, value, reached(job.device), job.doubts.take())
 
     def run(
         self,
@@ -190,6 +193,7 @@ class Step(Generic[Parameters]):
                     if ahead is None:
                         with job.phases.measured(IN_TASK), working_on(job.device, self.name):
                             value = resolved(self.compute(job, draft, *args, **kwargs))
+                            settle(job.doubts.take())
                             if self.kept:
                                 keep_result(job, key, draft)
                     else:

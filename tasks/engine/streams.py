@@ -27,8 +27,8 @@ from tasks.engine.errors import RunError
 from tasks.engine.export_format import INPUT_SCALE, restore_block
 from tasks.engine.job import Job, require, result_files, result_tensors
 from tasks.engine.store import load_tensors
-from tasks.engine.team import ALONE, Team
 from tasks.engine.transfer import beside, host_memory, reached, to_host
+from tasks.engine.values import Later
 from tasks.engine.version import SOURCE, Version, embedding_of, version_block
 from tasks.engine.windows import read_tokens
 
@@ -318,36 +318,39 @@ def drop_boundaries(job: Job, stream: Stream) -> None:
         stream = stream.back()
 
 
-def require_finite(
-    hidden: Tensor, block: int, team: Team = ALONE, windows: Sequence[int] | None = None
-) -> float:
-    """Refuse hidden states after a block with NaN or Inf; give the mean square of all windows.
+def require_finite(job: Job, hidden: Tensor, block: int, windows: Sequence[int]) -> Later:
+    """Refuse hidden states after a block with NaN or Inf; the mean square of all windows.
+
+    Both are known by the end of the step.
 
     Args:
+        job: the run, one of whose processes this is.
         hidden: (W, T, D), this process's.
         block: the block's number.
-        team: the processes that have others.
-        windows: W of each of them.
+        windows: W of each process.
 
     Raises:
         RunError: names the block.
     """
     if hidden.is_cuda:
-        norms = torch.linalg.vector_norm(hidden, dim=(1, 2), dtype=torch.float32)
-        squares = norms.double().square()
+        roots, largest = (
+            torch.linalg.vector_norm(hidden, order, dim=(1, 2), dtype=torch.float32)
+            for order in (2, torch.inf)
+        )
+        squares = roots.double().square()
     else:
         # window by window: what is small stays in a cache
-        squares = torch.stack([window.float().square().sum() for window in hidden])
-    windows = windows or [len(hidden)]
-    squares = team.joined(squares, windows)
-    mean_square = math.fsum(squares.tolist()) / (sum(windows) * hidden[0].numel())
-    if math.isfinite(mean_square):
-        return mean_square
-    # a square may overflow where its root does not
-    finite = team.joined(hidden.abs().amax().isfinite().reshape(1), [1] * team.size)
-    if not bool(finite.all()):
-        raise RunError(
+        squares = torch.stack([window.float().square().sum() for window in hidden]).double()
+        # a square may overflow where its root does not
+        known = bool(squares.isfinite().all())
+        largest = squares if known else hidden.abs().amax((1, 2))
+    found = job.team.joined(torch.stack((squares, largest.double()), 1), windows)
+    job.doubts.add(
+        found[:, 1].isfinite().all(),
+        lambda: RunError(
             f"block {block}: its output holds NaN or Inf; the model overflows "
             f"{hidden.dtype}, or its weights are damaged"
-        )
-    return mean_square
+        ),
+    )
+    count = sum(windows) * hidden[0].numel()
+    return Later(lambda: math.fsum(found[:, 0].tolist()) / count)

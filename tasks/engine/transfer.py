@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -64,6 +65,39 @@ def beside(device: str, ready: torch.cuda.Event | None) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
         stream.synchronize()
+
+
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """Tensors on their way to a GPU.
+
+    Attributes:
+        tensors: there, by name.
+        done: reached once they are whole.
+    """
+
+    tensors: dict[str, Tensor]
+    done: torch.cuda.Event
+
+    def arrived(self) -> dict[str, Tensor]:
+        """The tensors, for what the GPU is asked next: it waits for them, the host does not."""
+        torch.cuda.current_stream().wait_event(self.done)
+        return self.tensors
+
+
+def sent_beside(tensors: Mapping[str, Tensor], device: str) -> Sent:
+    """Copy pinned tensors beside what a GPU is asked from now on."""
+    asked = torch.cuda.current_stream(device)
+    # room that what was asked before may still use: copies wait for it
+    here = {name: torch.empty_like(tensor, device=device) for name, tensor in tensors.items()}
+    stream = _side_stream(torch.device(device), threading.get_ident())
+    stream.wait_stream(asked)
+    with torch.cuda.stream(stream):
+        for name, tensor in tensors.items():
+            here[name].copy_(tensor, non_blocking=True)
+            # one that is dropped before it is whole is overwritten by nobody
+            here[name].record_stream(stream)
+        return Sent(here, stream.record_event())
 
 
 @functools.cache

@@ -1,11 +1,13 @@
 """AWQ's search against one that runs all tokens through the linears for every ratio."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from quantizers import awq
 from quantizers.awq import AwqVersion, ImportanceMeasure
-from quantizers.channel_transform import nearest_power_of_two
+from quantizers.channel_transform import ChannelTransform, nearest_power_of_two
 from quantizers.output_error import GroupProblem, output_error
 from tests.quantizers.literal import awq_scale, output_loss, rounded_weight
 from tests.quantizers.search_cases import (
@@ -34,6 +36,11 @@ WEIGHT_ONLY = [
     ("e4m3", "channel", True, torch.float32),
     ("e4m3", "tensor", True, torch.float32),
 ]
+
+
+def searched(*args: Any, **kwargs: Any) -> tuple[ChannelTransform, list[awq.Trial]]:
+    found, tried = awq.search(*args, **kwargs)
+    return found, tried.trials()
 
 
 def as_it_is(scale):
@@ -65,7 +72,7 @@ def test_weight_only_is_the_literal_search(device, case, version):
     x, group = inputs(300, 64), weights((24, 12), 64)
     scheme = weight_scheme(name, granularity, symmetric=symmetric, dtype=dtype)
     problem = GroupProblem([w.to(device) for w in group], statistics_of(x.to(device)), scheme)
-    found, trials = awq.search(problem, as_it_is, versions=(version,))
+    found, trials = searched(problem, as_it_is, versions=(version,))
     how = {"symmetric": symmetric, "scale_dtype": dtype}
     losses = literal_losses(x, group, name, granularity, how, version)
     assert [trial.ratio for trial in trials] == GRID
@@ -91,7 +98,7 @@ def test_with_quantized_activations_the_choice_is_as_good_as_the_literal_best(ac
         problem = GroupProblem(
             group, statistics_of(x), weight_scheme(name, granularity), ACTIVATIONS[act]
         )
-        _, trials = awq.search(problem, as_it_is)
+        _, trials = searched(problem, as_it_is)
         losses = literal_losses(x, group, name, granularity, {}, "v2", act)
         chosen = min(range(20), key=lambda number: trials[number].error)
         worse[seed] = losses[chosen] / min(losses)
@@ -106,7 +113,7 @@ def test_with_all_rows_kept_the_loss_is_the_literal_one(act):
     problem = GroupProblem(
         group, statistics_of(x, kept=512), weight_scheme(name, granularity), ACTIVATIONS[act]
     )
-    _, trials = awq.search(problem, as_it_is)
+    _, trials = searched(problem, as_it_is)
     losses = literal_losses(x, group, name, granularity, {}, "v2", act)
     assert [trial.error for trial in trials] == pytest.approx(losses, rel=1e-3)
 
@@ -120,7 +127,7 @@ def test_all_batches_decide():
     # of channel sizes the first batch shows nothing
     x = torch.cat([torch.ones(64, 32), inputs(448, 32)])
     group = weights((16,), 32)
-    _, trials = awq.search(problem_of(x, group), as_it_is)
+    _, trials = searched(problem_of(x, group), as_it_is)
     how = {"scale_dtype": BF16}
     losses = literal_losses(x, group, "int4", "group", how, "v2")
     assert [trial.error for trial in trials] == pytest.approx(losses, rel=1e-4)
@@ -141,7 +148,7 @@ def test_all_batches_decide():
 @pytest.mark.parametrize("version", list(AwqVersion))
 def test_poor_calibration_gives_finite_scales(spoil, act, version):
     x = spoil(inputs(200, 32))
-    found, trials = awq.search(problem_of(x, act=act), as_it_is, versions=(version,))
+    found, trials = searched(problem_of(x, act=act), as_it_is, versions=(version,))
     assert len(trials) == 20
     assert all(0 <= trial.error < float("inf") for trial in trials)
     assert bool(found.scale.isfinite().all()) and bool((found.scale > 0).all())
@@ -172,8 +179,8 @@ def test_sizes_of_inputs():
 def test_refining_is_never_worse_than_the_grid(measure, seed):
     problem = problem_of(inputs(200, 32, seed), weights((16, 8), 32, seed))
     both = tuple(AwqVersion)
-    _, coarse = awq.search(problem, as_it_is, versions=both, measure=measure)
-    found, fine = awq.search(problem, as_it_is, versions=both, measure=measure, refine=True)
+    _, coarse = searched(problem, as_it_is, versions=both, measure=measure)
+    found, fine = searched(problem, as_it_is, versions=both, measure=measure, refine=True)
     best = min(trial.error for trial in fine)
     assert best <= min(trial.error for trial in coarse)
     for version in both:
@@ -192,23 +199,23 @@ def test_refining_is_never_worse_than_the_grid(measure, seed):
 
 def test_the_best_version_wins():
     problem = problem_of(inputs(200, 32))
-    _, alone = awq.search(problem, as_it_is, versions=(AwqVersion.V1,))
-    _, other = awq.search(problem, as_it_is, versions=(AwqVersion.V2,))
-    found, both = awq.search(problem, as_it_is, versions=tuple(AwqVersion))
+    _, alone = searched(problem, as_it_is, versions=(AwqVersion.V1,))
+    _, other = searched(problem, as_it_is, versions=(AwqVersion.V2,))
+    found, both = searched(problem, as_it_is, versions=tuple(AwqVersion))
     assert both == alone + other
     assert float(output_error(problem, found)) == min(trial.error for trial in both)
 
 
 def test_what_is_tried_is_what_can_be_folded():
     problem = problem_of(inputs(200, 32))
-    found, trials = awq.search(problem, nearest_power_of_two)
+    found, trials = searched(problem, nearest_power_of_two)
     exponent = torch.log2(found.scale)
     assert torch.equal(exponent, exponent.round())
     assert float(output_error(problem, found)) == min(trial.error for trial in trials)
-    _, others = awq.search(problem, as_it_is)
+    _, others = searched(problem, as_it_is)
     assert trials != others
 
 
 def test_so_many_ratios():
-    _, trials = awq.search(problem_of(inputs(50, 32)), as_it_is, ratios=7)
+    _, trials = searched(problem_of(inputs(50, 32)), as_it_is, ratios=7)
     assert [trial.ratio for trial in trials] == [step / 7 for step in range(7)]

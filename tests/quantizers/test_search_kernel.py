@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantizers import clipping, output_error, statistics
+from quantizers import clipping, losses, output_error, statistics
 from quantizers.channel_transform import ChannelTransform
 from quantizers.clipping import clip_factors, search_clip_curve
 from quantizers.number_formats import E4M3, E5M2, int_format
@@ -39,7 +39,7 @@ def drawn(*shape, dtype=torch.bfloat16, seed=0):
 
 
 def without_kernels(monkeypatch):
-    for module in (clipping, output_error, statistics):
+    for module in (clipping, losses, output_error, statistics):
         monkeypatch.setattr(module, "compiles_kernels", lambda tensor: False)
 
 
@@ -79,6 +79,20 @@ def test_dots_of_rows_that_lie_apart(rows, columns):
     wanted = (left.double() * right.double()).sum(1)
     torch.testing.assert_close(row_dots(left, right).double(), wanted, rtol=1e-5, atol=1e-4)
     assert torch.equal(row_dots(left, right), row_dots(left, right))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 128), (33, 130), (7, 2048), (5, 4500)])
+def test_the_errors_of_rows(rows, columns, monkeypatch):
+    difference = drawn(rows, columns, dtype=torch.float32)
+    inputs = drawn(200, columns, dtype=torch.float32)
+    gram = inputs.t() @ inputs
+    found = losses.row_errors(difference, gram)
+    wanted = (difference.double() @ gram.double() * difference.double()).sum(1)
+    # products of TF32 or float32, as is set
+    torch.testing.assert_close(found.double(), wanted, rtol=5e-3, atol=1e-3)
+    assert torch.equal(found, losses.row_errors(difference, gram))
+    without_kernels(monkeypatch)
+    torch.testing.assert_close(found, losses.row_errors(difference, gram), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

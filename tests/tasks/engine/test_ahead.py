@@ -14,6 +14,7 @@ import torch
 import tasks.engine.draft as files
 import tasks.engine.step as module
 from tasks.engine.ahead import Call, Host, Plan, begun_ahead, in_turn, keyed
+from tasks.engine.doubts import Doubts
 from tasks.engine.draft import Draft
 from tasks.engine.phases import AHEAD, IN_TASK, ORCHESTRATED, WAITED, WRITTEN, Phases
 from tasks.engine.residency import DeviceMemoryError
@@ -39,6 +40,7 @@ class Work:
     device: str = "cpu"
     fingerprint: dict[str, str] = field(default_factory=lambda: {"device": "cpu"})
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    doubts: Doubts = field(default_factory=Doubts)
     phases: Phases = field(default_factory=Phases)
     team: Team = ALONE
     sums: dict[str, int] = field(default_factory=dict)

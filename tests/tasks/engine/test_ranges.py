@@ -10,9 +10,14 @@ import torch
 
 from quantizers.channel_transform import ChannelTransform
 from quantizers.statistics import add_batch, empty_statistics
-from tasks.engine.ranges import SAMPLED, input_ranges, weight_range
+from tasks.engine.ranges import SAMPLED, described, of_inputs, of_weight
 from tasks.quantize import Origin, quantize
 from tests.tasks.conftest import JobOf, make_entry
+
+
+def weight_range(weight: torch.Tensor) -> dict[str, float]:
+    found: dict[str, float] = described({"w": {"it": of_weight(weight)}}).work()["w"]["it"]
+    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,13 +42,24 @@ def test_inputs_before_and_after_a_transform() -> None:
     scale, shift = torch.linspace(0.5, 3, 6), torch.linspace(-1, 1, 6)
     statistics = {"a": empty_statistics(6), "b": empty_statistics(6)}
     statistics = {name: add_batch(empty, x) for name, empty in statistics.items()}
-    found = input_ranges(statistics, {"a": ChannelTransform(scale, shift)})
+    found = described(of_inputs(statistics, {"a": ChannelTransform(scale, shift)})).work()
     moved = (x - shift) / scale
     assert found["a"]["before"]["absmax"] == float(x.abs().max())
     assert found["a"]["after"]["absmax"] == pytest.approx(float(moved.abs().max()), rel=1e-6)
     middle = moved.abs().amax((0, 1)).sort().values
     assert found["a"]["after"]["p50"] == pytest.approx(float(middle[2]), rel=1e-6)
     assert found["b"]["before"] == found["b"]["after"] == found["a"]["before"]
+
+
+def test_each_is_described_by_its_own_numbers_whatever_is_beside_it() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights = {str(n): torch.randn(n, 8, generator=generator) for n in (5, 2, 5, 7, 2)}
+    weights |= {f"more {n}": torch.randn(n, 8, generator=generator) for n in (2, 5)}
+    together = described({name: {"it": of_weight(w)} for name, w in weights.items()}).work()
+    assert list(together) == list(weights)
+    for name, weight in weights.items():
+        assert together[name]["it"] == weight_range(weight)
+    assert described({}).work() == {}
 
 
 def test_a_rounded_block_says_both_ranges(job_of: JobOf, tiny: Path) -> None:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 import tasks.engine.step as module
 from tasks.engine import lineage
 from tasks.engine.disk import DiskFullError
+from tasks.engine.doubts import Doubts
 from tasks.engine.draft import Draft
 from tasks.engine.errors import InputError, NonFiniteWeightError, RunError
 from tasks.engine.lineage import code_digest
@@ -48,6 +49,7 @@ class Work:
     device: str = "cuda:0"
     leaner_jobs: list[Work] = field(default_factory=list)
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    doubts: Doubts = field(default_factory=Doubts)
     phases: Phases = field(default_factory=Phases)
     team: Team = ALONE
     lean: bool = False

@@ -17,11 +17,11 @@ import xxhash
 from filelock import FileLock, Timeout
 
 import tasks.engine.store as module
+from tasks.engine.draft import link_or_copy
 from tasks.engine.store import (
     MANIFEST,
     Entry,
     Store,
-    link_or_copy,
     load_tensors,
     run_lock,
     write_text,

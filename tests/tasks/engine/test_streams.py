@@ -214,12 +214,18 @@ def test_the_sources_stream_is_shared_by_recipes(model: Path, job_of: JobOf) -> 
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_a_stream_that_overflows_is_refused(value: str) -> None:
-    hidden = torch.zeros(2, 3, 4)
-    require_finite(hidden, 7)
+def test_a_stream_that_overflows_is_refused(model: Path, job_of: JobOf, value: str) -> None:
+    job, hidden = job_of(model, "rtn_w8a8"), torch.zeros(2, 3, 4)
+    require_finite(job, hidden, 7, [2])
     hidden[1, 2, 3] = float(value)
     with pytest.raises(RunError, match="block 7: its output holds NaN or Inf"):
-        require_finite(hidden, 7)
+        require_finite(job, hidden, 7, [2])
+
+
+def test_a_square_may_overflow_where_its_root_does_not(model: Path, job_of: JobOf) -> None:
+    job, hidden = job_of(model, "rtn_w8a8"), torch.zeros(2, 3, 4)
+    hidden[1, 2, 3] = 1e30
+    assert require_finite(job, hidden, 7, [2]).work() == float("inf")
 
 
 def test_a_boundary_is_written_by_one_process(
@@ -235,10 +241,14 @@ def test_a_boundary_is_written_by_one_process(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_mean_square_leaves_the_stream_as_it_is(dtype: torch.dtype) -> None:
+def test_the_mean_square_leaves_the_stream_as_it_is(
+    model: Path, job_of: JobOf, dtype: torch.dtype
+) -> None:
+    job = job_of(model, "rtn_w8a8")
     hidden = torch.randn(3, 4, 8).to(dtype)
     before = hidden.clone()
-    assert require_finite(hidden, 0) == pytest.approx(float(before.float().square().mean()))
+    found = require_finite(job, hidden, 0, [3]).work()
+    assert found == pytest.approx(float(before.float().square().mean()))
     assert torch.equal(hidden, before)
 
 
