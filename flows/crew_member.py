@@ -245,6 +245,8 @@ def _or_fail(say: Saying, do: Callable[[], None]) -> None:
 
 def main() -> None:
     """Work until there is no more; a failure is told in a line."""
+    # who asks the device waits no longer than this for those who write and tell
+    sys.setswitchinterval(0.0005)
     given = json.loads(sys.argv[1])
     seat, say = Seat(**(given | {"devices": tuple(given["devices"])})), Saying(int(sys.argv[2]))
     told = messages()

@@ -12,6 +12,7 @@ __all__ = [
     "relative_output_error",
     "relative_weight_error",
     "row_errors",
+    "weight_energies",
     "weight_error_ratio",
 ]
 
@@ -53,8 +54,13 @@ def relative_output_error(weight: Tensor, restored: Tensor, gram: Tensor) -> flo
 
 def weight_error_ratio(weight: Tensor, restored: Tensor) -> Tensor:
     """relative_weight_error as a scalar float64, for which nothing waits."""
+    return energy_ratio(weight_energies(weight, restored))
+
+
+def weight_energies(weight: Tensor, restored: Tensor) -> Tensor:
+    """||W - Q||_F^2 and ||W||_F^2, (2,) float64: those of all rows are their sums."""
     _check_pair(weight, restored)
-    return _root_ratio(_squared_norm(_difference(weight, restored)), _squared_norm(weight))
+    return torch.stack([_squared_norm(_difference(weight, restored)), _squared_norm(weight)])
 
 
 def output_error_ratio(weight: Tensor, restored: Tensor, gram: Tensor) -> Tensor:
@@ -76,7 +82,7 @@ def output_energies(weight: Tensor, restored: Tensor, gram: Tensor) -> Tensor:
 
 
 def energy_ratio(energies: Tensor) -> Tensor:
-    """The relative error of output_energies (2,), as a scalar."""
+    """The relative error of energies (2,) as a scalar, or of (2, n) as (n,)."""
     return _root_ratio(energies[0], energies[1])
 
 

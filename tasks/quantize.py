@@ -15,7 +15,6 @@ from configs.schema import Quant, ResolvedStep
 from configs.special_keys import GptqSpecial
 from configs.vocabulary import WeightAlgorithm
 from quantizers.channel_transform import transformed_gram
-from quantizers.losses import weight_error_ratio
 from quantizers.output_error import group_input_scale
 from quantizers.rounding import QuantizedWeight, dequantize, round_group
 from tasks.clip import rounding_ranges
@@ -29,7 +28,7 @@ from tasks.engine.job import Job, activation_lineage, result_tensors, scheme_lin
 from tasks.engine.lineage import code_digest
 from tasks.engine.precision import search_products
 from tasks.engine.ranges import described, of_inputs, of_weight
-from tasks.engine.sharing import output_error
+from tasks.engine.sharing import errors_of_all, own_energies
 from tasks.engine.source import tensor_digest
 from tasks.engine.step import step
 from tasks.engine.streams import Stream, Streams
@@ -108,7 +107,7 @@ def makes_up(quant: Quant) -> bool:
 @step(
     depends_on=_depends_on,
     version=2,
-    code=("quantizers.clipping", "quantizers.gptq", "quantizers.scale_refit"),
+    code=("quantizers.clipping", "quantizers.gptq", "quantizers.losses", "quantizers.scale_refit"),
     kept=True,
 )
 def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:
@@ -124,33 +123,32 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
     codes = rounded.codes
     scales = _input_scales(job, origin, block)
     source = job.read_block(block)
-    linears, ranges = {}, {}
+    linears: dict[str, dict[str, Any]] = {}
+    ranges, energies = {}, {}
     for group in quantized_groups(job, block):
         # a method that measures its own inputs reports of those
         gram = None if rounded.notes else _gram(job, origin, block, group)
         for name in group.linears:
             weight = weights[f"{name}.weight"]
             restored = dequantize(codes[name], job.scheme.weight)
-            report: dict[str, Any] = {
-                "weight_error": weight_error_ratio(weight, restored),
+            with search_products(job.device):
+                energies[name] = own_energies(job.team, weight, restored, gram)
+            linears[name] = {
                 # the host's work, which the device need not wait for
                 "digest": Later(partial(codes_digest, codes[name], scales.get(name))),
                 **rounded.notes.get(name, {}),
             }
-            if gram is not None:
-                with search_products(job.device):
-                    report["output_error"] = output_error(job.team, weight, restored, gram)
             if name in scales:
-                report["input_scale"] = scales[name].reshape(())
-            linears[name] = report
+                linears[name]["input_scale"] = scales[name].reshape(())
             ranges[name] = {
                 "before": of_weight(source[f"{name}.weight"]),
                 "after": of_weight(restored),
             }
+    errors = errors_of_all(job.team, energies)
     if scales:
         draft.save_tensors(INPUT_SCALES, {name: scale.clone() for name, scale in scales.items()})
     return {
-        "linears": linears,
+        "linears": {name: errors[name] | report for name, report in linears.items()},
         "weights": described(ranges),
         "inputs": {} if rounded.notes else _inputs(job, origin, block),
     }

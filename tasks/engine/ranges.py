@@ -77,4 +77,5 @@ def _table(ranges: list[Magnitudes], length: int) -> Tensor:
     # the entry at that place, not one between two: the same everywhere
     places = [round(share * (length - 1)) for share in PERCENTILES.values()]
     largest = torch.stack([found.largest.double() for found in ranges])
-    return torch.cat((largest[:, None], ordered[:, places].double()), 1)
+    # column by column: a list of places would be copied to the device, which is waited for
+    return torch.stack([largest, *(ordered[:, place].double() for place in places)], 1)

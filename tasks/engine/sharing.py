@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantizers.channel_transform import ChannelTransform
 from quantizers.clipping import search_clip_curve
-from quantizers.losses import energy_ratio, output_energies
+from quantizers.losses import energy_ratio, output_energies, weight_energies
 from quantizers.output_error import Errors, GroupProblem, output_errors
 from quantizers.rounding import QuantizedWeight
 from quantizers.schemes import Granularity, WeightScheme
@@ -56,6 +56,34 @@ def output_error(team: Team, weight: Tensor, restored: Tensor, gram: Tensor) -> 
     return energy_ratio(team.summed_(output_energies(weight[own], restored[own], gram)))
 
 
+def own_energies(
+    team: Team, weight: Tensor, restored: Tensor, gram: Tensor | None
+) -> dict[str, Tensor]:
+    """Energies (2,) float64 of what this process's rows of a weight lose, and of themselves.
+
+    Of the weight, and of its outputs where the inputs' Gram matrix is given.
+    """
+    own = team.own(len(weight))
+    found = {"weight_error": weight_energies(weight[own], restored[own])}
+    if gram is not None:
+        found["output_error"] = output_energies(weight[own], restored[own], gram)
+    return found
+
+
+def errors_of_all(
+    team: Team, energies: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """The relative errors of linears, scalars, from own_energies of each: exchanged at once."""
+    names = [(linear, kind) for linear, kinds in energies.items() for kind in kinds]
+    if not names:
+        return {}
+    table = team.summed_(torch.stack([energies[linear][kind] for linear, kind in names]))
+    ratios = dict(zip(names, energy_ratio(table.t()), strict=True))
+    return {
+        linear: {kind: ratios[linear, kind] for kind in kinds} for linear, kinds in energies.items()
+    }
+
+
 def rounded_by_rows(
     team: Team, weight: Tensor, compute: Callable[[slice], QuantizedWeight]
 ) -> QuantizedWeight:
@@ -91,14 +119,16 @@ def statistics_of_all(
         length: tokens of a window.
         samples: rows that each process keeps.
     """
+    extremes = team.joined(torch.cat((own.window_minimum, own.window_maximum), 1), windows)
+    low, high = extremes.chunk(2, 1)
     drawn = [drawn_rows(count * length) if len(own.drawn.rows) else 0 for count in windows]
     return completed(
         InputStatistics(
             gram=team.summed_(own.gram),
             total=team.summed_(own.total),
             mean_abs_sum=team.summed_(own.mean_abs_sum),
-            window_minimum=team.joined(own.window_minimum, windows),
-            window_maximum=team.joined(own.window_maximum, windows),
+            window_minimum=low,
+            window_maximum=high,
             sample=team.joined(own.sample, samples),
             drawn=heaviest(
                 WeightedRows(

@@ -7,6 +7,7 @@ process has the same bits, each time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # bytes that are exchanged at once: of so many each process holds every other's
-EXCHANGED_BYTES = 1 << 26
+EXCHANGED_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,16 @@ class Team:
         if self.size == 1:
             return own
         own = own.to(self.device).contiguous()
-        parts = [own.new_empty((count, *own.shape[1:])) for count in counts]
-        parts[self.rank] = own
-        for rank, part in enumerate(parts):
-            if part.numel():
-                # bytes: not every dtype is sent as what it is
-                dist.broadcast(part.view(torch.uint8), rank)
-        return torch.cat(parts)
+        shape, width = own.shape[1:], own.itemsize * math.prod(own.shape[1:])
+        if not width or not any(counts):
+            return own.new_empty((sum(counts), *shape))
+        # bytes: not every dtype is sent as what it is; as many rows of each
+        sent = own.new_empty((max(counts), width), dtype=torch.uint8)
+        sent[: len(own)] = own.reshape(len(own), width // own.itemsize).view(torch.uint8)
+        parts = [torch.empty_like(sent) for _ in counts]
+        dist.all_gather(parts, sent)
+        rows = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return rows.view(own.dtype).reshape(-1, *shape)
 
 
 # a process that computes by itself

@@ -158,7 +158,6 @@ def test_every_way_to_import_is_followed(package: Path, statement: str) -> None:
 def test_steps_depend_on_what_their_module_imports() -> None:
     assert set(quantizer_imports("tasks.quantize")) == {
         "quantizers.channel_transform",
-        "quantizers.losses",
         "quantizers.output_error",
         ROUNDING,
     }
