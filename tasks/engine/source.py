@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tasks.engine.doubts import Doubt, settle
 from tasks.engine.errors import InputError, NonFiniteWeightError
 from tasks.engine.store import sealed, unsealed, write_text
 from tasks.engine.transfer import to_host
@@ -74,6 +76,12 @@ class Source:
         Raises:
             NonFiniteWeightError: a floating tensor holds NaN or Inf; names it.
         """
+        read = self.read_unchecked(names, device)
+        settle(self.doubts(read))
+        return read
+
+    def read_unchecked(self, names: Iterable[str], device: str = "cpu") -> dict[str, Tensor]:
+        """Read tensors by name, whatever they hold."""
         wanted = sorted(names, key=lambda name: (self.tensors[name].file, name))
         read: dict[str, Tensor] = {}
         with contextlib.ExitStack() as stack:
@@ -85,23 +93,21 @@ class Source:
                         safe_open(self.path / file, framework="pt", device=device)
                     )
                 read[name] = opened[file].get_tensor(name)
-        self._require_finite(read)
         return read
 
-    def _require_finite(self, read: Mapping[str, Tensor]) -> None:
-        """Refuse NaN and Inf; a device is waited for once."""
-        checked = [
-            name for name, tensor in read.items() if tensor.is_floating_point() and tensor.numel()
+    def doubts(self, read: Mapping[str, Tensor]) -> list[Doubt]:
+        """Whether tensors that were read are finite, to be settled."""
+        return [
+            Doubt(_extremes(tensor).isfinite().all(), partial(self._damaged, name))
+            for name, tensor in read.items()
+            if tensor.is_floating_point() and tensor.numel()
         ]
-        if not checked:
-            return
-        finite = torch.stack([_extremes(read[name]).isfinite().all() for name in checked])
-        for name, whole in zip(checked, finite.tolist(), strict=True):
-            if not whole:
-                raise NonFiniteWeightError(
-                    f"{self.path / self.tensors[name].file}: {name} holds NaN or Inf; the source "
-                    "checkpoint is damaged, download it again"
-                )
+
+    def _damaged(self, name: str) -> NonFiniteWeightError:
+        return NonFiniteWeightError(
+            f"{self.path / self.tensors[name].file}: {name} holds NaN or Inf; the source "
+            "checkpoint is damaged, download it again"
+        )
 
     def digest(self, names: Iterable[str]) -> str:
         """Digest of the named tensors' names, dtypes, shapes and bytes, whatever the sharding.
