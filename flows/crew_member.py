@@ -255,6 +255,10 @@ def main() -> None:
         devices = [check_device(name) for name in seat.devices]
         warm(devices[seat.rank])
         meet(seat.rank, devices, seat.meeting)
+        # the first exchange takes seconds
+        Team(seat.rank, len(devices), devices[seat.rank]).summed_(
+            torch.zeros(1, device=devices[seat.rank])
+        )
         message = next(told)
         if "job" not in message:
             return

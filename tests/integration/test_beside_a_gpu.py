@@ -24,6 +24,7 @@ from tests.integration.resuming import contents
 pytestmark = pytest.mark.usefixtures("services")
 SETTINGS = ["serving.smoke_test=false", "serving.check_kernels=false", "eval.report=false"]
 RECIPES = {
+    "rtn_w4a16": [],
     "awq_w4a16": ["calib", "quant.special.ratios=4"],
     "fp8/awq_fp8_static": ["calib", "quant.special.ratios=4"],
     "gptq_w4a16": ["calib"],
@@ -93,7 +94,7 @@ def test_the_same_bytes_and_no_block_read_back(
     # a step begins with what the one before decided about all blocks
     assert read <= ({"transform.safetensors was read back"} if recipe in STEPS else set())
     # of two blocks, one boundary for each stream of each step, if the one before was written
-    assert any(line.startswith("boundary") for line in said)
+    assert any(line.startswith("boundary") for line in said) is (RECIPES[recipe] != [])
     left = [entry.task for entry in Store(home / "store-beside").entries()]
     assert "boundary" not in left
     assert left_running() == []

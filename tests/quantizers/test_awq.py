@@ -219,3 +219,18 @@ def test_what_is_tried_is_what_can_be_folded():
 def test_so_many_ratios():
     _, trials = searched(problem_of(inputs(50, 32)), as_it_is, ratios=7)
     assert [trial.ratio for trial in trials] == [step / 7 for step in range(7)]
+
+
+def test_the_first_of_equals_wins_and_what_is_no_number_does_not() -> None:
+    problem = problem_of(inputs(30, 16))
+
+    def errors(_, candidates):
+        found = torch.full((len(candidates),), 2.0, dtype=torch.float64)
+        found[[0, 5, 9]] = torch.tensor([torch.nan, 1.0, 1.0], dtype=torch.float64)
+        return found
+
+    seen = []
+    found, _ = searched(
+        problem, lambda scale: seen.append(scale) or scale, errors_of=errors, ratios=20
+    )
+    assert torch.equal(found.scale, seen[0][5])

@@ -1,5 +1,6 @@
 """OS+ against a search that runs all tokens through the linears for every threshold."""
 
+import math
 import statistics as plain_statistics
 
 import pytest
@@ -142,3 +143,16 @@ def test_a_single_sample_and_its_shift(tokens):
     assert bool(found.scale.isfinite().all()) and bool((found.scale >= 1).all())
     assert found.shift is not None
     assert torch.equal(found.shift, shift)
+
+
+def test_where_no_error_is_a_number_nothing_is_scaled() -> None:
+    problem = GroupProblem(
+        weights((8,), 16), statistics_of(lopsided(9, 64, 16)), weight_scheme("int8", "channel")
+    )
+
+    def lost(_, candidates):
+        return torch.full((len(candidates),), torch.nan, dtype=torch.float64)
+
+    found, trials = os_plus.search(problem, as_it_is, errors_of=lost)
+    assert torch.equal(found.scale, torch.ones(16))
+    assert trials and all(math.isnan(trial.error) for trial in trials)
