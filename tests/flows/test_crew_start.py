@@ -8,6 +8,12 @@ import pytest
 
 from flows.crew_start import Started, apart, started_early, take_started
 from tests.crews import left_running
+from tests.operations.services import eventually
+
+
+def are_running(count: int) -> bool:
+    """Whether so many processes of crews live; one shows its name a moment after it began."""
+    return eventually(lambda: len(left_running()) == count or None, f"{count} processes", 10)
 
 
 @pytest.mark.parametrize(
@@ -24,23 +30,22 @@ def test_which_devices_are_computed_on_by_processes_of_their_own(
 
 def test_those_that_nobody_takes_are_ended() -> None:
     with started_early("cpu, cpu"):
-        assert len(left_running()) == 2
+        assert are_running(2)
         # one flow within another's command begins no more
         with started_early("cpu,cpu"):
-            assert len(left_running()) == 2
+            assert are_running(2)
     assert left_running() == []
 
 
 def test_they_are_taken_once_and_by_who_asks_for_the_same_devices() -> None:
     with started_early("cpu,cpu"):
         others = take_started("cpu,cpu,cpu")
-        assert len(left_running()) == 5
+        assert are_running(5)
         early = take_started("cpu, cpu")
-        assert len(left_running()) == 5
         again = take_started("cpu,cpu")
-        assert len(left_running()) == 7 and again is not early
+        assert are_running(7) and again is not early
     # who took them ends them
-    assert len(left_running()) == 7
+    assert are_running(7)
     for started in (others, early, again):
         started.end()
         # and may say so twice

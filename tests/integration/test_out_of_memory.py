@@ -5,7 +5,6 @@ There is no GPU where the tests run: its error is raised where a GPU would raise
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ import pytest
 import torch
 
 import tasks.quantize
+from flows.crew import Crew
 from flows.quantize_model import quantize_model
 from tasks.engine.job import Job
 from tasks.engine.residency import DeviceMemoryError
+from tests.crews import PRETENDED, left_running, made_to_run
 from tests.integration.resuming import contents
 
 pytestmark = pytest.mark.usefixtures("services")
@@ -52,23 +53,17 @@ def fails(function: Callable[..., Any], times: list[int]) -> Callable[..., Any]:
     return called
 
 
-@pytest.mark.parametrize(
-    ("recipe", "ahead"), [("awq_w4a16", False), ("awq_w4a16", True), ("gptq_w4a16", False)]
-)
-def test_the_same_bytes_where_a_gpu_would_be_full_once(
-    home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, ahead: bool
+@pytest.mark.parametrize("recipe", ["awq_w4a16", "gptq_w4a16"])
+def test_the_same_bytes_where_a_device_would_be_full_once(
+    home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     undisturbed = quantized(home, tiny, words, "roomy", recipe)
-    # beside a GPU, blocks are computed ahead of their tasks
-    monkeypatch.setattr(Job, "on_gpu", property(lambda job: ahead))
     leans: list[bool] = []
-    threads: list[str] = []
     # full while the first block is rounded
     rounded = fails(tasks.quantize.rounded_block, [0])
 
     def seen(job: Any, *args: Any, **kwargs: Any) -> Any:
         leans.append(job.lean)
-        threads.append(threading.current_thread().name)
         return rounded(job, *args, **kwargs)
 
     monkeypatch.setattr(tasks.quantize, "rounded_block", seen)
@@ -80,8 +75,51 @@ def test_the_same_bytes_where_a_gpu_would_be_full_once(
     assert leans[0] is False
     assert len(leans) > 2
     assert all(leans[1:])
-    assert threads[0].startswith("blockquant-ahead") is ahead
-    assert set(threads[1:]) == {threading.main_thread().name}
+
+
+# a process of its own whose device is full as it rounds the first block, once
+FULL_ONCE = """
+import logging
+from pathlib import Path
+
+import torch
+import tasks.quantize
+
+rounded = tasks.quantize.rounded_block
+
+def seen(job, *args):
+    logging.getLogger("blockquant").warning("rounds, lean: %s", job.lean)
+    once = Path("{once}")
+    if not once.exists():
+        once.touch()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return rounded(job, *args)
+
+tasks.quantize.rounded_block = seen
+"""
+
+
+def test_the_same_bytes_where_the_device_of_another_process_is_full_once(
+    home: Path,
+    tiny: Path,
+    words: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    undisturbed = quantized(home, tiny, words, "roomy", "awq_w4a16")
+    monkeypatch.setattr(Job, "on_gpu", property(lambda job: True))
+    monkeypatch.setattr(Crew, "ahead", True)
+    full = FULL_ONCE.format(once=home / "was-full")
+    made_to_run(PRETENDED + full, home / "pretended", monkeypatch)
+    with caplog.at_level("WARNING", "blockquant"):
+        disturbed = quantized(home, tiny, words, "full", "awq_w4a16")
+    assert contents(home / "full") == contents(home / "roomy")
+    assert disturbed["steps"] == undisturbed["steps"]
+    said = [record.getMessage() for record in caplog.records]
+    leans = [line.endswith("True") for line in said if line.startswith("rounds, lean")]
+    assert leans[0] is False and len(leans) > 2 and all(leans[1:])
+    assert any("is full; tried again with less kept on it" in line for line in said)
+    assert left_running() == []
 
 
 def test_one_line_where_a_gpu_is_full_with_the_least_on_it(
