@@ -31,7 +31,7 @@ from tasks.check import Request
 from tasks.engine.ahead import DEPTH, Call, Plan, begun_ahead
 from tasks.engine.draft import Draft
 from tasks.engine.job import Job
-from tasks.engine.phases import AHEAD
+from tasks.engine.phases import AHEAD, IDLE
 from tasks.engine.residency import vacate
 from tasks.engine.step import Made
 
@@ -285,6 +285,7 @@ class Crew:
         for name, checksum in said["files"].items():
             job.store.note(place / name, checksum)
         job.phases.seconds[AHEAD] += said["seconds"]
+        job.phases.seconds[IDLE] += said["idle"]
         for name, size in said["peaks"].items():
             self.peaks[name] = max(size, self.peaks.get(name, 0))
         return Made(Draft.written(place, said["files"]), said["value"], None)

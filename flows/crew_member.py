@@ -39,7 +39,7 @@ from tasks.engine.residency import peaks
 from tasks.engine.step import Made
 from tasks.engine.streams import drop_boundaries
 from tasks.engine.team import Team
-from tasks.engine.transfer import beside
+from tasks.engine.transfer import beside, idle_s
 from tasks.engine.values import resolved
 
 
@@ -157,6 +157,7 @@ class Voice:
         self._job = job
         self._say = say
         self._host = Host(job)
+        self._last: torch.cuda.Event | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockquant-voice")
 
     def tell(self, key: str, made: Made, place: Path, seconds: float) -> None:
@@ -171,6 +172,8 @@ class Voice:
             settle(made.doubts)
             value = resolved(made.value)
         found = {"files": files, "value": value, "peaks": peaks(self._job.device)}
+        found["idle"] = idle_s(self._last, made.begun)
+        self._last = made.ready
         self._say({"made": key, "seconds": seconds, **found})
 
     def end(self) -> None:

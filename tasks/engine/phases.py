@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-# by the thread that computes ahead, beside all else
+# by other processes, beside all else, and where their device waited to be asked for the next step
 AHEAD = "computed ahead"
+IDLE = "device idle between steps"
 # by the flow, one after the other
 IN_TASK = "computed in tasks"
 WAITED = "waited for what is computed ahead"
@@ -39,6 +40,8 @@ class Phases:
 
     def of(self, whole: float) -> dict[str, float]:
         """All kinds, given the seconds that the flow took: what is left was orchestration."""
-        found = {kind: self.seconds.get(kind, 0.0) for kind in (AHEAD, IN_TASK, WAITED, WRITTEN)}
+        found = {
+            kind: self.seconds.get(kind, 0.0) for kind in (AHEAD, IDLE, IN_TASK, WAITED, WRITTEN)
+        }
         known = found[IN_TASK] + found[WAITED] + found[WRITTEN]
         return found | {ORCHESTRATED: whole - known}

@@ -49,6 +49,7 @@ class Made:
         draft: holds its tensors.
         value: its small values, as the step gave them.
         ready: reached on the device once all of it is computed.
+        begun: reached before.
         doubts: what is to be settled before it is told.
     """
 
@@ -56,6 +57,7 @@ class Made:
     value: dict[str, Any]
     ready: torch.cuda.Event | None
     doubts: tuple[Doubt, ...] = ()
+    begun: torch.cuda.Event | None = None
 
 
 class Upcoming(Protocol):
@@ -120,11 +122,12 @@ class Step(Generic[Parameters]):
         """Compute the result and write nothing; the steps that come next find it in memory."""
         draft = Draft(job.store.root / "staging" / key, held=True)
         with job.phases.measured(AHEAD), working_on(job.device, self.name):
+            begun = reached(job.device)
             value = self.compute(job, draft, *args, **kwargs)
             if self.kept:
                 keep_result(job, key, draft)
             job.held[key] = tuple(sorted(draft.saved))
-            return Made(draft, value, reached(job.device), job.doubts.take())
+            return Made(draft, value, reached(job.device), job.doubts.take(), begun)
 
     def run(
         self,

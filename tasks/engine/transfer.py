@@ -51,7 +51,14 @@ def reached(device: str) -> torch.cuda.Event | None:
     """What a GPU reaches once it is through with all that it was given; None for a CPU."""
     if torch.device(device).type != "cuda":
         return None
-    return torch.cuda.current_stream(device).record_event()
+    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
+
+
+def idle_s(ended: torch.cuda.Event | None, began: torch.cuda.Event | None) -> float:
+    """Seconds in which a GPU had nothing to do between two events that it has reached."""
+    if ended is None or began is None:
+        return 0.0
+    return max(0.0, float(ended.elapsed_time(began)) / 1000)
 
 
 @contextlib.contextmanager
