@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-TRACE = "BLOCKQUANT_TRACE"
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 # in which the host waits for the device
 WAITS = ("Synchronize", "cudaMemcpyAsync", "cudaMalloc", "cudaFree", "cudaHostAlloc")
@@ -49,6 +48,8 @@ def main(
 ) -> None:
     """Profile the blocks of a recipe."""
     import speed
+
+    from flows.crew_start import TRACE
 
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)

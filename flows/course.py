@@ -67,8 +67,7 @@ class Course:
 
         Once the device was full, all later steps keep less on it.
         """
-        block = kwargs.get("block")
-        label = step.name if block is None else f"{step.name}[block {block}]"
+        label = step.label(kwargs.get("block"))
         reporter().begin(label)
         start = time.perf_counter()
         result = step.run(self.leaned(job), ahead, *args, **kwargs)

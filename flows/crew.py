@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from flows.block_plan import Pass
 from flows.crew_process import Failure, Process, worst_of
-from flows.crew_start import take_started
+from flows.crew_start import TRACE, take_started
 from tasks.check import Request
 from tasks.engine.ahead import DEPTH, Call, Plan, begun_ahead
 from tasks.engine.draft import Draft
@@ -39,8 +39,6 @@ log = logging.getLogger("blockquant")
 
 # after which there is no more; without it, the flow's process was killed
 END = json.dumps({"end": True})
-# a file that torch's profiler writes what a process did to, as Chrome's tracing reads it
-TRACE = "BLOCKQUANT_TRACE"
 # how long the others may be waited for, and how long one may take to end
 LIMIT = timedelta(minutes=10)
 END_S = 600.0 if os.environ.get(TRACE) else 30.0
@@ -110,7 +108,7 @@ class Round:
 
     def planned(self, call: Call, key: str) -> int:
         """Note the next call; its number."""
-        self.calls.append((f"{call.step.name}[block {call.block}]", key))
+        self.calls.append((call.step.label(call.block), key))
         return len(self.calls) - 1
 
 

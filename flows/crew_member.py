@@ -27,9 +27,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from configs.loading import load_recipe
 from flows.block_plan import Pass
-from flows.crew import END_S, TRACE, Assignment, meet
+from flows.crew import END_S, Assignment, meet
 from flows.crew_process import Failure
-from flows.crew_start import Seat
+from flows.crew_start import TRACE, Seat
 from quantizers.statistics import add_batch, empty_statistics
 from tasks.check import Request, check_device, checked_job
 from tasks.engine.ahead import Call, Host, Plan
@@ -83,7 +83,7 @@ class Work:
         made: Made | None = None
         for number, (label, key) in enumerate(calls, start=1):
             call = self._call
-            if call is None or f"{call.step.name}[block {call.block}]" != label:
+            if call is None or call.step.label(call.block) != label:
                 raise LookupError(f"no {label} comes next in this pass: the processes disagree")
             if number == len(calls):
                 made = call.step.make(self.job, key, *call.args, block=call.block)

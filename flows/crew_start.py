@@ -16,6 +16,9 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# a file that torch's profiler writes what a process did to, as Chrome's tracing reads it
+TRACE = "BLOCKQUANT_TRACE"
+
 
 @dataclass(frozen=True)
 class Seat:

@@ -8,6 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows.crew import Crew
+from tasks.engine.job import Job
+
 ROOT = Path(__file__).parent.parent
 
 # what a process of a crew is made to believe where there is no GPU: results stay in its memory
@@ -27,6 +30,13 @@ def left_running() -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def beside_a_gpu(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process and its crew take the CPU for a GPU; the crew runs some code first."""
+    monkeypatch.setattr(Job, "on_gpu", property(lambda job: True))
+    monkeypatch.setattr(Crew, "ahead", True)
+    made_to_run(PRETENDED + code, folder, monkeypatch)
 
 
 def made_to_run(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, cast
 
 import torch
 from prefect import Task
@@ -106,6 +106,10 @@ class Step(Generic[Parameters]):
     code: tuple[str, ...]
     kept: bool = False
 
+    def label(self, block: int | None) -> str:
+        """What a run of it is called: by its name, and its block if it has one."""
+        return self.name if block is None else f"{self.name}[block {block}]"
+
     def key(self, job: Job, *args: Parameters.args, **kwargs: Parameters.kwargs) -> str:
         """Return the lineage key of the result."""
         return lineage_key(
@@ -150,8 +154,7 @@ class Step(Generic[Parameters]):
         _drop_damaged_record(records / key, {"key": key, "step": self.name})
         ran: list[bool] = []
         jobs = [job]
-        block = kwargs.get("block")
-        label = self.name if block is None else f"{self.name}[block {block}]"
+        label = self.label(cast(int | None, kwargs.get("block")))
 
         def body() -> dict[str, Any]:
             with _out_of_memory(label, jobs, ahead):

@@ -13,12 +13,10 @@ import pytest
 import torch
 
 import flows.quantize_model
-from flows.crew import Crew
 from flows.quantize_model import quantize_model
-from tasks.engine.job import Job
 from tasks.engine.phases import AHEAD, IN_TASK
 from tasks.engine.store import Store
-from tests.crews import PRETENDED, left_running, made_to_run
+from tests.crews import beside_a_gpu, left_running
 from tests.integration.resuming import contents
 
 pytestmark = pytest.mark.usefixtures("services")
@@ -50,8 +48,7 @@ def quantized(
 
 
 # a process that pretends to have a GPU says what it reads back, and which boundaries it writes
-LOOKING = f"""
-{PRETENDED}
+LOOKING = """
 import logging
 import tasks.engine.job
 import tasks.engine.streams
@@ -82,9 +79,7 @@ def test_the_same_bytes_and_no_block_read_back(
     recipe: str,
 ) -> None:
     quantized(home, tiny, words, "plain", recipe)
-    made_to_run(LOOKING, home / "looking", monkeypatch)
-    monkeypatch.setattr(Job, "on_gpu", property(lambda job: True))
-    monkeypatch.setattr(Crew, "ahead", True)
+    beside_a_gpu(LOOKING, home / "looking", monkeypatch)
     with caplog.at_level("WARNING", "blockquant"):
         phases = quantized(home, tiny, words, "beside", recipe)["phases"]
     assert contents(home / "beside") == contents(home / "plain")

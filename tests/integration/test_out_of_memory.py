@@ -13,11 +13,9 @@ import pytest
 import torch
 
 import tasks.quantize
-from flows.crew import Crew
 from flows.quantize_model import quantize_model
-from tasks.engine.job import Job
 from tasks.engine.residency import DeviceMemoryError
-from tests.crews import PRETENDED, left_running, made_to_run
+from tests.crews import beside_a_gpu, left_running
 from tests.integration.resuming import contents
 
 pytestmark = pytest.mark.usefixtures("services")
@@ -107,10 +105,7 @@ def test_the_same_bytes_where_the_device_of_another_process_is_full_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     undisturbed = quantized(home, tiny, words, "roomy", "awq_w4a16")
-    monkeypatch.setattr(Job, "on_gpu", property(lambda job: True))
-    monkeypatch.setattr(Crew, "ahead", True)
-    full = FULL_ONCE.format(once=home / "was-full")
-    made_to_run(PRETENDED + full, home / "pretended", monkeypatch)
+    beside_a_gpu(FULL_ONCE.format(once=home / "was-full"), home / "pretended", monkeypatch)
     with caplog.at_level("WARNING", "blockquant"):
         disturbed = quantized(home, tiny, words, "full", "awq_w4a16")
     assert contents(home / "full") == contents(home / "roomy")
