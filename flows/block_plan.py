@@ -111,10 +111,11 @@ class BlockPlan:
                 packed = yield from self._rounded(stream, floats, choice, block)
                 through = packed if quant.quant_out else None
             if stream is not None and block + 1 < len(self.job.blocks):
+                if floats is not None:
+                    # first, while the block as it was is there
+                    floats = floats.after((yield Call(advance, (floats, None), block)), None)
                 key = yield Call(advance, (stream, through), block)
                 stream = stream.after(key, through)
-                if floats is not None:
-                    floats = floats.after((yield Call(advance, (floats, None), block)), None)
         self.streams = [passed for passed in (stream, floats) if passed is not None]
 
     def _rounded(

@@ -19,12 +19,14 @@ __all__ = [
     "fold_into_bias",
     "fold_into_linear",
     "fold_into_norm",
+    "gram_blocks",
     "nearest_power_of_two",
     "norm_scale",
     "scale_columns",
     "share_between_heads",
     "transformed_absmax",
     "transformed_gram",
+    "transformed_gram_blocks",
     "transformed_rows",
     "transformed_sample",
 ]
@@ -54,6 +56,33 @@ def transformed_gram(statistics: InputStatistics, transform: ChannelTransform) -
     inverse = 1.0 / transform.scale
     # in place: of wide inputs each more matrix counts
     return (gram * inverse[:, None]).mul_(inverse[None, :] / max(statistics.tokens, 1))
+
+
+def transformed_gram_blocks(
+    statistics: InputStatistics, transform: ChannelTransform, width: int
+) -> Tensor:
+    """The blocks on the diagonal of transformed_gram, (K / width, width, width) float32.
+
+    Args:
+        statistics: of the inputs.
+        transform: of them.
+        width: divides K.
+    """
+    gram = gram_blocks(statistics.gram, width)
+    if transform.shift is not None:
+        shift, total = (v.reshape(-1, width) for v in (transform.shift, statistics.total))
+        mixed = total[:, :, None] * shift[:, None, :]
+        gram = (gram - mixed).sub_(mixed.mT)
+        gram.add_((shift[:, :, None] * shift[:, None, :]).mul_(statistics.tokens))
+    inverse = (1.0 / transform.scale).reshape(-1, width)
+    scaled = gram * inverse[:, :, None]
+    return scaled.mul_(inverse[:, None, :] / max(statistics.tokens, 1))
+
+
+def gram_blocks(gram: Tensor, width: int) -> Tensor:
+    """The blocks on the diagonal of a matrix (K, K): (K / width, width, width), a view."""
+    count = len(gram) // width
+    return gram.reshape(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def transformed_sample(statistics: InputStatistics, transform: ChannelTransform) -> Tensor:
@@ -120,7 +149,8 @@ def _folded(factor: Tensor, scale: Tensor, dtype: torch.dtype, offset: float) ->
 
 def fold_into_linear(weight: Tensor, transform: ChannelTransform) -> Tensor:
     """The weight (N, K) float32 of a linear whose outputs (N,) are divided by the scale."""
-    return weight.to(torch.float32) / transform.scale[:, None]
+    # in float32 by its factor: one pass over a weight in fewer bits
+    return weight / transform.scale[:, None]
 
 
 def fold_into_bias(bias: Tensor, transform: ChannelTransform) -> Tensor:
@@ -131,7 +161,7 @@ def fold_into_bias(bias: Tensor, transform: ChannelTransform) -> Tensor:
 
 def scale_columns(weight: Tensor, transform: ChannelTransform) -> Tensor:
     """The weight (N, K) float32 of a linear whose inputs are divided by the scale."""
-    return weight.to(torch.float32) * transform.scale
+    return weight * transform.scale
 
 
 def absorbed_shift(weight: Tensor, transform: ChannelTransform) -> Tensor:

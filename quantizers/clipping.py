@@ -6,6 +6,7 @@ As AWQ's (arXiv 2306.00978, appendix), but from the Gram matrix instead of the i
 import torch
 from torch import Tensor
 
+from quantizers.channel_transform import gram_blocks
 from quantizers.devices import compiles_kernels
 from quantizers.losses import row_errors
 from quantizers.number_formats import NumberFormat
@@ -71,8 +72,9 @@ def search_clip(
     Args:
         weight: (N, K), floating point, after any transform; the stacked weights of a group of
             linears where they share one scale.
-        gram: (K, K) float32, the inputs' Gram matrix, after the transform too; None: the squared
-            error of the weight itself.
+        gram: (K, K) float32, the inputs' Gram matrix, after the transform too; or, where groups of
+            g columns share a scale, what is read of it, gram_blocks (K / g, g, g); None: the
+            squared error of the weight itself.
         scheme: the weights' scheme.
         factors: (steps,), at most 256.
 
@@ -90,14 +92,18 @@ def search_clip_curve(
 ) -> tuple[Tensor, Tensor]:
     """search_clip, and the error of the whole weight under each factor, (steps,) float64."""
     columns = weight.shape[1]
-    if gram is not None and tuple(gram.shape) != (columns, columns):
+    if gram is not None and tuple(gram.shape) not in _gram_shapes(scheme, columns):
         raise ValueError(f"gram has shape {tuple(gram.shape)}, not ({columns}, {columns})")
     if len(factors) > 256:
         raise ValueError(f"{len(factors)} clip factors: their numbers are stored in a byte")
     if scheme.granularity in (Granularity.TENSOR, Granularity.BLOCK):
         return _search(weight, gram, scheme, factors)
-    grouped = scheme.granularity is Granularity.GROUP and scheme.width(columns) <= _KERNEL_COLUMNS
-    if gram is not None and grouped and compiles_kernels(weight):
+    fits = (
+        scheme.granularity is Granularity.GROUP
+        and scheme.width(columns) <= _KERNEL_COLUMNS
+        and columns % scheme.width(columns) == 0
+    )
+    if gram is not None and fits and compiles_kernels(weight):
         return _search_groups(weight, gram, scheme, factors)
     entries = _CPU_ENTRIES if weight.device.type == "cpu" else _DEVICE_ENTRIES
     parts = torch.split(weight, max(1, entries // columns))
@@ -166,10 +172,10 @@ def _search_groups(
     low, high = (end.expand(len(factors), -1, -1) for end in (low, high))
     ends = factors.to(weight.device, torch.float32)[:, None, None].expand_as(low)
     scale, zero = scales_of((low, high), scheme, clip_low=ends, clip_high=ends)
-    blocks = gram.reshape(columns // width, width, columns // width, width)
+    blocks = gram if gram.ndim == 3 else gram_blocks(gram, width)
     errors, chosen = clip_errors(
         weight,
-        blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous(),
+        blocks.contiguous(),
         scale.contiguous(),
         None if zero is None else zero.contiguous(),
         scheme.number_format,
@@ -177,14 +183,25 @@ def _search_groups(
     return chosen, errors.sum((1, 2), dtype=torch.float64)
 
 
+def _gram_shapes(scheme: WeightScheme, columns: int) -> list[tuple[int, ...]]:
+    """Of a Gram matrix, or of its blocks where those are all that is read."""
+    width = scheme.width(columns)
+    blocks = scheme.granularity is Granularity.GROUP and columns % width == 0
+    return [(columns, columns), *([(columns // width, width, width)] if blocks else [])]
+
+
+def _block(gram: Tensor, start: int, width: int) -> Tensor:
+    if gram.ndim == 3:
+        return gram[start // width]
+    return gram[start : start + width, start : start + width]
+
+
 def _errors(difference: Tensor, gram: Tensor | None, scheme: WeightScheme) -> Tensor:
     """The error of everything that shares a scale, in the shape of the scales."""
     columns = difference.shape[1]
     width = min(scheme.width(columns), columns)
     parts = [
-        part.square().sum(1)
-        if gram is None
-        else row_errors(part, gram[start : start + width, start : start + width])
+        part.square().sum(1) if gram is None else row_errors(part, _block(gram, start, width))
         for start, part in zip(
             range(0, columns, width), torch.split(difference, width, dim=1), strict=True
         )

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantizers.number_formats import NumberFormat
+from quantizers.rounding_kernel import kind_of, level_of
 
 __all__ = ["round_columns_at_once"]
 
@@ -44,7 +45,7 @@ def round_columns_at_once(
         rows,
         float(number.qmin),
         float(number.qmax),
-        FORMAT=str(number.code_dtype) if number.is_float else "int",
+        FORMAT=kind_of(number),
         SYMMETRIC=zero_point is None,
         BLOCK=triton.next_power_of_2(columns),
         ROWS=_ROWS,
@@ -82,25 +83,11 @@ def _round_columns(
         wanted = tl.sum(tl.where(column[:, None] == j, target, 0.0), 0)
         own = tl.load(weight + j * rows + lane, on, 0.0)
         step = tl.load(scale + j * rows + lane, on, 1.0)
-        level = tl.div_rn(wanted, step)
-        if FORMAT == "int":
-            # far outside every format; within it, adding 1.5 * 2^23 rounds to nearest even
-            level = tl.minimum(tl.maximum(level, -65536.0), 65536.0)
-            level = (level + 12582912.0) - 12582912.0
-            if SYMMETRIC:
-                code = tl.minimum(tl.maximum(level, qmin), qmax)
-                level = code
-            else:
-                zero = tl.load(zero_point + j * rows + lane, on, 0.0)
-                code = tl.minimum(tl.maximum(level + zero, qmin), qmax)
-                level = code - zero
-        else:
-            level = tl.minimum(tl.maximum(level, qmin), qmax)
-            if FORMAT == "torch.float8_e4m3fn":
-                code = level.to(tl.float8e4nv, fp_downcast_rounding="rtne").to(tl.float32)
-            else:
-                code = level.to(tl.float8e5, fp_downcast_rounding="rtne").to(tl.float32)
-            level = code
+        zero = step
+        if not SYMMETRIC:
+            zero = tl.load(zero_point + j * rows + lane, on, 0.0)
+        code = level_of(wanted, step, zero, qmin, qmax, FORMAT, SYMMETRIC)
+        level = code if SYMMETRIC else code - zero
         lost = own - level * step
         tl.store(codes + j * rows + lane, code, on)
         tl.store(error + j * rows + lane, lost, on)

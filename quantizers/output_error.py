@@ -81,11 +81,17 @@ class GroupProblem:
 
     @functools.cached_property
     def one_sided_gram(self) -> Tensor:
-        """H in bfloat16 (K, K), what lies right of a diagonal block doubled: see row_errors."""
-        gram = self.statistics.gram_mean().mul_(2.0)
+        """H in bfloat16 (K, K), what lies right of a diagonal block doubled: see row_errors.
+
+        What lies left of one is not written, and nothing reads it.
+        """
+        gram = self.statistics.gram
+        found = torch.empty_like(gram, dtype=torch.bfloat16)
         for block in _column_blocks(self.columns):
-            gram[block, block] *= 0.5
-        return gram.to(torch.bfloat16)
+            part = gram[: block.stop, block] / max(self.statistics.tokens, 1)
+            part[: block.start] *= 2.0
+            found[: block.stop, block] = part
+        return found
 
 
 # of a group, the output errors of some transforms, (R,) float64

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantizers.devices import compiles_kernels
 from quantizers.errors import NonFiniteError
 from quantizers.schemes import Granularity, WeightScheme
 
@@ -19,6 +20,7 @@ __all__ = [
     "quantize_weight",
     "round_group",
     "round_to_nearest",
+    "row_scales",
     "scales_of",
     "weight_extremes",
     "weight_scales",
@@ -154,10 +156,16 @@ def quantize_weight(
     rows, columns = _matrix_shape(weight)
     _check_parameters(scale, zero_point, scheme, rows, columns)
     number, weight = scheme.number_format, weight.detach()
-    codes = torch.empty_like(weight, dtype=number.code_dtype, memory_format=torch.contiguous_format)
-    scales = _per_row(scale.detach(), scheme, rows).to(torch.float32)
+    scales = _per_row(scale.detach(), scheme, rows)
     zeros = None if zero_point is None else _per_row(zero_point, scheme, rows)
     width = scheme.width(columns)
+    if compiles_kernels(weight) and weight.stride(1) == 1:
+        from quantizers.rounding_kernel import codes_of
+
+        found = codes_of(weight, scales, zeros, width, number)
+        return QuantizedWeight(found, scale, zero_point)
+    scales = scales.to(torch.float32)
+    codes = torch.empty_like(weight, dtype=number.code_dtype, memory_format=torch.contiguous_format)
     for part in _row_slices(weight):
         work = weight[part].to(torch.float32, copy=True)
         for tile, tile_scale in _tiles(work, scales[part], width):
@@ -264,10 +272,14 @@ def dequantize(
     codes, zero_point = quantized.codes, quantized.zero_point
     rows, columns = _matrix_shape(codes)
     _check_parameters(quantized.scale, zero_point, scheme, rows, columns)
-    restored = torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format)
-    scales = _per_row(quantized.scale.detach(), scheme, rows).to(torch.float32)
-    zeros = None if zero_point is None else _per_row(zero_point, scheme, rows)
+    scales, zeros = row_scales(quantized, scheme)
     width = scheme.width(columns)
+    if compiles_kernels(codes) and codes.stride(1) == 1:
+        from quantizers.rounding_kernel import restored_of
+
+        return restored_of(codes, scales, zeros, width, dtype)
+    scales = scales.to(torch.float32)
+    restored = torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format)
     for part in _row_slices(codes):
         work = codes[part].to(torch.float32)
         if zeros is not None:
@@ -323,6 +335,13 @@ def quantize_dequantize_weight(
     return work
 
 
+def row_scales(quantized: QuantizedWeight, scheme: WeightScheme) -> tuple[Tensor, Tensor | None]:
+    """Scales, and zero points, with a row for each row of a weight (N, K): (N, groups of a row)."""
+    rows, zero = len(quantized.codes), quantized.zero_point
+    scales = _per_row(quantized.scale.detach(), scheme, rows)
+    return scales, None if zero is None else _per_row(zero, scheme, rows)
+
+
 def expand_scale(scale: Tensor, scheme: WeightScheme, rows: int, columns: int) -> Tensor:
     """The scale, or zero point, of every entry of a weight.
 
@@ -355,6 +374,13 @@ def weight_extremes(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tenso
     if not weight.is_floating_point():
         raise ValueError(f"a weight to be quantized holds floats, not {weight.dtype}")
     shape, width = scheme.scale_shape(rows, columns), scheme.width(columns)
+    by_row = scheme.granularity in (Granularity.GROUP, Granularity.CHANNEL)
+    whole = columns % width == 0 and weight.is_contiguous() and not weight.requires_grad
+    if by_row and whole and compiles_kernels(weight):
+        from quantizers.search_kernel import group_extremes
+
+        low, high = group_extremes(weight, None, width)
+        return low[0], high[0]
     full = columns - columns % width
     parts = [torch.unflatten(weight[:, :full], 1, (-1, width))] if full else []
     if full < columns:

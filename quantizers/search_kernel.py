@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantizers.number_formats import NumberFormat
+from quantizers.rounding_kernel import kind_of, restored
 
 __all__ = ["clip_errors", "group_extremes", "rounding_loss", "row_dots", "window_sums"]
 
@@ -24,6 +25,8 @@ _SUM_COLUMNS, _SUM_ROWS = 64, 64
 
 def group_extremes(weight: Tensor, factors: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest entry of each group of a weight whose columns are multiplied, 0 too.
+
+    NaN, both of them, where nothing is multiplied and a group holds one.
 
     Args:
         weight: (N, K), floating point, contiguous.
@@ -94,7 +97,7 @@ def rounding_loss(
         width,
         float(number.qmin),
         float(number.qmax),
-        FORMAT=_kind(number),
+        FORMAT=kind_of(number),
         SYMMETRIC=zero_point is None,
         ROWS=tall,
         BLOCK=block,
@@ -167,7 +170,7 @@ def clip_errors(
         steps,
         float(number.qmin),
         float(number.qmax),
-        FORMAT=_kind(number),
+        FORMAT=kind_of(number),
         SYMMETRIC=zero_points is None,
         ROWS=_ROWS,
         BLOCK=max(16, triton.next_power_of_2(width)),
@@ -192,31 +195,6 @@ def window_sums(windows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return sums  # type: ignore[return-value]
 
 
-def _kind(number: NumberFormat) -> str:
-    return str(number.code_dtype) if number.is_float else "int"
-
-
-@triton.jit
-def _restored(value, scale, zero, qmin, qmax, FORMAT: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """What is left of values after rounding to the format; all float32."""
-    level = tl.div_rn(value, scale)
-    if FORMAT == "int":
-        # far outside every format; within it, adding 1.5 * 2^23 rounds to nearest even
-        level = tl.minimum(tl.maximum(level, -65536.0), 65536.0)
-        level = (level + 12582912.0) - 12582912.0
-        if SYMMETRIC:
-            level = tl.minimum(tl.maximum(level, qmin), qmax)
-        else:
-            level = tl.minimum(tl.maximum(level + zero, qmin), qmax) - zero
-    else:
-        level = tl.minimum(tl.maximum(level, qmin), qmax)
-        if FORMAT == "torch.float8_e4m3fn":
-            level = level.to(tl.float8e4nv, fp_downcast_rounding="rtne").to(tl.float32)
-        else:
-            level = level.to(tl.float8e5, fp_downcast_rounding="rtne").to(tl.float32)
-    return level * scale
-
-
 @triton.jit
 def _group_extremes(
     weight,
@@ -237,6 +215,7 @@ def _group_extremes(
         # zero is counted in
         least = tl.zeros((ROWS,), tl.float32)
         most = tl.zeros((ROWS,), tl.float32)
+        unknown = tl.zeros((ROWS,), tl.int32)
         for start in range(0, width, BLOCK):
             inside = start + tl.arange(0, BLOCK) < width
             column = group * width + start + tl.arange(0, BLOCK)
@@ -245,8 +224,13 @@ def _group_extremes(
             value = tl.load(weight + place, on, 0.0).to(tl.float32)
             if FACTOR:
                 value = value * tl.load(factors + time * columns + column, inside, 0.0)[None, :]
+            else:
+                # a smallest or largest entry is never NaN
+                unknown += tl.sum((value != value).to(tl.int32), 1)
             least = tl.minimum(least, tl.min(value, 1))
             most = tl.maximum(most, tl.max(value, 1))
+        least = tl.where(unknown > 0, float("nan"), least)
+        most = tl.where(unknown > 0, float("nan"), most)
         own = (time * rows + row.to(tl.int64)) * (columns // width) + group
         tl.store(low + own, least, row < rows)
         tl.store(high + own, most, row < rows)
@@ -284,7 +268,7 @@ def _rounding_loss(
         place = row[:, None].to(tl.int64) * columns + column[None, :]
         by = tl.load(factors + time * columns + column, inside, 1.0)[None, :]
         value = tl.load(weight + place, on, 0.0).to(tl.float32) * by
-        left = _restored(value, step, zero, qmin, qmax, FORMAT, SYMMETRIC)
+        left = restored(value, step, zero, qmin, qmax, FORMAT, SYMMETRIC)
         loss = ((left - value) / by).to(tl.bfloat16)
         tl.store(lost + time.to(tl.int64) * rows * columns + place, loss, on)
 
@@ -350,7 +334,7 @@ def _clip_errors(
         zero = step
         if not SYMMETRIC:
             zero = tl.load(zero_points + own, row < rows, 0).to(tl.float32)[:, None]
-        lost = _restored(value, step, zero, qmin, qmax, FORMAT, SYMMETRIC) - value
+        lost = restored(value, step, zero, qmin, qmax, FORMAT, SYMMETRIC) - value
         product = tl.dot(lost, inputs, input_precision="tf32")
         error = tl.sum(product * lost, 1)
         tl.store(errors + own, error, row < rows)

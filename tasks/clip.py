@@ -11,14 +11,19 @@ from torch import Tensor
 from configs.schema import Quant, ResolvedStep
 from configs.special_keys import AwqSpecial, GptqSpecial
 from configs.vocabulary import WeightAlgorithm
-from quantizers.channel_transform import transformed_gram
-from quantizers.clipping import range_factors, search_clip, search_clip_curve
+from quantizers.channel_transform import (
+    ChannelTransform,
+    transformed_gram,
+    transformed_gram_blocks,
+)
+from quantizers.clipping import range_factors, search_clip
 from quantizers.rounding import ClipRange
 from quantizers.schemes import Granularity
+from quantizers.statistics import InputStatistics
 from tasks.engine.architectures import Architecture, LinearGroup
 from tasks.engine.collect import block_statistics
 from tasks.engine.draft import Draft
-from tasks.engine.folding import quantized_groups
+from tasks.engine.folding import quantized_groups, scaled_together
 from tasks.engine.job import Job, result_files, result_tensors, scheme_lineage
 from tasks.engine.precision import search_products
 from tasks.engine.sharing import clip_of
@@ -85,26 +90,28 @@ def clip(
     for group in quantized_groups(job, block):
         linears = clipped_linears(job, group, special.clip_query_key)
         transform = transforms.get(group.name) or no_transform(statistics[group.name])
-        gram = transformed_gram(statistics[group.name], transform)
-        weights = [tensors[f"{linear}.weight"] for linear in linears]
-        if job.scheme.weight.granularity is Granularity.TENSOR and linears:
-            # one scale for all of them, so one factor too
+        gram = _gram(job, statistics[group.name], transform)
+        for part in scaled_together(job, linears):
+            # linears of one scale have one factor too
+            weights = [tensors[f"{linear}.weight"] for linear in part]
+            weight = torch.cat(weights) if weights[1:] else weights[0]
             with search_products(job.device):
-                shared, curve = search_clip_curve(
-                    torch.cat(weights), gram, job.scheme.weight, factors
-                )
-            chosen |= dict.fromkeys(linears, shared)
-            errors |= dict.fromkeys(linears, curve)
-            continue
-        for linear, weight in zip(linears, weights, strict=True):
-            with search_products(job.device):
-                chosen[linear], errors[linear] = clip_of(
-                    job.team, weight, gram, job.scheme.weight, factors
-                )
+                found, curve = clip_of(job.team, weight, gram, job.scheme.weight, factors)
+            chosen |= dict.fromkeys(part, found)
+            errors |= dict.fromkeys(part, curve)
     draft.save_tensors(CLIP, {n: t.clone() for n, t in chosen.items()} | {FACTORS: factors})
     numbers = torch.arange(len(factors), device=job.device)[:, None]
     counts = {linear: (found.reshape(1, -1) == numbers).sum(1) for linear, found in chosen.items()}
     return {"factors": known.tolist(), "chosen": counts, "errors": errors}
+
+
+def _gram(job: Job, found: InputStatistics, transform: ChannelTransform) -> Tensor:
+    """Of a Gram matrix of transformed inputs, what is read of it."""
+    scheme, columns = job.scheme.weight, len(transform.scale)
+    width = scheme.width(columns)
+    if scheme.granularity is Granularity.GROUP and columns % width == 0:
+        return transformed_gram_blocks(found, transform, width)
+    return transformed_gram(found, transform)
 
 
 def rounding_ranges(

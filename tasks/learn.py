@@ -148,8 +148,10 @@ def _objective(
 
     def rounded() -> dict[str, Tensor]:
         transforms = _transforms(job, block, tensors, channels, exact=False)
-        current = apply_transforms(
-            tensors, transforms, job.plan.architecture, head_dim(job), torch.float32
+        current = dict(
+            apply_transforms(
+                tensors, transforms, job.plan.architecture, head_dim(job), torch.float32
+            )
         )
         for linear in linears:
             weight = current[f"{linear}.weight"]

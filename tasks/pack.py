@@ -32,7 +32,8 @@ def pack(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:
     codes = block_codes(job, origin, block)
     scales = block_input_scales(job, origin, block)
     packed: dict[str, Tensor] = {}
-    for name, tensor in transformed_block(job, block, origin.decision, origin.version).items():
+    tensors = transformed_block(job, block, origin.decision, origin.version)
+    for name in tensors:
         linear, _, ending = name.rpartition(".")
         if linear in codes and ending == "weight":
             # a GPU would be waited for; verify compares every code that is on disk
@@ -40,7 +41,7 @@ def pack(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:
             members = compress(*given, check=not job.on_gpu)
             packed |= {f"{plan.prefix}{linear}.{part}": t for part, t in members.items()}
         else:
-            packed[plan.prefix + name] = untouched(tensor, job)
+            packed[plan.prefix + name] = untouched(tensors[name], job)
     return save_shards(draft, packed)
 
 

@@ -23,7 +23,7 @@ from tasks.engine.collect import block_statistics
 from tasks.engine.draft import Draft
 from tasks.engine.errors import RunError
 from tasks.engine.feedback import RoundedBlock, feed_back
-from tasks.engine.folding import quantized_groups
+from tasks.engine.folding import quantized_groups, scaled_together
 from tasks.engine.job import Job, activation_lineage, result_tensors, scheme_lineage
 from tasks.engine.lineage import code_digest
 from tasks.engine.precision import search_products
@@ -127,12 +127,16 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
     ranges, energies = {}, {}
     for group in quantized_groups(job, block):
         # a method that measures its own inputs reports of those
-        gram = None if rounded.notes else _gram(job, origin, block, group)
+        inputs = (None, None) if rounded.notes else _gram(job, origin, block, group)
         for name in group.linears:
-            weight = weights[f"{name}.weight"]
-            restored = dequantize(codes[name], job.scheme.weight)
+            ranges[name] = {
+                "before": of_weight(source[f"{name}.weight"]),
+                "after": of_weight(dequantize(codes[name], job.scheme.weight)),
+            }
             with search_products(job.device):
-                energies[name] = own_energies(job.team, weight, restored, gram)
+                energies[name] = own_energies(
+                    job.team, weights[f"{name}.weight"], codes[name], job.scheme.weight, *inputs
+                )
             linears[name] = {
                 # the host's work, which the device need not wait for
                 "digest": Later(partial(codes_digest, codes[name], scales.get(name))),
@@ -140,10 +144,6 @@ def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, An
             }
             if name in scales:
                 linears[name]["input_scale"] = scales[name].reshape(())
-            ranges[name] = {
-                "before": of_weight(source[f"{name}.weight"]),
-                "after": of_weight(restored),
-            }
     errors = errors_of_all(job.team, energies)
     if scales:
         draft.save_tensors(INPUT_SCALES, {name: scale.clone() for name, scale in scales.items()})
@@ -172,10 +172,11 @@ def rounded_block(job: Job, origin: Origin, block: int) -> RoundedBlock:
             return feed_back(job, special, streams, block, tensors, clips)
         codes: dict[str, QuantizedWeight] = {}
         for group in quantized_groups(job, block):
-            weights = [tensors[f"{linear}.weight"] for linear in group.linears]
-            clipped = [clips.get(linear) for linear in group.linears]
-            rounded = round_group(weights, job.scheme.weight, clipped, refuse=False)
-            codes |= dict(zip(group.linears, rounded, strict=True))
+            for linears in scaled_together(job, group.linears):
+                weights = [tensors[f"{linear}.weight"] for linear in linears]
+                clipped = [clips.get(linear) for linear in linears]
+                rounded = round_group(weights, job.scheme.weight, clipped, refuse=False)
+                codes |= dict(zip(linears, rounded, strict=True))
         if codes:
             job.doubts.add(
                 torch.stack([found.scale.isfinite().all() for found in codes.values()]).all(),
@@ -230,10 +231,17 @@ def _inputs(job: Job, origin: Origin, block: int) -> Mapping[str, Any] | Later:
     return described(of_inputs(found, block_transforms(job, origin.decision)))
 
 
-def _gram(job: Job, origin: Origin, block: int, group: LinearGroup) -> Tensor | None:
-    """Gram matrix of a group's transformed inputs; None where none were collected."""
+def _gram(
+    job: Job, origin: Origin, block: int, group: LinearGroup
+) -> tuple[Tensor | None, Tensor | None]:
+    """A Gram matrix, and what inputs are multiplied with after it; None where none were collected.
+
+    Of the inputs as they were where nothing shifts them: a matrix less.
+    """
     if origin.stream is None:
-        return None
+        return None, None
     found = block_statistics(job, origin.stream, block)[group.name]
     transform = block_transforms(job, origin.decision).get(group.name)
-    return transformed_gram(found, transform or no_transform(found))
+    if transform is not None and transform.shift is not None:
+        return transformed_gram(found, transform), None
+    return found.gram, None if transform is None else 1.0 / transform.scale

@@ -22,7 +22,7 @@ from tasks.engine.doubts import settle
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job
 from tasks.engine.precision import search_products
-from tasks.engine.sharing import output_error, rounded_by_rows, splits
+from tasks.engine.sharing import errors_of_all, own_energies, rounded_by_rows, splits
 from tasks.engine.streams import Streams, activation_hook
 
 log = logging.getLogger("blockquant")
@@ -93,9 +93,9 @@ def feed_back(
             current[f"{linear}.weight"] = restored
             codes[linear] = quantized
             with search_products(job.device):
-                error = output_error(job.team, weight, restored, gram)
+                lost = own_energies(job.team, weight, quantized, job.scheme.weight, gram)
             notes[linear] = {
-                "output_error": error,
+                "output_error": errors_of_all(job.team, {linear: lost})[linear]["output_error"],
                 "tokens": statistics.tokens,
                 "damping": None if factor is None else factor.damping,
             }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,18 +21,28 @@ from quantizers.channel_transform import (
     scale_columns,
     share_between_heads,
 )
+from quantizers.schemes import Granularity
 from tasks.engine.architectures import Architecture, LinearGroup
 from tasks.engine.export_format import export_dtype
 from tasks.engine.job import Job
+from tasks.engine.residency import Computed
 
 Transforms = Mapping[str, ChannelTransform]
 Realize = Callable[[Tensor], Tensor]
+Make = Callable[[], Tensor]
 
 
 def quantized_groups(job: Job, block: int) -> list[LinearGroup]:
     """The groups of a block whose linears are quantized: all of a group, or none."""
     quantized = set(job.plan.blocks[block].quantized)
     return [g for g in job.plan.architecture.groups if quantized.issuperset(g.linears)]
+
+
+def scaled_together(job: Job, linears: Sequence[str]) -> list[tuple[str, ...]]:
+    """The linears of a group in parts whose weights share a scale: all of them, or each alone."""
+    if job.scheme.weight.granularity is Granularity.TENSOR:
+        return [tuple(linears)] if linears else []
+    return [(linear,) for linear in linears]
 
 
 def is_norm(architecture: Architecture, group: LinearGroup) -> bool:
@@ -90,8 +101,10 @@ def apply_transforms(
     architecture: Architecture,
     head: int,
     dtype: torch.dtype,
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """Return a block's tensors after the transforms of its groups, the arguments unchanged.
+
+    Each is computed when it is looked at, so that a block need not be in float32 at once.
 
     Args:
         tensors: by their names in the block.
@@ -103,28 +116,38 @@ def apply_transforms(
     Returns:
         scaled and folded linears and biases in float32, folded norms in ``dtype``, others as given.
     """
-    done = dict(tensors)
+    made: dict[str, Make] = {name: partial(tensors.__getitem__, name) for name in tensors}
     groups = [group for group in architecture.groups if group.name in transforms]
     for group in groups:
         transform = transforms[group.name]
         for linear in group.linears:
             weight, bias = f"{linear}.weight", f"{linear}.bias"
             if transform.shift is not None:
-                done[bias] = done[bias].float() + absorbed_shift(tensors[weight], transform)
-            done[weight] = scale_columns(done[weight], transform)
+                made[bias] = _shifted(made[bias], made[weight], transform)
+            made[weight] = _then(made[weight], partial(scale_columns, transform=transform))
     for group in groups:
         transform = transforms[group.name]
         weight, bias = f"{group.fed_by}.weight", f"{group.fed_by}.bias"
         rows = tensors[weight].shape[0]
         if rows != len(transform.scale):
             transform = _of_shared_channels(transform, rows, head)
+        fold = partial(fold_into_linear, transform=transform)
         if is_norm(architecture, group):
-            done[weight] = fold_into_norm(done[weight], transform, dtype, architecture.norm_offset)
-        else:
-            done[weight] = fold_into_linear(done[weight], transform)
-        if bias in done:
-            done[bias] = fold_into_bias(done[bias], transform)
-    return done
+            offset = architecture.norm_offset
+            fold = partial(fold_into_norm, transform=transform, dtype=dtype, offset=offset)
+        made[weight] = _then(made[weight], fold)
+        if bias in made:
+            made[bias] = _then(made[bias], partial(fold_into_bias, transform=transform))
+    return Computed(made)
+
+
+def _then(before: Make, change: Callable[[Tensor], Tensor]) -> Make:
+    return lambda: change(before())
+
+
+def _shifted(bias: Make, weight: Make, transform: ChannelTransform) -> Make:
+    """A bias that takes what its linear's shifted inputs lack."""
+    return lambda: bias().float() + absorbed_shift(weight(), transform)
 
 
 def _of_shared_channels(transform: ChannelTransform, rows: int, head: int) -> ChannelTransform:

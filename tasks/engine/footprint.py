@@ -14,6 +14,7 @@ import torch
 from configs.schema import ResolvedStep
 from configs.special_keys import GptqSpecial, OmniQuantSpecial
 from configs.vocabulary import Method
+from quantizers.schemes import Granularity
 from tasks.engine.decoder import HEAD_ROWS, MICRO_BATCH_TOKENS, STREAM_BYTES
 from tasks.engine.export_format import export_dtype
 from tasks.engine.folding import quantized_groups
@@ -25,6 +26,11 @@ DOUBLE = 8
 WHOLE_MODEL_BYTES = 512 * 2**20
 # an attention score, and it in float32 before and after the softmax: most, of bf16 on a CPU
 SCORE_BYTES = 2 + 4 + 4
+# entries of a weight that are reported of at once, and of weights that are searched over
+PART_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 26}
+SEARCHED_ENTRIES = 1 << 27
+# of one scale, tried at twenty ratios, with the ranges it comes from
+SCALE_BYTES = 20 * 8 * FLOAT
 # of a linear's input: what the block computes around it, its norm, its gate, its residual
 AROUND = 3
 
@@ -127,12 +133,16 @@ def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
     pass_ += _score_bytes(job, length, windows)
     grams, gram = FLOAT * sizes.grams, FLOAT * sizes.widest
     changed = before + FLOAT * sizes.block
+    # all linears of a group are rounded at once where they share a scale
+    alone = job.scheme.weight.granularity is not Granularity.TENSOR
+    together = sizes.linear if alone else 2 * sizes.group
+    part = 3 * min(sizes.linear, PART_ENTRIES[torch.device(job.device).type])
     found = {
         "observe": stream + before + pass_ + grams,
         "advance": 2 * stream + before + pass_,
-        "transform": stream + before + grams + gram + FLOAT * sizes.group,
-        # the weights after the transforms, codes, and one linear in four forms
-        "quantize": stream + grams + changed + codes + gram + 4 * FLOAT * sizes.linear,
+        "transform": stream + before + grams + _search_bytes(job, sizes),
+        # codes, one linear before and after it is rounded, and a part of it in three forms
+        "quantize": stream + before + grams + codes + FLOAT * (together + sizes.linear + part),
     }
     if isinstance(special, GptqSpecial):
         # the matrix, its mean, and in float64 it and its factor, beside the linears done so far
@@ -143,6 +153,16 @@ def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
         # targets and the stream before rounding; a graph holds what each operation was given
         found["learn"] = 4 * stream + before + 6 * FLOAT * sizes.block + 3 * pass_
     return found
+
+
+def _search_bytes(job: Job, sizes: Sizes) -> int:
+    """What a search of scales holds: the weights of a group, the Gram matrix of its inputs."""
+    if job.device == "cpu" or job.scheme.activation is not None:
+        return FLOAT * (sizes.widest + sizes.group)
+    # both in bfloat16; what a part of the weights loses under some scales, and the scales of all
+    part = min(sizes.group, SEARCHED_ENTRIES)
+    shared = job.scheme.weight.width(sizes.inner)
+    return 2 * (sizes.widest + sizes.group + SEARCHED_ENTRIES) + SCALE_BYTES * part // shared
 
 
 def least_bytes(job: Job) -> int:

@@ -29,7 +29,8 @@ def of_weight(weight: Tensor) -> Magnitudes:
     """Magnitudes of a weight of any shape."""
     entries = weight.flatten()
     stride = -(-entries.numel() // SAMPLED)
-    return Magnitudes(weight.abs().max(), entries[::stride].abs())
+    largest = torch.linalg.vector_norm(entries, torch.inf)
+    return Magnitudes(largest, entries[::stride].abs())
 
 
 def of_inputs(

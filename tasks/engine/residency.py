@@ -40,6 +40,26 @@ class OnHost(Mapping[str, Value]):
         return len(self._values)
 
 
+class Computed(Mapping[str, Value]):
+    """Values that are computed anew each time one is looked at, and not kept."""
+
+    def __init__(self, values: Mapping[str, Callable[[], Value]]) -> None:
+        """Know how each is computed."""
+        self._values = values
+
+    def __getitem__(self, name: str) -> Value:
+        return self._values[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 def moved(value: Value, device: str) -> Value:
     """Return a tensor, or a dataclass with tensors in it, on a device; all else as it is."""
     if isinstance(value, Tensor):

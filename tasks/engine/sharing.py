@@ -10,9 +10,10 @@ from torch import Tensor
 
 from quantizers.channel_transform import ChannelTransform
 from quantizers.clipping import search_clip_curve
-from quantizers.losses import energy_ratio, output_energies, weight_energies
+from quantizers.losses import energy_ratio
 from quantizers.output_error import Errors, GroupProblem, output_errors
 from quantizers.rounding import QuantizedWeight
+from quantizers.rounding_losses import rounding_energies
 from quantizers.schemes import Granularity, WeightScheme
 from quantizers.statistics import InputStatistics, WeightedRows, completed, drawn_rows, heaviest
 from tasks.engine.team import Team
@@ -50,24 +51,21 @@ def clip_of(
     return team.joined(chosen, team.counts(rows)), team.summed_(curve.to(team.device))
 
 
-def output_error(team: Team, weight: Tensor, restored: Tensor, gram: Tensor) -> Tensor:
-    """``output_error_ratio``, of whose rows each process takes some; scalar float64."""
-    own = team.own(len(weight))
-    return energy_ratio(team.summed_(output_energies(weight[own], restored[own], gram)))
-
-
 def own_energies(
-    team: Team, weight: Tensor, restored: Tensor, gram: Tensor | None
+    team: Team,
+    weight: Tensor,
+    quantized: QuantizedWeight,
+    scheme: WeightScheme,
+    gram: Tensor | None,
+    inverse: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Energies (2,) float64 of what this process's rows of a weight lose, and of themselves.
 
-    Of the weight, and of its outputs where the inputs' Gram matrix is given.
+    Of the weight, and of its outputs where a Gram matrix is given, as rounding_energies takes it.
     """
     own = team.own(len(weight))
-    found = {"weight_error": weight_energies(weight[own], restored[own])}
-    if gram is not None:
-        found["output_error"] = output_energies(weight[own], restored[own], gram)
-    return found
+    weights, outputs = rounding_energies(weight, quantized, scheme, own, gram, inverse)
+    return {"weight_error": weights} | ({} if outputs is None else {"output_error": outputs})
 
 
 def errors_of_all(

@@ -61,7 +61,7 @@ def version_block(job: Job, version: Version, block: int) -> Mapping[str, Tensor
             rotation = _rotation(job, version.rotation)
             tensors = rotated_block(tensors, job.plan.architecture, rotation)
         for key in version.of_block(block):
-            tensors = _transformed(job, tensors, key)
+            tensors = dict(_transformed(job, tensors, key))
         return job.resident(tensors)
 
     return job.memo.get("version block", f"{block} {version.lineage(job, block)}", compute)
@@ -77,15 +77,9 @@ def block_transforms(job: Job, decision: str | None) -> Mapping[str, ChannelTran
 def transformed_block(
     job: Job, block: int, decision: str | None, version: Version = SOURCE
 ) -> Mapping[str, Tensor]:
-    """A block's tensors after one decision more, by their names in it."""
+    """A block's tensors after one decision more, by their names in it, made when looked at."""
     tensors = version_block(job, version, block)
-    if decision is None:
-        return tensors
-    return job.memo.get(
-        "transformed block",
-        f"{decision} {block} {version.lineage(job, block)}",
-        lambda: job.resident(_transformed(job, tensors, decision)),
-    )
+    return tensors if decision is None else _transformed(job, tensors, decision)
 
 
 def outside_tensors(job: Job, version: Version) -> dict[str, Tensor]:

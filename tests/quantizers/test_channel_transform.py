@@ -17,6 +17,7 @@ from quantizers.channel_transform import (
     share_between_heads,
     transformed_absmax,
     transformed_gram,
+    transformed_gram_blocks,
     transformed_sample,
 )
 from tests.quantizers.search_cases import inputs, statistics_of
@@ -45,6 +46,8 @@ def test_statistics_of_transformed_inputs(device, shifted):
     size = wanted.diagonal().sqrt()
     relative = (gram.double() - wanted).abs() / torch.outer(size, size)
     assert float(relative.max()) < 1e-4, "small channels are right beside large ones"
+    blocks = transformed_gram_blocks(statistics, transform, 8)
+    assert torch.equal(blocks, torch.stack([gram[i : i + 8, i : i + 8] for i in (0, 8, 16)]))
 
     sampled = transformed_sample(statistics, transform).double()
     nearest = (sampled[:, None, :] - moved[None]).abs().amax(-1).amin(1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quantizers import clipping
+from quantizers.channel_transform import gram_blocks
 from quantizers.clipping import (
     clamp_to_range,
     clip_factors,
@@ -91,6 +92,10 @@ def test_the_literal_choice(device, case):
     chosen = search_clip(weight.to(device), gram_of(x).to(device), scheme, FACTORS.to(device))
     assert chosen.dtype == torch.uint8
     assert tuple(chosen.shape) == scheme.scale_shape(40, 80)
+    if granularity == "group":
+        blocks = gram_blocks(gram_of(x).to(device), 16)
+        other = search_clip(weight.to(device), blocks, scheme, FACTORS.to(device))
+        assert torch.equal(chosen, other), "nothing else is read of the matrix"
     errors = literal_errors(x, weight, name, granularity, symmetric)
     assert torch.equal(chosen.cpu().flatten().long(), errors.argmin(-1).flatten())
     if granularity in ("group", "channel") and name == "int4":

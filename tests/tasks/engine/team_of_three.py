@@ -16,13 +16,14 @@ from quantizers.clipping import clip_factors, search_clip_curve
 from quantizers.losses import output_error_ratio
 from quantizers.number_formats import int_format
 from quantizers.output_error import GroupProblem, output_errors
-from quantizers.rounding import round_group
+from quantizers.rounding import dequantize, round_group
 from quantizers.schemes import Granularity, WeightScheme
 from quantizers.statistics import add_batch, all_finite, empty_statistics, weighted_rows
 from tasks.engine.sharing import (
     clip_of,
     errors_of,
-    output_error,
+    errors_of_all,
+    own_energies,
     rounded_by_rows,
     statistics_of_all,
 )
@@ -106,12 +107,12 @@ def searches(team: Team) -> None:
     expected, errors = search_clip_curve(weight, known.gram, SCHEME, factors)
     assert torch.equal(chosen, expected)
     torch.testing.assert_close(curve, errors)
-    restored = weight + 0.01
-    torch.testing.assert_close(
-        output_error(team, weight, restored, known.gram),
-        output_error_ratio(weight, restored, known.gram),
-    )
     (whole,) = round_group([weight], SCHEME, [None])
+    lost = own_energies(team, weight, whole, SCHEME, known.gram)
+    torch.testing.assert_close(
+        errors_of_all(team, {"it": lost})["it"]["output_error"],
+        output_error_ratio(weight, dequantize(whole, SCHEME), known.gram),
+    )
     parts = rounded_by_rows(
         team, weight, lambda rows: round_group([weight[rows]], SCHEME, [None])[0]
     )

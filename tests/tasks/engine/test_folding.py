@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def random_transforms(job: Job, block: int) -> dict[str, ChannelTransform]:
     return transforms
 
 
-def transformed(job: Job, block: int) -> dict[str, Tensor]:
+def transformed(job: Job, block: int) -> Mapping[str, Tensor]:
     return apply_transforms(
         job.read_block(block),
         random_transforms(job, block),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantizers.statistics import InputStatistics, add_batch, empty_statistics
 from tasks.engine.collect import block_statistics
-from tasks.engine.residency import OnHost, moved, one_by_one, ran_out_of_memory
+from tasks.engine.residency import Computed, OnHost, moved, one_by_one, ran_out_of_memory
 from tasks.engine.streams import start_stream
 from tests.tasks.conftest import JobOf, put_tokens, random_tokens
 
@@ -48,6 +48,20 @@ def test_values_wait_on_the_host_and_are_handed_out_on_the_device() -> None:
     assert all(
         torch.equal(one, other) for one, other in zip(flat(back), flat(statistics), strict=True)
     )
+
+
+def test_values_are_computed_when_they_are_looked_at() -> None:
+    looked: list[int] = []
+
+    def look() -> int:
+        looked.append(1)
+        return len(looked)
+
+    found = Computed({"a": look, "b": lambda: -1})
+    assert list(found) == ["a", "b"] and len(found) == 2 and "a" in found
+    assert not looked
+    assert dict(found) == {"a": 1, "b": -1}
+    assert found["a"] == 2, "nothing is kept"
 
 
 def test_values_are_computed_one_after_the_other() -> None:

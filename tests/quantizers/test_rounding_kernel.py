@@ -1,0 +1,92 @@
+"""The kernels that round against plain torch: the same bits. They need a GPU and its compiler."""
+
+import pytest
+import torch
+
+from quantizers import rounding, rounding_losses
+from quantizers.number_formats import E4M3, E5M2, int_format
+from quantizers.rounding import dequantize, quantize_weight, weight_extremes, weight_scales
+from quantizers.rounding_losses import rounding_energies
+from quantizers.schemes import Granularity, WeightScheme
+
+pytest.importorskip("triton")
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+FORMATS = [
+    (int_format(4), True),
+    (int_format(4), False),
+    (int_format(8), True),
+    (int_format(8), False),
+    (E4M3, True),
+    (E5M2, True),
+]
+SHARED = [
+    (Granularity.GROUP, {"group_size": 24}, (37, 96)),
+    (Granularity.GROUP, {"group_size": 32}, (5, 2100)),
+    (Granularity.CHANNEL, {}, (33, 5000)),
+    (Granularity.TENSOR, {}, (7, 130)),
+    (Granularity.BLOCK, {"block_shape": (16, 32)}, (37, 100)),
+]
+
+
+def drawn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=draw).to(dtype).to(DEVICE)
+
+
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (rounding, rounding_losses):
+        monkeypatch.setattr(module, "compiles_kernels", lambda tensor: False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("granularity", "sizes", "shape"), SHARED)
+@pytest.mark.parametrize(("number", "symmetric"), FORMATS)
+def test_bits(number, symmetric, granularity, sizes, shape, dtype, monkeypatch):
+    stored = torch.float32 if number.is_float else torch.bfloat16
+    scheme = WeightScheme(number, symmetric, granularity, scale_dtype=stored, **sizes)
+    weight = drawn(*shape, dtype=dtype)
+    gram = drawn(shape[1], shape[1], dtype=torch.float32)
+    gram, inverse = gram @ gram.T, drawn(shape[1], dtype=torch.float32).abs() + 0.5
+    rows = slice(2, shape[0] - 1)
+    scale, zero = weight_scales(weight, scheme)
+    found = quantize_weight(weight, scale, zero, scheme)
+    back = [dequantize(found, scheme, kind) for kind in (torch.float32, torch.bfloat16)]
+    lost = rounding_energies(weight, found, scheme, rows, gram, inverse)
+
+    without_kernels(monkeypatch)
+    plain_scale, plain_zero = weight_scales(weight, scheme)
+    assert torch.equal(scale, plain_scale)
+    assert zero is None or torch.equal(zero, plain_zero)
+    plain = quantize_weight(weight, scale, zero, scheme)
+    assert found.codes.dtype == plain.codes.dtype
+    assert torch.equal(found.codes.view(torch.uint8), plain.codes.view(torch.uint8))
+    for restored in back:
+        assert torch.equal(restored, dequantize(plain, scheme, restored.dtype))
+    for energies, wanted in zip(
+        lost, rounding_energies(weight, plain, scheme, rows, gram, inverse), strict=True
+    ):
+        torch.testing.assert_close(energies, wanted, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_extremes_of_what_is_not_finite(bad, monkeypatch):
+    scheme = WeightScheme(int_format(4), True, Granularity.GROUP, group_size=24)
+    weight = drawn(6, 48, dtype=torch.bfloat16)
+    weight[2, 30] = bad
+    found = weight_extremes(weight, scheme)
+    scale, _ = weight_scales(weight, scheme)
+    assert scale.isnan().sum() == 1 and bool(scale[2, 1].isnan())
+    without_kernels(monkeypatch)
+    for one, wanted in zip(found, weight_extremes(weight, scheme), strict=True):
+        torch.testing.assert_close(one, wanted, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("number", [E4M3, E5M2])
+def test_a_float_without_a_number_stays_one(number):
+    scheme = WeightScheme(number, True, Granularity.CHANNEL)
+    weight = torch.tensor([[torch.nan, 1.0, -1e30, 1e30]], device=DEVICE)
+    found = quantize_weight(weight, torch.ones(1, 1, device=DEVICE), None, scheme)
+    codes = found.codes.float().tolist()[0]
+    assert codes[0] != codes[0] and codes[1:] == [1.0, -number.qmax, number.qmax]
