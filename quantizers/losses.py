@@ -97,17 +97,17 @@ def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
     """
     errors = torch.zeros(len(difference), device=difference.device)
     step = _CPU_BLOCK if difference.device.type == "cpu" else _DEVICE_BLOCK
-    kernels = compiles_kernels(difference) and difference.stride(-1) == 1
+    if compiles_kernels(difference) and difference.stride(-1) == 1:
+        from quantizers.search_kernel import add_row_dots_
+
+        for start in range(0, difference.shape[1], step):
+            block = slice(start, start + step)
+            product = torch.mm(difference[:, block], gram[block, start:])
+            add_row_dots_(errors, product, difference[:, start:], step)
+        return errors
     for start in range(0, difference.shape[1], step):
         block = slice(start, start + step)
         product = torch.mm(difference[:, block], gram[block, start:])
-        if kernels:
-            from quantizers.search_kernel import row_dots
-
-            errors += row_dots(product[:, :step], difference[:, block])
-            if start + step < difference.shape[1]:
-                errors += 2.0 * row_dots(product[:, step:], difference[:, start + step :])
-            continue
         product.mul_(difference[:, start:])[:, step:].mul_(2.0)
         errors += product.sum(1)
     return errors

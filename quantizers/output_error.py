@@ -149,27 +149,27 @@ def _errors_of_weights(problem: GroupProblem, factors: Tensor) -> Tensor:
     With D = (R - W') / factor the error is tr(D H D^T), H as it was collected: what the factor
     does to H is not computed for every factor.
     """
-    from quantizers.search_kernel import group_extremes, rounding_loss, row_dots
+    from quantizers.search_kernel import add_row_dots_, group_extremes, rounding_loss
 
     scheme, columns = problem.weight_scheme, problem.columns
     width, number = scheme.width(columns), scheme.number_format
     errors = torch.zeros(len(factors), dtype=torch.float64, device=factors.device)
+    # of each block of columns, what is multiplied with all columns up to its end
+    grams = [(b, problem.one_sided_gram[: b.stop, b]) for b in _column_blocks(columns)]
     for part in torch.split(problem.as_stored, max(1, _DEVICE_ENTRIES // columns)):
         scale, zero = scales_of(group_extremes(part, factors, width), scheme)
         # as many factors at once as rows leave room for
         step = max(1, _DEVICE_ENTRIES // part.numel())
+        found = torch.zeros(len(factors), len(part), device=factors.device)
         for start in range(0, len(factors), step):
             own = slice(start, start + step)
             zeros = None if zero is None else zero[own]
             lost = rounding_loss(part, factors[own], scale[own], zeros, width, number)
-            lost = lost.flatten(0, 1)
-            for block in _column_blocks(columns):
-                known = slice(0, block.stop)
-                product = torch.mm(
-                    lost[:, known], problem.one_sided_gram[known, block], out_dtype=torch.float32
-                )
-                rows = row_dots(product, lost[:, block]).reshape(-1, len(part))
-                errors[own] += rows.sum(1, dtype=torch.float64)
+            lost, sums = lost.flatten(0, 1), found[own].flatten()
+            for block, gram in grams:
+                product = torch.mm(lost[:, : block.stop], gram, out_dtype=torch.float32)
+                add_row_dots_(sums, product, lost[:, block])
+        errors += found.sum(1, dtype=torch.float64)
     return errors
 
 

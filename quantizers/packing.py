@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantizers.devices import compiles_kernels
+
 __all__ = ["pack_codes", "pack_zero_points", "unpack_codes", "unpack_zero_points"]
 
 
@@ -39,6 +41,10 @@ def pack_codes(codes: Tensor, bits: int, *, check: bool = True) -> Tensor:
         low, high = torch.stack((codes.amin(), codes.amax())).tolist()
         if low < -8 or high > 7:
             raise ValueError(f"codes from {low} to {high} do not fit into 4 bits (-8 to 7)")
+    if compiles_kernels(codes):
+        from quantizers.rounding_kernel import packed_nibbles
+
+        return packed_nibbles(codes.contiguous())
     # Flat before each view: a matrix of one row may have strides that a view refuses.
     pairs = F.pad(codes + 8, (0, pad)).reshape(-1).view(torch.int16)
     # The low byte of a | (b << 8) | (b << 4) is a | (b << 4).
@@ -65,6 +71,10 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
         raise ValueError(
             f"{columns} codes of {bits} bits fill {words} words, not {packed.shape[1]}"
         )
+    if bits == 4 and compiles_kernels(packed):
+        from quantizers.rounding_kernel import unpacked_nibbles
+
+        return unpacked_nibbles(packed.contiguous(), columns)
     rows, padded = packed.shape[0], words * 32 // bits
     octets = packed.reshape(-1).view(torch.uint8)
     if bits == 8:

@@ -113,19 +113,23 @@ def scales_of(
             raise ValueError(
                 f"{name} has shape {tuple(factor.shape)}, scales have {tuple(low.shape)}"
             )
-    low = low if clip_low is None else low * clip_low.to(torch.float32)
-    high = high if clip_high is None else high * clip_high.to(torch.float32)
-
     number = scheme.number_format
-    if number.is_float:
-        span, steps = torch.maximum(-low, high), number.qmax
-    elif scheme.symmetric:
-        steps = number.qmax if number.bits == 8 else (number.qmax - number.qmin) / 2
-        span = torch.maximum(-low, high)
-    else:
-        span, steps = high - low, number.qmax - number.qmin
+    factors = _in_float32(clip_low), _in_float32(clip_high)
+    learned = any(f is not None and f.requires_grad for f in (low, high, *factors))
+    if low.ndim > 1 and compiles_kernels(low) and not learned:
+        from quantizers.rounding_kernel import scales_at_once
+
+        divisor = _steps(scheme)
+        return scales_at_once(
+            extremes, factors, divisor, number, scheme.symmetric, scheme.scale_dtype
+        )
+    low, high = (
+        end if factor is None else end * factor
+        for end, factor in zip(extremes, factors, strict=True)
+    )
+    span = torch.maximum(-low, high) if scheme.symmetric else high - low
     # A tensor as divisor: CUDA multiplies by the rounded reciprocal of a Python number.
-    scale = _storable(span / torch.full_like(span, steps), scheme.scale_dtype)
+    scale = _storable(span / torch.full_like(span, _steps(scheme)), scheme.scale_dtype)
     scale = scale.masked_fill(span == 0, 1.0).masked_fill(~span.isfinite(), torch.nan)
     if scheme.symmetric:
         return scale, None
@@ -398,6 +402,20 @@ def weight_extremes(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tenso
         low = torch.unflatten(F.pad(low, padding), 0, (-1, height)).amin(1)
         high = torch.unflatten(F.pad(high, padding), 0, (-1, height)).amax(1)
     return low, high
+
+
+def _in_float32(factor: Tensor | None) -> Tensor | None:
+    return None if factor is None else factor.to(torch.float32)
+
+
+def _steps(scheme: WeightScheme) -> float:
+    """What a range is divided by."""
+    number = scheme.number_format
+    if number.is_float:
+        return number.qmax
+    if not scheme.symmetric:
+        return number.qmax - number.qmin
+    return number.qmax if number.bits == 8 else (number.qmax - number.qmin) / 2
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,9 +13,10 @@ from quantizers.schemes import WeightScheme
 __all__ = ["rounding_energies"]
 
 # entries worked on at once
-_CPU_ENTRIES, _DEVICE_ENTRIES = 1 << 22, 1 << 26
+_CPU_ENTRIES, _DEVICE_ENTRIES = 1 << 22, 1 << 25
 
-# of some rows: (W - Q) inverse, (n, K) float32, and sums of (W - Q)^2 and W^2, (2, n) float32
+# of some rows: (W - Q) inverse and W inverse, (2, n, K) float32, and sums of (W - Q)^2 and W^2,
+# (2, n) float32
 Differences = Callable[[slice], tuple[Tensor, Tensor]]
 
 
@@ -54,9 +55,7 @@ def rounding_energies(
         lost, found = differences(part)
         squares.append(found)
         if gram is not None:
-            given = weight[part].to(torch.float32)
-            given = given if inverse is None else given * inverse
-            outputs.append(torch.stack((row_errors(lost, gram), row_errors(given, gram))))
+            outputs.append(row_errors(lost.flatten(0, 1), gram).reshape(2, -1))
     return _summed(squares, weight), None if gram is None else _summed(outputs, weight)
 
 
@@ -92,6 +91,6 @@ def _differences(
             torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32).square()
             for matrix in (lost, given)
         ]
-        return lost.mul_(inverse), torch.stack(squares)
+        return torch.stack((lost, given)).mul_(inverse), torch.stack(squares)
 
     return plainly

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantizers.number_formats import NumberFormat
 from quantizers.rounding_kernel import kind_of, restored
 
-__all__ = ["clip_errors", "group_extremes", "rounding_loss", "row_dots", "window_sums"]
+__all__ = ["add_row_dots_", "clip_errors", "group_extremes", "rounding_loss", "window_sums"]
 
 # entries of a tile: what one program holds at once
 _TILE = 8192
@@ -105,15 +105,16 @@ def rounding_loss(
     return lost
 
 
-def row_dots(left: Tensor, right: Tensor) -> Tensor:
-    """The products of equal rows: (N,) float32 of (N, K) float32 and (N, K) bfloat16.
+def add_row_dots_(out: Tensor, left: Tensor, right: Tensor, single: int | None = None) -> None:
+    """Add the products of equal rows, (N,) float32, to what is there.
 
     Args:
-        left: rows may lie apart.
-        right: likewise.
+        out: (N,) float32, contiguous.
+        left: (N, K) float32; rows may lie apart.
+        right: (N, K) float32 or bfloat16, likewise.
+        single: columns that count once, those after them twice; all once where None.
     """
     rows, columns = left.shape
-    out = torch.empty(rows, device=left.device)
     block = min(triton.next_power_of_2(columns), 1024)
     tall = max(1, _TILE // block)
     _row_dots[(triton.cdiv(rows, tall),)](
@@ -122,12 +123,12 @@ def row_dots(left: Tensor, right: Tensor) -> Tensor:
         out,
         rows,
         columns,
+        columns if single is None else single,
         left.stride(0),
         right.stride(0),
         ROWS=tall,
         BLOCK=block,
     )
-    return out
 
 
 def clip_errors(
@@ -280,19 +281,21 @@ def _row_dots(
     out,
     rows,
     columns,
+    single,
     left_stride,
     right_stride,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros((ROWS,), tl.float32)
+    total = tl.load(out + row, row < rows, 0.0)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         on = (row < rows)[:, None] & (column < columns)[None, :]
         a = tl.load(left + row[:, None].to(tl.int64) * left_stride + column[None, :], on, 0.0)
         b = tl.load(right + row[:, None].to(tl.int64) * right_stride + column[None, :], on, 0.0)
-        total += tl.sum(a * b.to(tl.float32), 1)
+        times = tl.where(column < single, 1.0, 2.0)
+        total += tl.sum(a * b.to(tl.float32) * times[None, :], 1)
     tl.store(out + row, total, row < rows)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from tasks.engine.draft import Draft
 from tasks.engine.folding import quantized_groups, scaled_together
 from tasks.engine.job import Job, result_files, result_tensors, scheme_lineage
 from tasks.engine.precision import search_products
-from tasks.engine.sharing import clip_of
+from tasks.engine.sharing import clips_of_all
 from tasks.engine.step import step
 from tasks.engine.streams import Stream
 from tasks.engine.version import block_transforms, transformed_block
@@ -85,24 +87,35 @@ def clip(
     statistics = block_statistics(job, stream, block)
     transforms = block_transforms(job, decision)
     tensors = transformed_block(job, block, decision, stream.version)
-    chosen: dict[str, Tensor] = {}
-    errors: dict[str, Tensor] = {}
+
+    # of wide inputs no two matrices at once
+    @functools.lru_cache(1)
+    def gram_of(group: str) -> Tensor:
+        transform = transforms.get(group) or no_transform(statistics[group])
+        return _gram(job, statistics[group], transform)
+
+    asked: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {}
+    sharers: dict[str, tuple[str, ...]] = {}
     for group in quantized_groups(job, block):
         linears = clipped_linears(job, group, special.clip_query_key)
-        transform = transforms.get(group.name) or no_transform(statistics[group.name])
-        gram = _gram(job, statistics[group.name], transform)
         for part in scaled_together(job, linears):
             # linears of one scale have one factor too
-            weights = [tensors[f"{linear}.weight"] for linear in part]
-            weight = torch.cat(weights) if weights[1:] else weights[0]
-            with search_products(job.device):
-                found, curve = clip_of(job.team, weight, gram, job.scheme.weight, factors)
-            chosen |= dict.fromkeys(part, found)
-            errors |= dict.fromkeys(part, curve)
+            asked[part[0]] = partial(_stacked, tensors, part), partial(gram_of, group.name)
+            sharers[part[0]] = part
+    with search_products(job.device):
+        found = clips_of_all(job.team, job.scheme.weight, asked, factors)
+    chosen = {linear: found[first][0] for first, part in sharers.items() for linear in part}
+    errors = {linear: found[first][1] for first, part in sharers.items() for linear in part}
     draft.save_tensors(CLIP, {n: t.clone() for n, t in chosen.items()} | {FACTORS: factors})
     numbers = torch.arange(len(factors), device=job.device)[:, None]
     counts = {linear: (found.reshape(1, -1) == numbers).sum(1) for linear, found in chosen.items()}
     return {"factors": known.tolist(), "chosen": counts, "errors": errors}
+
+
+def _stacked(tensors: Mapping[str, Tensor], linears: Sequence[str]) -> Tensor:
+    """The weights of some linears, one below the other."""
+    weights = [tensors[f"{linear}.weight"] for linear in linears]
+    return torch.cat(weights) if weights[1:] else weights[0]
 
 
 def _gram(job: Job, found: InputStatistics, transform: ChannelTransform) -> Tensor:

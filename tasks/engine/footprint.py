@@ -27,7 +27,7 @@ WHOLE_MODEL_BYTES = 512 * 2**20
 # an attention score, and it in float32 before and after the softmax: most, of bf16 on a CPU
 SCORE_BYTES = 2 + 4 + 4
 # entries of a weight that are reported of at once, and of weights that are searched over
-PART_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 26}
+PART_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 25}
 SEARCHED_ENTRIES = 1 << 27
 # of one scale, tried at twenty ratios, with the ranges it comes from
 SCALE_BYTES = 20 * 8 * FLOAT
@@ -136,12 +136,12 @@ def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
     # all linears of a group are rounded at once where they share a scale
     alone = job.scheme.weight.granularity is not Granularity.TENSOR
     together = sizes.linear if alone else 2 * sizes.group
-    part = 3 * min(sizes.linear, PART_ENTRIES[torch.device(job.device).type])
+    part = 4 * min(sizes.linear, PART_ENTRIES[torch.device(job.device).type])
     found = {
         "observe": stream + before + pass_ + grams,
         "advance": 2 * stream + before + pass_,
         "transform": stream + before + grams + _search_bytes(job, sizes),
-        # codes, one linear before and after it is rounded, and a part of it in three forms
+        # codes, one linear before and after it is rounded, and a part of both, multiplied
         "quantize": stream + before + grams + codes + FLOAT * (together + sizes.linear + part),
     }
     if isinstance(special, GptqSpecial):

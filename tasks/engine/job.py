@@ -247,8 +247,8 @@ class Job:
             there = {n: tensor.to(self.device, non_blocking=True) for n, tensor in stored.items()}
         else:
             return None
-        for doubt in self.source.doubts(there):
-            self.doubts.add(doubt.well, doubt.error)
+        doubt = self.source.doubt(there)
+        self.doubts.add(doubt.well, doubt.error)
         return there
 
     @cached_property

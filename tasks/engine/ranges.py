@@ -19,7 +19,10 @@ PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 
 
 class Magnitudes(NamedTuple):
-    """The largest magnitude of some numbers, a scalar, and those that percentiles are taken of."""
+    """The largest magnitude of some numbers, a scalar, and those that percentiles are taken of.
+
+    The latter with their signs.
+    """
 
     largest: Tensor
     entries: Tensor
@@ -29,8 +32,17 @@ def of_weight(weight: Tensor) -> Magnitudes:
     """Magnitudes of a weight of any shape."""
     entries = weight.flatten()
     stride = -(-entries.numel() // SAMPLED)
-    largest = torch.linalg.vector_norm(entries, torch.inf)
-    return Magnitudes(largest, entries[::stride].abs())
+    return Magnitudes(largest_magnitude(weight), entries[::stride])
+
+
+def largest_magnitude(numbers: Tensor) -> Tensor:
+    """Of numbers of any shape, none of them left out, a scalar of at least float32; NaN shows."""
+    precise = torch.float64 if numbers.dtype == torch.float64 else torch.float32
+    if numbers.is_cuda and numbers.itemsize > 1:
+        return torch.linalg.vector_norm(numbers, torch.inf, dtype=precise)
+    # no temporary as large as the numbers, but for float8, which has no aminmax; the norm is slow
+    low, high = (numbers.float() if numbers.itemsize == 1 else numbers).aminmax()
+    return torch.maximum(-low, high).to(precise)
 
 
 def of_inputs(
@@ -74,7 +86,7 @@ def described(ranges: Mapping[str, Mapping[str, Magnitudes]]) -> Later:
 
 def _table(ranges: list[Magnitudes], length: int) -> Tensor:
     """(n, 4) float64: the largest and the percentiles of each."""
-    ordered = torch.stack([found.entries.float() for found in ranges]).sort(1).values
+    ordered = torch.stack([found.entries.float() for found in ranges]).abs().sort(1).values
     # the entry at that place, not one between two: the same everywhere
     places = [round(share * (length - 1)) for share in PERCENTILES.values()]
     largest = torch.stack([found.largest.double() for found in ranges])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -40,15 +41,37 @@ def splits(team: Team, scheme: WeightScheme, rows: int) -> bool:
     return team.size > 1 and apart and rows >= team.size
 
 
-def clip_of(
-    team: Team, weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``search_clip_curve``, of whose rows each process takes some where they are apart."""
-    rows = len(weight)
-    if not splits(team, scheme, rows):
-        return search_clip_curve(weight, gram, scheme, factors)
-    chosen, curve = search_clip_curve(weight[team.own(rows)], gram, scheme, factors)
-    return team.joined(chosen, team.counts(rows)), team.summed_(curve.to(team.device))
+def clips_of_all(
+    team: Team,
+    scheme: WeightScheme,
+    asked: Mapping[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]],
+    factors: Tensor,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """``search_clip_curve`` of weights, of whose rows each process takes some where they are apart.
+
+    What was found is exchanged at once.
+
+    Args:
+        team: the processes.
+        scheme: the weights'.
+        asked: what gives each weight, and the Gram matrix of its inputs.
+        factors: that are tried.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    counts: dict[str, list[int]] = {}
+    for name, (weight_of, gram_of) in asked.items():
+        weight = weight_of()
+        rows = len(weight)
+        if splits(team, scheme, rows):
+            counts[name] = team.counts(rows)
+            weight = weight[team.own(rows)]
+        found[name] = search_clip_curve(weight, gram_of(), scheme, factors)
+    apart = [member for name in counts for member in (found[name][0], found[name][1][None])]
+    ones = [1] * team.size
+    joined = team.all_joined(apart, [c for own in counts.values() for c in (own, ones)])
+    for name, chosen, curves in zip(counts, joined[::2], joined[1::2], strict=True):
+        found[name] = chosen, functools.reduce(torch.add, curves)
+    return found
 
 
 def own_energies(
@@ -117,24 +140,24 @@ def statistics_of_all(
         length: tokens of a window.
         samples: rows that each process keeps.
     """
-    extremes = team.joined(torch.cat((own.window_minimum, own.window_maximum), 1), windows)
-    low, high = extremes.chunk(2, 1)
     drawn = [drawn_rows(count * length) if len(own.drawn.rows) else 0 for count in windows]
+    sums = torch.stack((own.total, own.mean_abs_sum))[None]
+    extremes = torch.cat((own.window_minimum, own.window_maximum), 1)
+    sums, extremes, sample, *of_drawn = team.all_joined(
+        [sums, extremes, own.sample, own.drawn.rows, own.drawn.sizes, own.drawn.priorities],
+        [[1] * team.size, windows, samples, *[drawn] * 3],
+    )
+    total, mean_abs_sum = functools.reduce(torch.add, sums)
+    low, high = extremes.chunk(2, 1)
     return completed(
         InputStatistics(
             gram=team.summed_(own.gram),
-            total=team.summed_(own.total),
-            mean_abs_sum=team.summed_(own.mean_abs_sum),
+            total=total,
+            mean_abs_sum=mean_abs_sum,
             window_minimum=low,
             window_maximum=high,
-            sample=team.joined(own.sample, samples),
-            drawn=heaviest(
-                WeightedRows(
-                    team.joined(own.drawn.rows, drawn),
-                    team.joined(own.drawn.sizes, drawn),
-                    team.joined(own.drawn.priorities, drawn),
-                )
-            ),
+            sample=sample,
+            drawn=heaviest(WeightedRows(*of_drawn)),
             tokens=sum(windows) * length,
         )
     )

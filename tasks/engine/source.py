@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from tasks.engine.doubts import Doubt, settle
 from tasks.engine.errors import InputError, NonFiniteWeightError
+from tasks.engine.ranges import largest_magnitude
 from tasks.engine.store import sealed, unsealed, write_text
 from tasks.engine.transfer import to_host
 
@@ -77,7 +77,7 @@ class Source:
             NonFiniteWeightError: a floating tensor holds NaN or Inf; names it.
         """
         read = self.read_unchecked(names, device)
-        settle(self.doubts(read))
+        settle([self.doubt(read)])
         return read
 
     def read_unchecked(self, names: Iterable[str], device: str = "cpu") -> dict[str, Tensor]:
@@ -95,13 +95,22 @@ class Source:
                 read[name] = opened[file].get_tensor(name)
         return read
 
-    def doubts(self, read: Mapping[str, Tensor]) -> list[Doubt]:
+    def doubt(self, read: Mapping[str, Tensor]) -> Doubt:
         """Whether tensors that were read are finite, to be settled."""
-        return [
-            Doubt(_extremes(tensor).isfinite().all(), partial(self._damaged, name))
+        largest = {
+            name: largest_magnitude(tensor).reshape(1)
             for name, tensor in read.items()
             if tensor.is_floating_point() and tensor.numel()
-        ]
+        }
+        if not largest:
+            return Doubt(torch.tensor(True), AssertionError)
+        finite = torch.cat(list(largest.values())).isfinite()
+
+        def error() -> NonFiniteWeightError:
+            wells = zip(largest, finite.tolist(), strict=True)
+            return self._damaged(next(name for name, well in wells if not well))
+
+        return Doubt(finite.all(), error)
 
     def _damaged(self, name: str) -> NonFiniteWeightError:
         return NonFiniteWeightError(
@@ -269,12 +278,6 @@ def _check_index(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
                 f"{folder / INDEX}: says {name} is in {file}, which does not hold it; "
                 "download the checkpoint again"
             )
-
-
-def _extremes(tensor: Tensor) -> Tensor:
-    """The smallest and the largest entry, (2,): NaN and Inf both show there."""
-    # no temporary as large as the tensor, but for float8, which has no aminmax
-    return torch.stack((tensor.float() if tensor.itemsize == 1 else tensor).aminmax())
 
 
 def _memo_file(memo: Path, mark: list[Any]) -> Path:

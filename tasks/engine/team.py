@@ -7,6 +7,7 @@ process has the same bits, each time.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,19 +64,45 @@ class Team:
             own: (n, ...), this process's.
             counts: n of each process.
         """
+        return self.all_joined([own], [counts])[0]
+
+    def all_joined(self, own: Sequence[Tensor], counts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """``joined`` of some tensors, exchanged at once.
+
+        Args:
+            own: (n, ...) each, this process's.
+            counts: of each, n of every process.
+        """
         if self.size == 1:
-            return own
-        own = own.to(self.device).contiguous()
-        shape, width = own.shape[1:], own.itemsize * math.prod(own.shape[1:])
-        if not width or not any(counts):
-            return own.new_empty((sum(counts), *shape))
-        # bytes: not every dtype is sent as what it is; as many rows of each
-        sent = own.new_empty((max(counts), width), dtype=torch.uint8)
-        sent[: len(own)] = own.reshape(len(own), width // own.itemsize).view(torch.uint8)
-        parts = [torch.empty_like(sent) for _ in counts]
-        dist.all_gather(parts, sent)
-        rows = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-        return rows.view(own.dtype).reshape(-1, *shape)
+            return list(own)
+        own = [tensor.to(self.device) for tensor in own]
+        widths = [tensor.itemsize * math.prod(tensor.shape[1:]) for tensor in own]
+        # of each process, where the bytes of each tensor begin, and where the last end
+        starts = [
+            list(
+                itertools.accumulate(
+                    (w * c[rank] for w, c in zip(widths, counts, strict=True)), initial=0
+                )
+            )
+            for rank in range(self.size)
+        ]
+        # bytes: not every dtype is sent as what it is; as many of each process
+        sent = own[0].new_empty(max(ends[-1] for ends in starts), dtype=torch.uint8)
+        for tensor, (start, end) in zip(own, itertools.pairwise(starts[self.rank]), strict=True):
+            sent[start:end] = tensor.contiguous().view(-1).view(torch.uint8)
+        parts = [torch.empty_like(sent) for _ in starts]
+        if len(sent):
+            dist.all_gather(parts, sent)
+        found = []
+        for number, (tensor, count) in enumerate(zip(own, counts, strict=True)):
+            rows = torch.cat(
+                [
+                    part[ends[number] : ends[number + 1]]
+                    for part, ends in zip(parts, starts, strict=True)
+                ]
+            )
+            found.append(rows.view(tensor.dtype).reshape(sum(count), *tensor.shape[1:]))
+        return found
 
 
 # a process that computes by itself

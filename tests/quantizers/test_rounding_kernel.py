@@ -5,7 +5,14 @@ import torch
 
 from quantizers import rounding, rounding_losses
 from quantizers.number_formats import E4M3, E5M2, int_format
-from quantizers.rounding import dequantize, quantize_weight, weight_extremes, weight_scales
+from quantizers.packing import pack_codes, unpack_codes
+from quantizers.rounding import (
+    dequantize,
+    quantize_weight,
+    scales_of,
+    weight_extremes,
+    weight_scales,
+)
 from quantizers.rounding_losses import rounding_energies
 from quantizers.schemes import Granularity, WeightScheme
 
@@ -23,7 +30,7 @@ FORMATS = [
 ]
 SHARED = [
     (Granularity.GROUP, {"group_size": 24}, (37, 96)),
-    (Granularity.GROUP, {"group_size": 32}, (5, 2100)),
+    (Granularity.GROUP, {"group_size": 32}, (5, 2080)),
     (Granularity.CHANNEL, {}, (33, 5000)),
     (Granularity.TENSOR, {}, (7, 130)),
     (Granularity.BLOCK, {"block_shape": (16, 32)}, (37, 100)),
@@ -33,6 +40,12 @@ SHARED = [
 def drawn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     draw = torch.Generator().manual_seed(sum(shape))
     return torch.randn(*shape, generator=draw).to(dtype).to(DEVICE)
+
+
+def factor_like(weight: torch.Tensor, scheme: WeightScheme, seed: int) -> torch.Tensor:
+    """Factors on ranges, of the scales' shape."""
+    draw = torch.Generator().manual_seed(seed)
+    return (torch.rand(scheme.scale_shape(*weight.shape), generator=draw) * 0.5 + 0.5).to(DEVICE)
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,13 +63,14 @@ def test_bits(number, symmetric, granularity, sizes, shape, dtype, monkeypatch):
     gram = drawn(shape[1], shape[1], dtype=torch.float32)
     gram, inverse = gram @ gram.T, drawn(shape[1], dtype=torch.float32).abs() + 0.5
     rows = slice(2, shape[0] - 1)
-    scale, zero = weight_scales(weight, scheme)
+    low, high = (factor_like(weight, scheme, seed) for seed in (1, 2))
+    scale, zero = weight_scales(weight, scheme, clip_low=low, clip_high=high)
     found = quantize_weight(weight, scale, zero, scheme)
     back = [dequantize(found, scheme, kind) for kind in (torch.float32, torch.bfloat16)]
     lost = rounding_energies(weight, found, scheme, rows, gram, inverse)
 
     without_kernels(monkeypatch)
-    plain_scale, plain_zero = weight_scales(weight, scheme)
+    plain_scale, plain_zero = weight_scales(weight, scheme, clip_low=low, clip_high=high)
     assert torch.equal(scale, plain_scale)
     assert zero is None or torch.equal(zero, plain_zero)
     plain = quantize_weight(weight, scale, zero, scheme)
@@ -68,6 +82,36 @@ def test_bits(number, symmetric, granularity, sizes, shape, dtype, monkeypatch):
         lost, rounding_energies(weight, plain, scheme, rows, gram, inverse), strict=True
     ):
         torch.testing.assert_close(energies, wanted, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("number", "symmetric"), FORMATS)
+def test_scales_of_several_ranges(number, symmetric, dtype, monkeypatch):
+    scheme = WeightScheme(number, symmetric, Granularity.GROUP, group_size=24, scale_dtype=dtype)
+    low, high = -drawn(3, 9, 5, dtype=torch.float32).abs(), drawn(3, 9, 6, dtype=torch.float32)
+    high = high[..., :5].abs()
+    low[0, 0], high[0, 0], low[1, 1], high[1, 1], low[2, 2, 0] = 0, 0, -1e-42, 1e38, torch.nan
+    factors = torch.tensor([1.0, 0.7, 0.33], device=DEVICE)[:, None, None]
+    one = low[:1].expand(3, -1, -1), high[:1].expand(3, -1, -1)
+    for extremes in ((low, high), one):
+        for clip in (None, factors.expand(3, 9, 5), factors.expand(3, 9, 5).contiguous()):
+            with monkeypatch.context() as patch:
+                found = scales_of(extremes, scheme, clip_low=clip, clip_high=clip)
+                without_kernels(patch)
+                wanted = scales_of(extremes, scheme, clip_low=clip, clip_high=clip)
+            for ours, theirs in zip(found, wanted, strict=True):
+                assert (ours is None) == (theirs is None)
+                if ours is not None:
+                    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 8), (5, 100), (33, 4097)])
+def test_packed_codes(rows, columns, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (rows, columns), dtype=torch.int8, generator=draw).to(DEVICE)
+    packed = pack_codes(codes, 4)
+    assert torch.equal(unpack_codes(packed, 4, columns), codes)
+    assert torch.equal(packed.cpu(), pack_codes(codes.cpu(), 4))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

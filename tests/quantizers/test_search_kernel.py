@@ -70,15 +70,22 @@ def test_extremes_and_losses(number, symmetric, shape):
     assert torch.equal(low[0], wanted[0]) and torch.equal(high[0], wanted[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("single", [None, 0, 60])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 100), (129, 3000)])
-def test_dots_of_rows_that_lie_apart(rows, columns):
-    from quantizers.search_kernel import row_dots
+def test_dots_of_rows_that_lie_apart(rows, columns, single, dtype):
+    from quantizers.search_kernel import add_row_dots_
 
     left = drawn(rows, columns + 5, dtype=torch.float32)[:, 5:]
-    right = drawn(rows, columns + 3)[:, 3:]
-    wanted = (left.double() * right.double()).sum(1)
-    torch.testing.assert_close(row_dots(left, right).double(), wanted, rtol=1e-5, atol=1e-4)
-    assert torch.equal(row_dots(left, right), row_dots(left, right))
+    right = drawn(rows, columns + 3, dtype=dtype)[:, 3:]
+    products = left.double() * right.double()
+    if single is not None:
+        products[:, single:] *= 2
+    found, again = torch.ones(2, rows, device=DEVICE)
+    add_row_dots_(found, left, right, single)
+    torch.testing.assert_close(found.double(), 1 + products.sum(1), rtol=1e-5, atol=2e-4)
+    add_row_dots_(again, left, right, single)
+    assert torch.equal(found, again)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 128), (33, 130), (7, 2048), (5, 4500)])

@@ -20,7 +20,7 @@ from quantizers.rounding import dequantize, round_group
 from quantizers.schemes import Granularity, WeightScheme
 from quantizers.statistics import add_batch, all_finite, empty_statistics, weighted_rows
 from tasks.engine.sharing import (
-    clip_of,
+    clips_of_all,
     errors_of,
     errors_of_all,
     own_energies,
@@ -103,10 +103,13 @@ def searches(team: Team) -> None:
         found = errors_of(team)(problem, transforms)
         assert torch.equal(found, output_errors(problem, transforms))
     factors = clip_factors()
-    chosen, curve = clip_of(team, weight, known.gram, SCHEME, factors)
-    expected, errors = search_clip_curve(weight, known.gram, SCHEME, factors)
-    assert torch.equal(chosen, expected)
-    torch.testing.assert_close(curve, errors)
+    gram_of = lambda: known.gram  # noqa: E731
+    asked = {"it": (lambda: weight, gram_of), "half": (lambda: weight[:5], gram_of)}
+    clips = clips_of_all(team, SCHEME, asked, factors)
+    for name, (weight_of, _) in asked.items():
+        expected, errors = search_clip_curve(weight_of(), known.gram, SCHEME, factors)
+        assert torch.equal(clips[name][0], expected)
+        torch.testing.assert_close(clips[name][1], errors)
     (whole,) = round_group([weight], SCHEME, [None])
     lost = own_energies(team, weight, whole, SCHEME, known.gram)
     torch.testing.assert_close(
