@@ -39,8 +39,11 @@ from tasks.engine.residency import peaks
 from tasks.engine.step import Made
 from tasks.engine.streams import drop_boundaries
 from tasks.engine.team import Team
-from tasks.engine.transfer import beside, idle_s
+from tasks.engine.transfer import Leash, beside, idle_s
 from tasks.engine.values import resolved
+
+# steps that a device may be behind of what it was asked for
+AHEAD_STEPS = 2
 
 
 def job_of(given: Assignment, rank: int, devices: Sequence[str]) -> Job:
@@ -186,6 +189,7 @@ def work(job: Job, told: Iterator[dict[str, Any]], say: Saying) -> None:
     current: Work | None = None
     place = Path()
     voice = Voice(job, say)
+    leash = Leash(AHEAD_STEPS)
     try:
         for message in told:
             if "end" in message:
@@ -196,7 +200,9 @@ def work(job: Job, told: Iterator[dict[str, Any]], say: Saying) -> None:
                 current, place = Work(job, Pass.of(message["pass"])), Path(message["place"])
             elif current is not None:
                 start = time.perf_counter()
+                leash.wait()
                 made = current.make(message["make"], message["lean"])
+                leash.ask(made.ready)
                 if current.job.team.rank == 0:
                     _, key = message["make"][-1]
                     voice.tell(key, made, place, time.perf_counter() - start)

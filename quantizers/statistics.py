@@ -189,10 +189,15 @@ def completed(statistics: InputStatistics) -> InputStatistics:
     return statistics
 
 
-def all_finite(statistics: InputStatistics) -> Tensor:
-    """Whether no input held NaN or infinity and no sum overflowed, a bool; nothing waits for it."""
+def largest_sum(statistics: InputStatistics) -> Tensor:
+    """The largest of some sums, a scalar, for which nothing waits.
+
+    Finite where no input held NaN or infinity and no sum overflowed, and only there.
+    """
     # A finite diagonal bounds the whole matrix: (x_i x_j)^2 <= x_i^2 x_j^2, summed.
-    return torch.cat((statistics.mean_abs_sum, statistics.gram.diagonal())).isfinite().all()
+    sums = torch.cat((statistics.mean_abs_sum, statistics.gram.diagonal()))
+    largest: Tensor = torch.linalg.vector_norm(sums, torch.inf)
+    return largest
 
 
 def checked(statistics: InputStatistics) -> InputStatistics:
@@ -201,7 +206,7 @@ def checked(statistics: InputStatistics) -> InputStatistics:
     Raises:
         NonFiniteError: an input held NaN or infinity, or a sum overflows float32.
     """
-    if not bool(all_finite(completed(statistics))):
+    if not bool(largest_sum(completed(statistics)).isfinite()):
         raise NonFiniteError(
             f"inputs of {statistics.tokens} tokens, {len(statistics.total)} channels, hold NaN, "
             "infinity or overflow"

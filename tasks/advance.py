@@ -35,7 +35,7 @@ def advance(
     del draft
     if packed is not None:
         # nothing more is asked of the block; what it had in memory is the pass's
-        job.memo.forget("statistics", "codes", "source block", "version block")
+        job.memo.forget("statistics", "codes", "source block", "version block", "transformed block")
     # what was kept of the block has left room for the next
     job.send_ahead(block + 1)
     hidden = pass_block(job, stream, hidden_states(job, stream), packed)

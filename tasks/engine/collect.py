@@ -14,9 +14,9 @@ from torch import Tensor
 from quantizers.statistics import (
     InputStatistics,
     add_batch,
-    all_finite,
     completed,
     empty_statistics,
+    largest_sum,
 )
 from tasks.engine.architectures import LinearGroup
 from tasks.engine.decoder import InputHook, micro_batches, run_block
@@ -217,7 +217,7 @@ def _added(
         found = completed(found)
     place = f"{job.plan.blocks[block].prefix}{linear}"
     job.doubts.add(
-        all_finite(found),
+        largest_sum(found),
         lambda: RunError(f"block {block}: the inputs of {place} hold NaN or Inf"),
     )
     return found

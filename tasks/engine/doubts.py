@@ -6,6 +6,7 @@ is written. A CPU says it at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -15,14 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Doubt:
-    """Something that has to be so.
+    """Numbers that have to be finite.
 
     Attributes:
-        well: whether it is; bool, scalar.
-        error: gives what is raised where it is not.
+        numbers: a few, floating point, of any shape.
+        error: gives what is raised where one is not.
     """
 
-    well: Tensor
+    numbers: Tensor
     error: Callable[[], Exception]
 
 
@@ -33,16 +34,17 @@ class Doubts:
         """Begin without any."""
         self._open: list[Doubt] = []
 
-    def add(self, well: Tensor, error: Callable[[], Exception]) -> None:
+    def add(self, numbers: Tensor, error: Callable[[], Exception]) -> None:
         """Have something settled later; at once where it is known.
 
         Raises:
-            Exception: ``error``'s, where it is known not to be so.
+            Exception: ``error``'s, where a number is known not to be finite.
         """
-        if well.is_cuda:
-            self._open.append(Doubt(well, error))
-        elif not bool(well):
-            raise error()
+        doubt = Doubt(numbers, error)
+        if numbers.is_cuda:
+            self._open.append(doubt)
+        else:
+            settle([doubt])
 
     def take(self) -> tuple[Doubt, ...]:
         """All that were added since they were last taken."""
@@ -56,8 +58,12 @@ def settle(doubts: Iterable[Doubt]) -> None:
     Raises:
         Exception: the first doubt's that turns out to be right.
     """
-    found = tuple(doubts)
-    if found:
-        for doubt, well in zip(found, torch.stack([d.well for d in found]).tolist(), strict=True):
-            if not well:
-                raise doubt.error()
+    found = [doubt for doubt in doubts if doubt.numbers.numel()]
+    if not found:
+        return
+    flat = [doubt.numbers.reshape(-1).to(torch.float64) for doubt in found]
+    known = iter(torch.cat(flat).tolist())
+    for doubt, numbers in zip(found, flat, strict=True):
+        own = [next(known) for _ in range(len(numbers))]
+        if not all(map(math.isfinite, own)):
+            raise doubt.error()

@@ -63,11 +63,12 @@ class Draft:
 
         def write(name: str) -> Path:
             place.mkdir(parents=True, exist_ok=True)
-            _write(place / name, self.saved[name])
+            # nothing else needs what is on the device
+            _write(place / name, _fetched(self.saved.pop(name)))
             written(place / name)
             return place / name
 
-        self._written = {name: begin(partial(write, name)) for name in self.saved}
+        self._written = {name: begin(partial(write, name)) for name in tuple(self.saved)}
 
     def wait(self) -> dict[str, Path]:
         """Where the files lie that another thread writes, once all are there."""
@@ -95,6 +96,11 @@ class Draft:
     def link(self, name: str, source: Path) -> Path:
         """Put ``source`` into the draft under ``name``: a hard link, a copy across disks."""
         return link_or_copy(source, self.folder / name)
+
+
+def _fetched(saved: Saved) -> Saved:
+    """The same in host memory."""
+    return Saved({key: to_host(tensor) for key, tensor in saved.tensors.items()}, saved.metadata)
 
 
 def _write(path: Path, saved: Saved) -> None:

@@ -105,6 +105,9 @@ def stages(job: Job) -> dict[str, int]:
         stored = job.source.tensors
         copied = max(sum(stored[n].size for n in b.full(b.tensors)) for b in job.plan.blocks)
         found = {name: size + copied for name, size in found.items()}
+        if "observe" in found:
+            # codes of the block before are still copied to the host
+            found["observe"] += sizes.block
         if "advance" in found:
             # the next block comes beside the pass
             found["advance"] += copied

@@ -248,7 +248,7 @@ class Job:
         else:
             return None
         doubt = self.source.doubt(there)
-        self.doubts.add(doubt.well, doubt.error)
+        self.doubts.add(doubt.numbers, doubt.error)
         return there
 
     @cached_property

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from quantizers.channel_transform import ChannelTransform, transformed_absmax
 from quantizers.statistics import InputStatistics
@@ -43,6 +44,14 @@ def largest_magnitude(numbers: Tensor) -> Tensor:
     # no temporary as large as the numbers, but for float8, which has no aminmax; the norm is slow
     low, high = (numbers.float() if numbers.itemsize == 1 else numbers).aminmax()
     return torch.maximum(-low, high).to(precise)
+
+
+def largest_of_all(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all numbers in some tensors of one dtype, a scalar; NaN shows."""
+    if tensors[0].is_cuda and tensors[0].itemsize > 1:
+        # as few launches as there can be
+        return get_total_norm(tensors, torch.inf)
+    return torch.stack([largest_magnitude(tensor) for tensor in tensors]).max()
 
 
 def of_inputs(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from tasks.engine.doubts import Doubt, settle
 from tasks.engine.errors import InputError, NonFiniteWeightError
-from tasks.engine.ranges import largest_magnitude
+from tasks.engine.ranges import largest_magnitude, largest_of_all
 from tasks.engine.store import sealed, unsealed, write_text
 from tasks.engine.transfer import to_host
 
@@ -97,26 +99,24 @@ class Source:
 
     def doubt(self, read: Mapping[str, Tensor]) -> Doubt:
         """Whether tensors that were read are finite, to be settled."""
-        largest = {
-            name: largest_magnitude(tensor).reshape(1)
-            for name, tensor in read.items()
-            if tensor.is_floating_point() and tensor.numel()
-        }
-        if not largest:
-            return Doubt(torch.tensor(True), AssertionError)
-        finite = torch.cat(list(largest.values())).isfinite()
+        alike: dict[torch.dtype, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in read.items():
+            if tensor.is_floating_point() and tensor.numel():
+                alike[tensor.dtype][name] = tensor
+        largest = [largest_of_all(list(named.values())).reshape(1) for named in alike.values()]
+        # what is not well is looked for anew: nothing is kept for it
+        return Doubt(torch.cat(largest or [torch.zeros(0)]), partial(self._damaged, list(read)))
 
-        def error() -> NonFiniteWeightError:
-            wells = zip(largest, finite.tolist(), strict=True)
-            return self._damaged(next(name for name, well in wells if not well))
-
-        return Doubt(finite.all(), error)
-
-    def _damaged(self, name: str) -> NonFiniteWeightError:
-        return NonFiniteWeightError(
-            f"{self.path / self.tensors[name].file}: {name} holds NaN or Inf; the source "
-            "checkpoint is damaged, download it again"
-        )
+    def _damaged(self, names: Iterable[str]) -> Exception:
+        """What is to be said where one of some tensors is not finite."""
+        for name, tensor in self.read_unchecked(names).items():
+            numbers = tensor.is_floating_point() and tensor.numel()
+            if numbers and not bool(largest_magnitude(tensor).isfinite()):
+                return NonFiniteWeightError(
+                    f"{self.path / self.tensors[name].file}: {name} holds NaN or Inf; the source "
+                    "checkpoint is damaged, download it again"
+                )
+        return OSError(f"{self.path}: NaN or Inf was read, which its files do not hold")
 
     def digest(self, names: Iterable[str]) -> str:
         """Digest of the named tensors' names, dtypes, shapes and bytes, whatever the sharding.

@@ -346,7 +346,7 @@ def require_finite(job: Job, hidden: Tensor, block: int, windows: Sequence[int])
         largest = squares if known else hidden.abs().amax((1, 2))
     found = job.team.joined(torch.stack((squares, largest.double()), 1), windows)
     job.doubts.add(
-        found[:, 1].isfinite().all(),
+        found[:, 1],
         lambda: RunError(
             f"block {block}: its output holds NaN or Inf; the model overflows "
             f"{hidden.dtype}, or its weights are damaged"

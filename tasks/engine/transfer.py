@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -59,6 +60,28 @@ def idle_s(ended: torch.cuda.Event | None, began: torch.cuda.Event | None) -> fl
     if ended is None or began is None:
         return 0.0
     return max(0.0, float(ended.elapsed_time(began)) / 1000)
+
+
+class Leash:
+    """Keeps who asks a GPU from being too far ahead of it.
+
+    What is asked for takes its memory at once, and what it used before is not yet free.
+    """
+
+    def __init__(self, steps: int) -> None:
+        """Begin with nothing asked; ``steps`` may be asked for that the device did not reach."""
+        self._steps = steps
+        self._asked: deque[torch.cuda.Event] = deque()
+
+    def ask(self, ready: torch.cuda.Event | None) -> None:
+        """Note what the device reaches at the end of a step that was asked for; CPUs are there."""
+        if ready is not None:
+            self._asked.append(ready)
+
+    def wait(self) -> None:
+        """Wait until one more step may be asked for."""
+        while len(self._asked) > self._steps:
+            self._asked.popleft().synchronize()
 
 
 @contextlib.contextmanager

@@ -79,7 +79,12 @@ def transformed_block(
 ) -> Mapping[str, Tensor]:
     """A block's tensors after one decision more, by their names in it, made when looked at."""
     tensors = version_block(job, version, block)
-    return tensors if decision is None else _transformed(job, tensors, decision)
+    if decision is None:
+        return tensors
+    # a decision says which version it was taken for
+    return job.memo.get(
+        "transformed block", f"{decision} {block}", lambda: _transformed(job, tensors, decision)
+    )
 
 
 def outside_tensors(job: Job, version: Version) -> dict[str, Tensor]:

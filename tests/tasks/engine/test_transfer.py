@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tasks.engine.transfer import host_memory, to_host
+from tasks.engine.transfer import Leash, host_memory, to_host
 
 
 def test_what_is_on_the_host_is_not_copied() -> None:
@@ -33,3 +33,24 @@ def test_from_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         found = to_host(tensor)
         assert not found.is_cuda and found.is_contiguous()
         assert torch.equal(found.view(torch.uint8), tensor.cpu().contiguous().view(torch.uint8))
+
+
+def test_a_leash_waits_for_the_oldest_steps() -> None:
+    reached: list[int] = []
+
+    class Event:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def synchronize(self) -> None:
+            reached.append(self.number)
+
+    leash = Leash(2)
+    for number in range(5):
+        leash.wait()
+        leash.ask(Event(number))  # type: ignore[arg-type]
+    assert reached == [0, 1], "before the fourth and the fifth"
+    leash.ask(None)
+    leash.wait()
+    leash.wait()
+    assert reached == [0, 1, 2]
