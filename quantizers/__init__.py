@@ -15,8 +15,8 @@ from quantizers.rounding import (
     expand_scale,
     quantize_weight,
     round_to_nearest,
-    weight_scales,
 )
+from quantizers.scales import weight_scales
 from quantizers.schemes import ActivationScheme, Granularity, WeightScheme
 from quantizers.statistics import InputStatistics, add_batch, empty_statistics
 

@@ -10,13 +10,8 @@ from quantizers.channel_transform import gram_blocks
 from quantizers.devices import compiles_kernels
 from quantizers.losses import row_errors
 from quantizers.number_formats import NumberFormat
-from quantizers.rounding import (
-    ClipRange,
-    expand_scale,
-    quantize_dequantize_weight,
-    scales_of,
-    weight_extremes,
-)
+from quantizers.rounding import ClipRange, expand_scale, quantize_dequantize_weight
+from quantizers.scales import scales_of, weight_extremes
 from quantizers.schemes import Granularity, WeightScheme
 
 __all__ = [
@@ -162,7 +157,8 @@ def _search_groups(
     weight: Tensor, gram: Tensor, scheme: WeightScheme, factors: Tensor
 ) -> tuple[Tensor, Tensor]:
     """_search of groups by a kernel, which reads a weight once for all factors."""
-    from quantizers.search_kernel import clip_errors, group_extremes
+    from quantizers.scales_kernel import group_extremes
+    from quantizers.search_kernel import clip_errors
 
     columns = weight.shape[1]
     width = scheme.width(columns)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from quantizers.devices import compiles_kernels
 from quantizers.number_formats import NumberFormat
-from quantizers.rounding import QuantizedWeight, weight_scales
+from quantizers.rounding import QuantizedWeight
+from quantizers.scales import weight_scales
 from quantizers.schemes import Granularity, WeightScheme
 
 __all__ = [

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from quantizers.errors import NonFiniteError
-from quantizers.rounding import expand_scale, weight_scales
+from quantizers.rounding import expand_scale
+from quantizers.scales import weight_scales
 from quantizers.schemes import WeightScheme
 
 __all__ = ["Learnable", "clip_of", "fake_quantize", "learn", "starting_logits"]

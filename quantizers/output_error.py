@@ -28,7 +28,8 @@ from quantizers.channel_transform import (
 from quantizers.devices import compiles_kernels
 from quantizers.input_scales import InputRange, static_input_scale
 from quantizers.losses import row_errors
-from quantizers.rounding import quantize_dequantize_weight, scales_of, weight_scales
+from quantizers.rounding import quantize_dequantize_weight
+from quantizers.scales import scales_of, weight_scales
 from quantizers.schemes import ActivationScheme, Granularity, WeightScheme
 from quantizers.statistics import InputStatistics, weighted_rows
 
@@ -149,7 +150,8 @@ def _errors_of_weights(problem: GroupProblem, factors: Tensor) -> Tensor:
     With D = (R - W') / factor the error is tr(D H D^T), H as it was collected: what the factor
     does to H is not computed for every factor.
     """
-    from quantizers.search_kernel import add_row_dots_, group_extremes, rounding_loss
+    from quantizers.scales_kernel import group_extremes
+    from quantizers.search_kernel import add_row_dots_, rounding_loss
 
     scheme, columns = problem.weight_scheme, problem.columns
     width, number = scheme.width(columns), scheme.number_format

@@ -42,7 +42,7 @@ def pack_codes(codes: Tensor, bits: int, *, check: bool = True) -> Tensor:
         if low < -8 or high > 7:
             raise ValueError(f"codes from {low} to {high} do not fit into 4 bits (-8 to 7)")
     if compiles_kernels(codes):
-        from quantizers.rounding_kernel import packed_nibbles
+        from quantizers.packing_kernel import packed_nibbles
 
         return packed_nibbles(codes.contiguous())
     # Flat before each view: a matrix of one row may have strides that a view refuses.
@@ -72,7 +72,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
             f"{columns} codes of {bits} bits fill {words} words, not {packed.shape[1]}"
         )
     if bits == 4 and compiles_kernels(packed):
-        from quantizers.rounding_kernel import unpacked_nibbles
+        from quantizers.packing_kernel import unpacked_nibbles
 
         return unpacked_nibbles(packed.contiguous(), columns)
     rows, padded = packed.shape[0], words * 32 // bits

@@ -15,79 +15,19 @@ __all__ = [
     "codes_of",
     "kind_of",
     "level_of",
-    "packed_nibbles",
     "restored",
     "restored_of",
     "rounding_report",
-    "scales_at_once",
-    "unpacked_nibbles",
 ]
 
 # entries of a tile: what one program holds at once, and columns of it at most
 _TILE = 4096
 _COLUMNS = 1024
-_SCALES = 1024
-_WORDS = 256
 
 
 def kind_of(number: NumberFormat) -> str:
     """What kernels call a format."""
     return str(number.code_dtype) if number.is_float else "int"
-
-
-def scales_at_once(
-    extremes: tuple[Tensor, Tensor],
-    factors: tuple[Tensor | None, Tensor | None],
-    steps: float,
-    number: NumberFormat,
-    symmetric: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points of ranges, of one matrix (N, G) or of several.
-
-    Args:
-        extremes: lo and hi, (N, G) or (S, N, G) float32; may be expanded.
-        factors: on lo and on hi, float32, of their shape; may be expanded; 1 where None.
-        steps: what a range is divided by.
-        number: the format.
-        symmetric: whether there is no zero point.
-        dtype: of scales.
-
-    Returns:
-        scale, dtype, and zero point, int8, or None; of the extremes' shape, contiguous.
-    """
-    low, high = extremes
-    scale = torch.empty(low.shape, dtype=dtype, device=low.device)
-    zero = scale if symmetric else torch.empty(low.shape, dtype=torch.int8, device=low.device)
-    given = [_laid_out(t) for t in (low, high, *(low if f is None else f for f in factors))]
-    limits = torch.finfo(dtype)
-    _scales[(triton.cdiv(scale.numel(), _SCALES),)](
-        *(tensor for tensor, _, _ in given),
-        scale,
-        zero,
-        *(scale.numel(), low.shape[-2] * low.shape[-1]),
-        *(stride for _, lead, step in given for stride in (lead, step)),
-        *(float(number.qmin), float(number.qmax), float(steps)),
-        *(limits.smallest_normal, limits.max),
-        CLIP_LOW=factors[0] is not None,
-        CLIP_HIGH=factors[1] is not None,
-        SYMMETRIC=symmetric,
-        BLOCK=_SCALES,
-        # a product and what is added to it are rounded each, as by two operations
-        enable_fp_fusion=False,
-    )
-    return scale, None if symmetric else zero
-
-
-def _laid_out(tensor: Tensor) -> tuple[Tensor, int, int]:
-    """A tensor (N, G) or (S, N, G), what lies between two matrices, and between entries of one."""
-    if tensor.stride(-1) == tensor.stride(-2) == 0:
-        step = 0
-    else:
-        step = 1
-        if tensor.stride(-1) != 1 or tensor.stride(-2) != tensor.shape[-1]:
-            tensor = tensor.contiguous()
-    return tensor, tensor.stride(0) if tensor.ndim > 2 else 0, step
 
 
 def codes_of(
@@ -199,39 +139,6 @@ def rounding_report(
     return lost, squares
 
 
-def packed_nibbles(codes: Tensor) -> Tensor:
-    """Codes of 4 bits, each plus 8, eight to a word, the first in its lowest bits.
-
-    Args:
-        codes: int8 (N, K), contiguous.
-
-    Returns:
-        int32 (N, ceil(K / 8)), what is left over of the last word zero.
-    """
-    rows, columns = codes.shape
-    words = triton.cdiv(columns, 8)
-    packed = torch.empty(rows, words, dtype=torch.int32, device=codes.device)
-    _pack[(rows, triton.cdiv(words, _WORDS))](codes, packed, columns, words, BLOCK=_WORDS)
-    return packed
-
-
-def unpacked_nibbles(packed: Tensor, columns: int) -> Tensor:
-    """Undo packed_nibbles.
-
-    Args:
-        packed: int32 (N, ceil(columns / 8)), contiguous.
-        columns: K.
-
-    Returns:
-        int8 (N, K).
-    """
-    rows, words = packed.shape
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=packed.device)
-    block = 8 * _WORDS
-    _unpack[(rows, triton.cdiv(columns, block))](packed, codes, columns, words, BLOCK=block)
-    return codes
-
-
 def _grid(rows: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
     """How many programs cover a matrix, and the tile of each."""
     block = min(triton.next_power_of_2(columns), _COLUMNS)
@@ -267,84 +174,6 @@ def restored(value, scale, zero, qmin, qmax, FORMAT: tl.constexpr, SYMMETRIC: tl
     if not SYMMETRIC:
         level -= zero
     return level * scale
-
-
-@triton.jit
-def _scales(
-    low,
-    high,
-    clip_low,
-    clip_high,
-    scale,
-    zero_point,
-    count,
-    inner,
-    low_lead,
-    low_step,
-    high_lead,
-    high_step,
-    clip_low_lead,
-    clip_low_step,
-    clip_high_lead,
-    clip_high_step,
-    qmin,
-    qmax,
-    steps,
-    smallest,
-    largest,
-    CLIP_LOW: tl.constexpr,
-    CLIP_HIGH: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    on = place < count
-    matrix, entry = place // inner, place % inner
-    least = tl.load(low + matrix * low_lead + entry * low_step, on, 0.0)
-    most = tl.load(high + matrix * high_lead + entry * high_step, on, 0.0)
-    if CLIP_LOW:
-        least = least * tl.load(clip_low + matrix * clip_low_lead + entry * clip_low_step, on, 1.0)
-    if CLIP_HIGH:
-        factor = tl.load(clip_high + matrix * clip_high_lead + entry * clip_high_step, on, 1.0)
-        most = most * factor
-    span = tl.maximum(-least, most) if SYMMETRIC else most - least
-    known = (least == least) & (most == most) & (tl.abs(span) < float("inf"))
-    step = tl.div_rn(span, tl.full((BLOCK,), 1.0, tl.float32) * steps)
-    step = tl.minimum(tl.maximum(step, smallest), largest)
-    step = tl.where(span == 0.0, 1.0, step)
-    step = tl.where(known, step, float("nan")).to(scale.dtype.element_ty)
-    tl.store(scale + place, step, on)
-    if not SYMMETRIC:
-        zero = qmin - tl.div_rn(least, step.to(tl.float32))
-        zero = tl.where(zero == zero, zero, 0.0)
-        # see level_of
-        zero = tl.minimum(tl.maximum(zero, -65536.0), 65536.0)
-        zero = (zero + 12582912.0) - 12582912.0
-        zero = tl.where(span == 0.0, 0.0, tl.minimum(tl.maximum(zero, qmin), qmax))
-        tl.store(zero_point + place, zero.to(tl.int8), on)
-
-
-@triton.jit
-def _pack(codes, packed, columns, words, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    within = tl.arange(0, 8)
-    column = word[:, None] * 8 + within[None, :]
-    on = column < columns
-    code = tl.load(codes + row * columns + column, on, 0).to(tl.int32)
-    # no two share a bit: their sum is what they are together
-    part = tl.where(on, (code + 8) & 15, 0) << (4 * within)[None, :]
-    tl.store(packed + row * words + word, tl.sum(part, 1), word < words)
-
-
-@triton.jit
-def _unpack(packed, codes, columns, words, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    on = column < columns
-    word = tl.load(packed + row * words + column // 8, on, 0)
-    code = ((word >> (4 * (column % 8))) & 15) - 8
-    tl.store(codes + row * columns + column, code.to(tl.int8), on)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 Each does in one pass over a weight, or over inputs, what takes torch many: a search over scales or
 clip factors waits for memory, not for arithmetic. The scales themselves come from
-:func:`quantizers.rounding.scales_of` in all cases, so there is one place that says what they are.
+:func:`quantizers.scales.scales_of` in all cases.
 Nothing here adds in an order that changes from run to run.
 """
 
@@ -14,50 +14,13 @@ from torch import Tensor
 from quantizers.number_formats import NumberFormat
 from quantizers.rounding_kernel import kind_of, restored
 
-__all__ = ["add_row_dots_", "clip_errors", "group_extremes", "rounding_loss", "window_sums"]
+__all__ = ["add_row_dots_", "clip_errors", "rounding_loss", "window_sums"]
 
 # entries of a tile: what one program holds at once
 _TILE = 8192
 _ROWS = 32
 # columns of inputs that one program sums, and rows it takes at a time
 _SUM_COLUMNS, _SUM_ROWS = 64, 64
-
-
-def group_extremes(weight: Tensor, factors: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest entry of each group of a weight whose columns are multiplied, 0 too.
-
-    NaN, both of them, where nothing is multiplied and a group holds one.
-
-    Args:
-        weight: (N, K), floating point, contiguous.
-        factors: (R, K) float32, contiguous, what columns are multiplied with each time; None:
-            nothing, once.
-        width: columns of a group; divides K.
-
-    Returns:
-        low and high, (R, N, K / width) float32.
-    """
-    rows, columns = weight.shape
-    groups = columns // width
-    times = 1 if factors is None else len(factors)
-    low = torch.empty(times, rows, groups, device=weight.device)
-    high = torch.empty_like(low)
-    block = min(triton.next_power_of_2(width), _TILE)
-    tall = max(1, _TILE // block)
-    _group_extremes[(triton.cdiv(rows, tall), groups)](
-        weight,
-        weight if factors is None else factors,
-        low,
-        high,
-        rows,
-        columns,
-        width,
-        times,
-        FACTOR=factors is not None,
-        ROWS=tall,
-        BLOCK=block,
-    )
-    return low, high
 
 
 def rounding_loss(
@@ -194,47 +157,6 @@ def window_sums(windows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         windows, *sums, length, columns, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS
     )
     return sums  # type: ignore[return-value]
-
-
-@triton.jit
-def _group_extremes(
-    weight,
-    factors,
-    low,
-    high,
-    rows,
-    columns,
-    width,
-    times,
-    FACTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    group = tl.program_id(1)
-    for time in range(times):
-        # zero is counted in
-        least = tl.zeros((ROWS,), tl.float32)
-        most = tl.zeros((ROWS,), tl.float32)
-        unknown = tl.zeros((ROWS,), tl.int32)
-        for start in range(0, width, BLOCK):
-            inside = start + tl.arange(0, BLOCK) < width
-            column = group * width + start + tl.arange(0, BLOCK)
-            on = (row < rows)[:, None] & inside[None, :]
-            place = row[:, None].to(tl.int64) * columns + column[None, :]
-            value = tl.load(weight + place, on, 0.0).to(tl.float32)
-            if FACTOR:
-                value = value * tl.load(factors + time * columns + column, inside, 0.0)[None, :]
-            else:
-                # a smallest or largest entry is never NaN
-                unknown += tl.sum((value != value).to(tl.int32), 1)
-            least = tl.minimum(least, tl.min(value, 1))
-            most = tl.maximum(most, tl.max(value, 1))
-        least = tl.where(unknown > 0, float("nan"), least)
-        most = tl.where(unknown > 0, float("nan"), most)
-        own = (time * rows + row.to(tl.int64)) * (columns // width) + group
-        tl.store(low + own, least, row < rows)
-        tl.store(high + own, most, row < rows)
 
 
 @triton.jit

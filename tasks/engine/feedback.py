@@ -13,8 +13,9 @@ from torch import Tensor
 from configs.special_keys import GptqSpecial
 from quantizers.coordinate_descent import descend
 from quantizers.gptq import GramFactor, factorize, gptq, made_up_target
-from quantizers.rounding import ClipRange, QuantizedWeight, dequantize, round_group, weight_scales
+from quantizers.rounding import ClipRange, QuantizedWeight, dequantize, round_group
 from quantizers.scale_refit import better_rows, refit_scales
+from quantizers.scales import weight_scales
 from quantizers.schemes import Granularity, WeightScheme
 from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics, observe, observe_beside

@@ -7,13 +7,8 @@ from quantizers import coordinate_descent
 from quantizers.coordinate_descent import descend
 from quantizers.gptq import factorize, gptq
 from quantizers.number_formats import E5M2
-from quantizers.rounding import (
-    QuantizedWeight,
-    dequantize,
-    expand_scale,
-    round_to_nearest,
-    weight_scales,
-)
+from quantizers.rounding import QuantizedWeight, dequantize, expand_scale, round_to_nearest
+from quantizers.scales import weight_scales
 from quantizers.schemes import Granularity, WeightScheme
 from tests.quantizers.search_cases import inputs, weight_scheme, weights
 

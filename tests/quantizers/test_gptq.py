@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from quantizers.gptq import factorize, gptq, made_up_target
-from quantizers.rounding import dequantize, quantize_weight, round_to_nearest, weight_scales
+from quantizers.rounding import dequantize, quantize_weight, round_to_nearest
+from quantizers.scales import weight_scales
 from tests.quantizers.literal import to_e4m3
 from tests.quantizers.search_cases import inputs, weight_scheme, weights
 

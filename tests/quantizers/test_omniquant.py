@@ -5,7 +5,8 @@ import torch
 
 from quantizers.errors import NonFiniteError
 from quantizers.omniquant import Learnable, clip_of, fake_quantize, learn, starting_logits
-from quantizers.rounding import dequantize, quantize_weight, weight_scales
+from quantizers.rounding import dequantize, quantize_weight
+from quantizers.scales import weight_scales
 from tests.quantizers.search_cases import inputs, weight_scheme, weights
 
 CASES = [

@@ -14,8 +14,8 @@ from quantizers.rounding import (
     quantize_dequantize_weight,
     quantize_weight,
     round_to_nearest,
-    weight_scales,
 )
+from quantizers.scales import weight_scales
 from quantizers.schemes import Granularity
 from tests.quantizers.rounding_cases import (
     CASES,

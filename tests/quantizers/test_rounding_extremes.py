@@ -5,12 +5,8 @@ import torch
 
 from quantizers.errors import NonFiniteError
 from quantizers.number_formats import E4M3
-from quantizers.rounding import (
-    dequantize,
-    quantize_weight,
-    round_to_nearest,
-    weight_scales,
-)
+from quantizers.rounding import dequantize, quantize_weight, round_to_nearest
+from quantizers.scales import weight_scales
 from quantizers.schemes import Granularity
 from tests.quantizers.rounding_cases import (
     CASES,

@@ -3,17 +3,12 @@
 import pytest
 import torch
 
-from quantizers import rounding, rounding_losses
+from quantizers import packing, rounding, rounding_losses, scales
 from quantizers.number_formats import E4M3, E5M2, int_format
 from quantizers.packing import pack_codes, unpack_codes
-from quantizers.rounding import (
-    dequantize,
-    quantize_weight,
-    scales_of,
-    weight_extremes,
-    weight_scales,
-)
+from quantizers.rounding import dequantize, quantize_weight
 from quantizers.rounding_losses import rounding_energies
+from quantizers.scales import scales_of, weight_extremes, weight_scales
 from quantizers.schemes import Granularity, WeightScheme
 
 pytest.importorskip("triton")
@@ -49,7 +44,7 @@ def factor_like(weight: torch.Tensor, scheme: WeightScheme, seed: int) -> torch.
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (rounding, rounding_losses):
+    for module in (packing, rounding, rounding_losses, scales):
         monkeypatch.setattr(module, "compiles_kernels", lambda tensor: False)
 
 

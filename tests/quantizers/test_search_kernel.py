@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from quantizers import clipping, losses, output_error, statistics
+from quantizers import clipping, losses, output_error, rounding, scales, statistics
 from quantizers.channel_transform import ChannelTransform
 from quantizers.clipping import clip_factors, search_clip_curve
 from quantizers.number_formats import E4M3, E5M2, int_format
 from quantizers.output_error import GroupProblem
-from quantizers.rounding import quantize_dequantize_weight, scales_of, weight_extremes
+from quantizers.rounding import quantize_dequantize_weight
+from quantizers.scales import scales_of, weight_extremes
 from quantizers.schemes import Granularity, WeightScheme
 from quantizers.statistics import add_batch, empty_statistics
 
@@ -39,14 +40,15 @@ def drawn(*shape, dtype=torch.bfloat16, seed=0):
 
 
 def without_kernels(monkeypatch):
-    for module in (clipping, losses, output_error, statistics):
+    for module in (clipping, losses, output_error, rounding, scales, statistics):
         monkeypatch.setattr(module, "compiles_kernels", lambda tensor: False)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("number", "symmetric"), FORMATS)
 def test_extremes_and_losses(number, symmetric, shape):
-    from quantizers.search_kernel import group_extremes, rounding_loss
+    from quantizers.scales_kernel import group_extremes
+    from quantizers.search_kernel import rounding_loss
 
     rows, columns, group = shape
     scheme = schemes(number, symmetric, group)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from quantizers.gptq import factorize, gptq
-from quantizers.rounding import dequantize, weight_scales
+from quantizers.rounding import dequantize
+from quantizers.scales import weight_scales
 from tasks.advance import advance
 from tasks.engine import feedback
 from tasks.engine.collect import block_statistics
