@@ -16,10 +16,6 @@ from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, cast
 
 import torch
-from prefect import Task
-from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
-from prefect.serializers import JSONSerializer
-from prefect.tasks import exponential_backoff
 from safetensors import SafetensorError
 
 from tasks.engine.disk import writing_to
@@ -147,6 +143,10 @@ class Step(Generic[Parameters]):
         Raises:
             DeviceMemoryError: there was no room for that either.
         """
+        from prefect import Task
+        from prefect.cache_policies import CacheKeyFnPolicy
+        from prefect.tasks import exponential_backoff
+
         key = self.key(job, *args, **kwargs)
         records = job.store.root / "prefect"
         records.mkdir(parents=True, exist_ok=True)
@@ -246,6 +246,10 @@ def action(
     function: Callable[Parameters, Any], *, name: str | None = None, retries: int = 0
 ) -> Callable[Parameters, Any]:
     """Make an uncached Prefect task of a function that acts on the world."""
+    from prefect import Task
+    from prefect.cache_policies import NO_CACHE
+    from prefect.tasks import exponential_backoff
+
     return Task(
         function,
         name=name or function.__name__,
@@ -315,6 +319,8 @@ def is_transient(task: Any, task_run: Any, state: Any) -> bool:
 
 def _drop_damaged_record(path: Path, result: Mapping[str, Any]) -> None:
     """Remove a Prefect record that is not the one we write: Prefect would fail, or run its code."""
+    from prefect.serializers import JSONSerializer
+
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         serializer = JSONSerializer().model_dump(mode="json")
