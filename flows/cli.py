@@ -155,12 +155,21 @@ def run_quantization(parameters: dict[str, Any]) -> dict[str, Any]:
 
         log_file = new_log(place.store)
         server_log = log_file.with_name(f"prefect-server-{os.getpid()}.log")
-        meanwhile = partial(load, "flows.quantize_model")
+        meanwhile = partial(_load_flow, place.tracking_uri)
         with logging_to(log_file), prefect_api(server_log, server, meanwhile), shown(err):
             from flows.quantize_model import quantize_model
 
             result: dict[str, Any] = quantize_model(**parameters, log_file=str(log_file))
             return result
+
+
+def _load_flow(tracking_uri: str) -> None:
+    """Load the flow, and what tells MLflow of it: a thread that does would hold the flow up."""
+    from flows.loading import load
+    from tasks.engine.tracking import client_modules
+
+    for module in ("flows.quantize_model", *client_modules(tracking_uri)):
+        load(module)
 
 
 @app.command()

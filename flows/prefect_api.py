@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,12 @@ def prefect_api(
         RuntimeError: the local server did not start.
     """
     load("prefect.settings")
-    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        PREFECT_HOME,
+        temporary_settings,
+    )
 
     configured = PREFECT_API_URL.value()
     if configured:
@@ -161,9 +167,17 @@ def prefect_api(
         assert server is not None
         url = server.begin(log, Path(PREFECT_HOME.value()))
         stack.callback(_drop_empty, log)
-        meanwhile()
-        _wait_until_healthy(url, server.process, log)
-        with temporary_settings({PREFECT_API_URL: url}):
+        with ThreadPoolExecutor(1) as beside:
+            answered = beside.submit(_wait_until_healthy, url, server.process, log)
+            try:
+                meanwhile()
+                answered.result()
+            except BaseException:
+                # the thread ends once there is no server to wait for
+                server.process.kill()
+                raise
+        # a flow waits up to a second for its heart to stop, and this server looks at none
+        with temporary_settings({PREFECT_API_URL: url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
             try:
                 yield url
             finally:
@@ -200,7 +214,8 @@ def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) ->
         if server.poll() is not None:
             break
         try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+            # not just its health: what it answers first takes it a moment
+            if httpx.get(f"{url}/admin/version", timeout=5).status_code == 200:
                 return
         except httpx.HTTPError:
             pass
