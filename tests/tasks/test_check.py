@@ -245,6 +245,19 @@ def test_text_that_the_model_writes_costs_time(
     assert sampled.seconds - read.seconds == pytest.approx(2.05, abs=0.05)
 
 
+def test_a_device_is_timed_where_seconds_are_asked_for_alone(
+    request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(
+        "tasks.engine.prediction._throughput", lambda device: timed.append(device) or 1e12
+    )
+    job, prediction = check(request_for())
+    assert timed == []
+    assert describe(job, prediction)["seconds"] > 0
+    assert set(timed) == {"cpu"}
+
+
 def test_memory_that_is_not_there(
     request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
