@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,9 +63,11 @@ app.command()(status)
 
 def main() -> None:
     """Run the command line; every failure is one line on standard error and an exit status."""
+    from flows.loading import end_without_collecting
     from flows.prefect_api import quiet_defaults
     from tasks.engine.settings import settings
 
+    end_without_collecting()
     # before anything imports Prefect, which speaks and sends as soon as it is imported
     quiet_defaults(settings().prefect_home)
     arguments = sys.argv[1:] or ["--help"]
@@ -138,23 +141,35 @@ def quantize(
 def run_quantization(parameters: dict[str, Any]) -> dict[str, Any]:
     """Check the input, then run the flow under a Prefect API."""
     from flows.crew_start import started_early
+    from flows.loading import load
     from flows.prefect_api import prefect_api, waiting_server
     from tasks.engine.settings import new_log, settings
 
     store = parameters["store"]
     place = settings(Path(store) if store else None)
     with waiting_server() as server, started_early(parameters["device"]):
+        load("tasks.check")
         # before any server begins: bad input costs seconds and leaves no file behind
         _check(parameters)
         from flows.progress import shown
 
         log_file = new_log(place.store)
         server_log = log_file.with_name(f"prefect-server-{os.getpid()}.log")
-        with logging_to(log_file), prefect_api(server_log, server), shown(err):
+        meanwhile = partial(_load_flow, place.tracking_uri)
+        with logging_to(log_file), prefect_api(server_log, server, meanwhile), shown(err):
             from flows.quantize_model import quantize_model
 
             result: dict[str, Any] = quantize_model(**parameters, log_file=str(log_file))
             return result
+
+
+def _load_flow(tracking_uri: str) -> None:
+    """Load the flow, and what tells MLflow of it: a thread that does would hold the flow up."""
+    from flows.loading import load
+    from tasks.engine.tracking import client_modules
+
+    for module in ("flows.quantize_model", *client_modules(tracking_uri)):
+        load(module)
 
 
 @app.command()

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import httpx
 from filelock import FileLock
 
+from flows.loading import end_without_collecting, load
 from tasks.engine.errors import InputError
 
 # of servers that start in one home at the same time, each waits until those before it are up
@@ -134,8 +136,10 @@ def waiting_server() -> Iterator[Waiting | None]:
 
 
 @contextmanager
-def prefect_api(log: Path, waiting: Waiting | None = None) -> Iterator[str]:
-    """Give the URL of a Prefect API.
+def prefect_api(
+    log: Path, waiting: Waiting | None = None, meanwhile: Callable[[], None] = lambda: None
+) -> Iterator[str]:
+    """Give the URL of a Prefect API; ``meanwhile`` is called while a local server begins.
 
     Where ``PREFECT_API_URL`` (or the active profile) names a server, that one is used. Otherwise a
     server on loopback begins, its output, if any, kept in ``log``: the one that is ``waiting``, or
@@ -144,11 +148,18 @@ def prefect_api(log: Path, waiting: Waiting | None = None) -> Iterator[str]:
     Raises:
         RuntimeError: the local server did not start.
     """
-    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+    load("prefect.settings")
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        PREFECT_HOME,
+        temporary_settings,
+    )
 
     configured = PREFECT_API_URL.value()
     if configured:
         _require_server(str(configured))
+        meanwhile()
         yield str(configured)
         return
     with ExitStack() as stack:
@@ -156,8 +167,17 @@ def prefect_api(log: Path, waiting: Waiting | None = None) -> Iterator[str]:
         assert server is not None
         url = server.begin(log, Path(PREFECT_HOME.value()))
         stack.callback(_drop_empty, log)
-        _wait_until_healthy(url, server.process, log)
-        with temporary_settings({PREFECT_API_URL: url}):
+        with ThreadPoolExecutor(1) as beside:
+            answered = beside.submit(_wait_until_healthy, url, server.process, log)
+            try:
+                meanwhile()
+                answered.result()
+            except BaseException:
+                # the thread ends once there is no server to wait for
+                server.process.kill()
+                raise
+        # a flow waits up to a second for its heart to stop, and this server looks at none
+        with temporary_settings({PREFECT_API_URL: url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
             try:
                 yield url
             finally:
@@ -194,7 +214,8 @@ def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) ->
         if server.poll() is not None:
             break
         try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+            # not just its health: what it answers first takes it a moment
+            if httpx.get(f"{url}/admin/version", timeout=5).status_code == 200:
                 return
         except httpx.HTTPError:
             pass
@@ -262,8 +283,8 @@ def serve_until_told(listening: socket.socket, start_lock: Path, watched: bool =
 
 def main() -> None:
     """Load what takes long, then serve what standard input names; nothing, if that just ends."""
-    import prefect.server.api.server  # noqa: F401
-
+    end_without_collecting()
+    load("prefect.server.api.server")
     said = b""
     while not said.endswith(b"\n"):
         read = os.read(0, 1)

@@ -22,6 +22,7 @@ from tasks.engine.journal import ToldRun
 from tasks.engine.step import Result, Step, Upcoming
 from tasks.engine.store import Entry
 from tasks.engine.streams import drop_boundaries
+from tasks.engine.tracking import Point
 from tasks.engine.version import SOURCE, Version
 from tasks.learn import learn
 from tasks.pack import pack
@@ -113,6 +114,7 @@ def _blocks(
     job = passed.job(job)
     plan = passed.plan(job)
     results: list[tuple[Step[...], Result]] = []
+    points: list[Point] = []
     done = 0
     if crew is None:
         turns: Turns = in_turn(job, plan.calls())
@@ -126,9 +128,15 @@ def _blocks(
             result = course.run(call.step, job, *call.args, ahead=ahead, block=call.block)
             results.append((call.step, result))
             if call.step is quantize and passed.last:
-                run.log_points(block_points(call.block, result.entry))
+                points += block_points(call.block, result.entry)
             if call.step is learn:
-                run.log_points(loss_points(call.block, result.entry))
+                points += loss_points(call.block, result.entry)
+            # of what is found, all at once: to tell it takes as long as to find it
+            if points and not result.cached:
+                run.log_points(points)
+                points = []
+    if points:
+        run.log_points(points)
     for block in range(done, len(job.blocks)):
         course.block_done(block)
     for passed_on in plan.streams:

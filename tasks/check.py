@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from configs.schema import Recipe
 from configs.schemes import export_problems, not_implemented
 from configs.special_keys import OmniQuantSpecial
 from configs.vocabulary import Method
+from tasks.calibration_set import calibration_set
 from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.errors import InputError
 from tasks.engine.hub import fetched, is_hub_id, look_up
@@ -28,11 +30,14 @@ from tasks.engine.prediction import Prediction, predict, sampled
 from tasks.engine.publication import REPORT, begun, published_by
 from tasks.engine.settings import settings
 from tasks.engine.source import Source, free_bytes, open_source
-from tasks.engine.store import Store
+from tasks.engine.step import Step
+from tasks.engine.store import Entry, Store
 from tasks.engine.task_list import require_tasks
 from tasks.engine.team import Team
 from tasks.engine.tracking import check_uri
 from tasks.engine.windows import check_section
+from tasks.evaluation_set import evaluation_set
+from tasks.load_model import load_model
 from tasks.upload import check_upload
 
 log = logging.getLogger("blockquant")
@@ -112,14 +117,16 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
         raise InputError(
             f"model.torch_dtype: {asked}, but the checkpoint is {job.dtype}; write auto"
         )
-    require_fit(job.source, job.plan, job.decoder)
+    # a description in the store was made of these very headers, and they fitted
+    if _found(load_model, job) is None:
+        require_fit(job.source, job.plan, job.decoder)
     output = request.output
     if output is not None and not published_by(job, output):
         _refuse_existing(request)
     for step in job.steps:
         if step.calib is not None:
-            check_section(source, step.calib)
-    check_section(source, job.evaluation)
+            check_section(source, step.calib, partial(_found, calibration_set, job, step.calib))
+    check_section(source, job.evaluation, partial(_found, evaluation_set, job, job.evaluation))
     require_tasks(job.evaluation.lm_eval)
     if job.quantizes and job.unserved:
         log.warning(job.unserved)
@@ -147,6 +154,11 @@ def _job(request: Request, source: Source, devices: tuple[str, ...]) -> Job:
         request.keep_incompatible,
         team=Team(size=len(devices), device=devices[0]),
     )
+
+
+def _found(step: Step[...], job: Job, *args: Any) -> Entry | None:
+    """What a step made before of the same, None where it did not."""
+    return job.store.get(step.key(job, *args))
 
 
 def _check_serving(recipe: Recipe) -> None:

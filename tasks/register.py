@@ -75,16 +75,17 @@ def log_measured(
     numbers = sorted(_numbers(report["metrics"]).items())
     points = [Point(f"eval.{n}", float(v), 0, evaluated_ms) for n, v in numbers]
     points.append(Point("export.bytes", float(report["bytes"]), 0, evaluated_ms))
-    run.log_points(points)
-    # times differ when a run goes on after a kill: the first stay
-    timed = [Point(f"seconds.{n}", s, 0, evaluated_ms) for n, s in sorted(seconds.items())]
-    run.log_first_points(timed)
-    run.log_table(error_rows(blocks), "errors.json")
-    _log_decisions(run, [*decided, *blocks])
-    run.log_text(report_text(report), REPORT)
-    for role, entry in sets.items():
-        run.log_file(entry.file("tokens.safetensors"), role)
-        run.log_input(str(entry.value["name"]), entry.key, entry.value, role)
+    with run.together():
+        run.log_points(points)
+        # times differ when a run goes on after a kill: the first stay
+        timed = [Point(f"seconds.{n}", s, 0, evaluated_ms) for n, s in sorted(seconds.items())]
+        run.log_first_points(timed)
+        run.log_table(error_rows(blocks), "errors.json")
+        _log_decisions(run, [*decided, *blocks])
+        run.log_text(report_text(report), REPORT)
+        for role, entry in sets.items():
+            run.log_file(entry.file("tokens.safetensors"), role)
+            run.log_input(str(entry.value["name"]), entry.key, entry.value, role)
 
 
 def register(

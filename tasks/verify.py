@@ -7,11 +7,9 @@ import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -34,6 +32,10 @@ from tasks.engine.publication import REPORT
 from tasks.engine.source import TensorInfo
 from tasks.engine.step import step
 from tasks.quantize import codes_digest
+
+if TYPE_CHECKING:
+    # it imports transformers, which a run that finds all does not need
+    from compressed_tensors.quantization import QuantizationScheme
 
 LOGIT_TOLERANCE = 1e-4
 PROBE_TOKENS = 64
@@ -168,6 +170,8 @@ def digests_of(folder: Path) -> dict[str, str] | None:
 
 
 def _independent_scheme(checkpoint: Checkpoint) -> QuantizationScheme:
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
     described = checkpoint.source.config["quantization_config"]
     try:
         config = QuantizationConfig.model_validate(described)
@@ -261,6 +265,8 @@ def _check_tensors(
 def _check_independent(
     name: str, members: Mapping[str, Tensor], scheme: Scheme, reader: QuantizationScheme
 ) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
     theirs = compressor.decompress(dict(members), reader)["weight"]
     ours = restore(members, scheme)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers import logging as transformers_logging
 
 from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.errors import InputError
@@ -113,6 +113,9 @@ def build_decoder(config: Mapping[str, Any], device: str = "cpu") -> Decoder:
 
 def build_causal_lm(config: Mapping[str, Any], device: str = "cpu") -> Any:
     """Build transformers' causal LM on the meta device, its rotary tables on ``device``."""
+    # its models import whatever it knows of and finds installed, images' libraries among it
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
     architecture = architecture_of(config)
     values = {k: v for k, v in config.items() if k not in ("auto_map", "quantization_config")}
     try:
@@ -140,12 +143,14 @@ def build_causal_lm(config: Mapping[str, Any], device: str = "cpu") -> Any:
 @contextlib.contextmanager
 def _silent_transformers() -> Iterator[None]:
     """Keep its warnings about a config off the console: what matters of them is an error, too."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    from transformers import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(before)
+        logging.set_verbosity(before)
 
 
 def run_block(
@@ -207,17 +212,21 @@ def micro_batches(windows: Tensor, device: str) -> tuple[Tensor, ...]:
     return windows.split(max(1, MICRO_BATCH_TOKENS[kind] // windows.shape[1]))
 
 
+@cache
+def transformers_version() -> str:
+    """Of the package that is installed: to import it takes seconds, and a run may not need it."""
+    return version("transformers")
+
+
 def device_fingerprint(device: str) -> dict[str, str]:
     """What decides the last bits of a computation on ``device``: part of every lineage key.
 
     Asked anew each time: a process may change its number of threads, as a sweep does.
     """
-    import transformers
-
     where = torch.device(device)
     facts = {
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": transformers_version(),
         "micro_batch": f"{MICRO_BATCH_TOKENS[where.type]} tokens",
     }
     if where.type == "cpu":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from tasks.engine.decoder import build_causal_lm
 from tasks.engine.errors import InputError, RunError
@@ -65,6 +64,8 @@ def _sample(causal_lm: object, count: int, seq_len: int, bos: int, device: str) 
     start = torch.full((count, 1), bos, dtype=torch.int64, device=device)
     if seq_len == 1:
         return start.cpu()
+    from transformers import GenerationConfig
+
     # no end of text: a window is filled to its end
     config = GenerationConfig(
         do_sample=True,

@@ -47,6 +47,8 @@ class ToldRun:
     settings: Settings
     journal: Journal
     _sender: Sender = field(init=False, repr=False)
+    # what is written down together later
+    _collected: list[tuple[str, dict[str, Any]]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Have a sender of its own."""
@@ -160,7 +162,22 @@ class ToldRun:
         self._sender.stop(END_S)
         return self.journal.count()
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Write what is told meanwhile down at once, at the end: each time waits for the disk."""
+        assert self._collected is None
+        self._collected = []
+        try:
+            yield
+        finally:
+            collected, self._collected = self._collected, None
+            self.journal.add_all(collected)
+            self._sender.ask()
+
     def _add(self, kind: str, **body: Any) -> None:
+        if self._collected is not None:
+            self._collected.append((kind, body))
+            return
         self.journal.add(kind, body)
         self._sender.ask()
 

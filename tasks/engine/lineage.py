@@ -34,7 +34,7 @@ def code_digest(*modules: str) -> str:
     closure = sorted(_closure(modules))
     digest = hashlib.sha256()
     for name in closure:
-        digest.update(name.encode() + b"\0" + _normalised(_path(name)).encode() + b"\0")
+        digest.update(name.encode() + b"\0" + _normalised(_text(name)).encode() + b"\0")
     return digest.hexdigest()
 
 
@@ -54,7 +54,7 @@ def _closure(modules: tuple[str, ...]) -> set[str]:
 def quantizer_imports(name: str) -> tuple[str, ...]:
     """Modules of ``quantizers/`` that module ``name`` imports itself."""
     found: list[str] = []
-    for node in ast.walk(ast.parse(_path(name).read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(_text(name))):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -84,14 +84,20 @@ def _path(module: str) -> Path:
     return Path(spec.origin)
 
 
+def _text(module: str) -> str:
+    return _path(module).read_text(encoding="utf-8")
+
+
 def _home(module: str) -> str:
     """Return the package that the relative imports of ``module`` start from."""
     spec = importlib.util.find_spec(module)
     return (spec.parent if spec is not None else None) or PACKAGE
 
 
-def _normalised(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+# each step asks for its own set of modules, and most of them are the same
+@functools.cache
+def _normalised(text: str) -> str:
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if (

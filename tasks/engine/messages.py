@@ -7,7 +7,7 @@ import json
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,10 +66,13 @@ class Journal:
 
     def add(self, kind: str, body: Mapping[str, Any]) -> None:
         """Write a message down."""
+        self.add_all([(kind, body)])
+
+    def add_all(self, messages: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        """Write messages down together: all of them, or none."""
+        rows = [(kind, json.dumps(body)) for kind, body in messages]
         with self._open() as database:
-            database.execute(
-                "INSERT INTO message (kind, body) VALUES (?, ?)", (kind, json.dumps(body))
-            )
+            database.executemany("INSERT INTO message (kind, body) VALUES (?, ?)", rows)
 
     def first(self) -> Message | None:
         """The message that is to be sent next."""

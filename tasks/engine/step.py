@@ -16,10 +16,6 @@ from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, cast
 
 import torch
-from prefect import Task
-from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
-from prefect.serializers import JSONSerializer
-from prefect.tasks import exponential_backoff
 from safetensors import SafetensorError
 
 from tasks.engine.disk import writing_to
@@ -147,10 +143,14 @@ class Step(Generic[Parameters]):
         Raises:
             DeviceMemoryError: there was no room for that either.
         """
+        from prefect import Task
+        from prefect.cache_policies import CacheKeyFnPolicy
+        from prefect.tasks import exponential_backoff
+
         key = self.key(job, *args, **kwargs)
         records = job.store.root / "prefect"
         records.mkdir(parents=True, exist_ok=True)
-        whole = job.store.get(key) is not None
+        found = job.store.get(key)
         _drop_damaged_record(records / key, {"key": key, "step": self.name})
         ran: list[bool] = []
         jobs = [job]
@@ -166,7 +166,7 @@ class Step(Generic[Parameters]):
             name=self.name,
             task_run_name=label,
             cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda *_: key),
-            refresh_cache=not whole,
+            refresh_cache=found is None,
             persist_result=True,
             result_storage=records,
             result_serializer="json",
@@ -176,7 +176,7 @@ class Step(Generic[Parameters]):
             retry_condition_fn=_passes_or_fits(jobs),
         )
         task()
-        entry = job.store.get(key)
+        entry = job.store.get(key) if ran or found is None else found
         if entry is None:
             raise OSError(f"store {job.store.root}: the entry {key} vanished while it was used")
         return Result(entry, cached=not ran, lean=jobs[-1] if jobs[1:] else None)
@@ -246,15 +246,23 @@ def action(
     function: Callable[Parameters, Any], *, name: str | None = None, retries: int = 0
 ) -> Callable[Parameters, Any]:
     """Make an uncached Prefect task of a function that acts on the world."""
-    return Task(
-        function,
-        name=name or function.__name__,
-        cache_policy=NO_CACHE,
-        persist_result=False,
-        retries=retries,
-        retry_delay_seconds=exponential_backoff(FIRST_DELAY_S),
-        retry_condition_fn=is_transient,
-    )
+    from prefect import Task
+    from prefect.cache_policies import NO_CACHE
+    from prefect.tasks import exponential_backoff
+
+    def act(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Any:
+        # no parameters: Prefect would look through all that they hold for what is still to come
+        return Task(
+            lambda: function(*args, **kwargs),
+            name=name or function.__name__,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+            retries=retries,
+            retry_delay_seconds=exponential_backoff(FIRST_DELAY_S),
+            retry_condition_fn=is_transient,
+        )()
+
+    return act
 
 
 @contextmanager
@@ -315,6 +323,8 @@ def is_transient(task: Any, task_run: Any, state: Any) -> bool:
 
 def _drop_damaged_record(path: Path, result: Mapping[str, Any]) -> None:
     """Remove a Prefect record that is not the one we write: Prefect would fail, or run its code."""
+    from prefect.serializers import JSONSerializer
+
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         serializer = JSONSerializer().model_dump(mode="json")

@@ -7,6 +7,7 @@ every file with its size and xxh3-128 checksum. A damaged or half-written entry 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -24,7 +25,6 @@ from torch import Tensor
 from tasks.engine.draft import Draft
 
 MANIFEST = "manifest.json"
-_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -305,11 +305,8 @@ def _seal(record: Mapping[str, Any]) -> str:
 
 def checksum(path: Path) -> str:
     """Return the xxh3-128 checksum of a file's bytes."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:

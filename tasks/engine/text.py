@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from configs.schema import Calibration, Evaluation
 from tasks.engine.errors import InputError
@@ -115,6 +114,8 @@ def load_tokenizer(source: Source) -> Any:
             f"model {source.path}: no tokenizer files, but the recipe needs text; copy "
             "tokenizer.json and tokenizer_config.json beside the weights"
         )
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=False

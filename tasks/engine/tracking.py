@@ -309,6 +309,12 @@ def _client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
+def client_modules(uri: str) -> tuple[str, ...]:
+    """Modules that a client imports, which takes seconds: of servers, and of databases."""
+    remote = uri == "databricks" or uri.startswith(("http:", "https:"))
+    return ("mlflow",) if remote else ("mlflow", "mlflow.store.tracking.sqlalchemy_store")
+
+
 def prepared_client(settings: Settings) -> MlflowClient:
     """Return a client of the tracking server; a local database is created by one process only."""
     if not settings.tracking_uri.startswith("sqlite:///"):

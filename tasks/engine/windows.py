@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -83,8 +83,15 @@ def read_tokens(entry: Entry) -> Tensor:
     return load_tensors(entry.file(TOKENS))["tokens"].to(torch.int64)
 
 
-def check_section(source: Source, section: Section) -> None:
+def check_section(
+    source: Source, section: Section, cut: Callable[[], Entry | None] = lambda: None
+) -> None:
     """Check that the text of a section can give windows, without the whole work.
+
+    Args:
+        source: the checkpoint whose tokenizer counts.
+        section: of the recipe.
+        cut: finds the windows that were cut of this very text before, which is not read then.
 
     Raises:
         InputError: no text, no tokenizer, too short, or windows longer than the model's context.
@@ -93,12 +100,16 @@ def check_section(source: Source, section: Section) -> None:
     require_context(source, section.seq_len, f"{place}.seq_len")
     if section.name is DataName.SELF_GENERATED:
         return
+    found = cut()
+    if found is not None:
+        require_known_tokens(read_tokens(found), source)
+        return
     text = text_of(section)
     load_tokenizer(source)
     text_digest(text)
     if not text.remote:
-        cut = _CUT_FROM[_preset(section)] if isinstance(section, Calibration) else Cut.JOINED
-        ids = check_text(text, source, section.seq_len, cut)
+        kind = _CUT_FROM[_preset(section)] if isinstance(section, Calibration) else Cut.JOINED
+        ids = check_text(text, source, section.seq_len, kind)
         require_known_tokens(torch.tensor(ids), source)
 
 

@@ -275,6 +275,32 @@ def test_second_run_on_a_terminal(made: Made, tmp_path: Path, tiny: Path) -> Non
     assert tensors_of(tmp_path / "again").keys() == tensors_of(made.folder).keys()
 
 
+def test_a_second_run_loads_nothing_that_only_makes_results(
+    made: Made, tmp_path: Path, tiny: Path
+) -> None:
+    libraries = tmp_path / "libraries"
+    for name in ("transformers", "compressed_tensors", "datasets", "torchvision"):
+        (libraries / name).mkdir(parents=True)
+        (libraries / name / "__init__.py").write_text(f"raise SystemExit('{name} is loaded')")
+    environment = bare_environment(BLOCKQUANT_HOME=str(made.home))
+    environment["PYTHONPATH"] = os.pathsep.join([str(libraries), environment["PYTHONPATH"]])
+    done = subprocess.run(
+        command(
+            *("quantize", "rtn_w4a16", "--model", tiny, "--output", tmp_path / "again", "--json"),
+            *OPTIONS,
+        ),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(step["cached"] for step in json.loads(done.stdout)["steps"])
+    assert tensors_of(tmp_path / "again").keys() == tensors_of(made.folder).keys()
+
+
 def test_overwrite_and_default_output(
     here: Here, services: object, home: Path, tmp_path: Path, tiny: Path
 ) -> None:

@@ -27,6 +27,20 @@ import httpx
 with prefect_api(Path(sys.argv[2])) as url:
     print(httpx.get(f"{url}/admin/version").json())
 """
+# what is to be done meanwhile goes wrong
+FAILED = """
+import sys
+from pathlib import Path
+from flows.prefect_api import prefect_api, quiet_defaults, waiting_server
+
+quiet_defaults(Path(sys.argv[1]))
+with waiting_server() as server:
+    try:
+        with prefect_api(Path(sys.argv[2]), server, lambda: 1 / 0):
+            print("served")
+    except ZeroDivisionError:
+        print("failed", server.process.wait(timeout=5))
+"""
 
 
 def serve(home: Path, log: Path, **environment: str) -> subprocess.Popen[str]:
@@ -103,6 +117,18 @@ def test_a_server_that_waits_writes_no_file_and_ends_at_once(
     assert server.process.returncode is not None
     # Prefect makes its folder as it is imported
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_server_ends_where_what_is_done_meanwhile_fails(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILED, str(tmp_path), str(tmp_path / "server.log")],
+        env=bare_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "failed -9\n", "")
 
 
 def test_no_server_waits_where_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

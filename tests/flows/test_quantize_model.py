@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from flows.tracked import failure_kept
 from tasks.engine.journal import ToldRun
 from tasks.engine.messages import Journal, journals
 from tasks.engine.settings import Settings
+from tasks.engine.tracking import Point
 
 
 def test_the_reason_of_a_failure_is_not_replaced_by_that_of_mlflow(
@@ -63,6 +65,31 @@ def test_a_source_that_changed_in_place_has_a_run_of_its_own(
         for metric in run.data.metrics:
             steps = [m.step for m in client.get_metric_history(run.info.run_id, metric)]
             assert len(steps) == len(set(steps)), metric
+
+
+def test_errors_of_blocks_are_told_as_they_are_made_and_together_where_they_are_found(
+    here, services, tiny: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[set[int]] = []
+    log_points = ToldRun.log_points
+
+    def noted(self: ToldRun, points: Iterable[Point]) -> None:
+        listed = list(points)
+        if any(point.name == "weight_error.mean" for point in listed):
+            told.append({point.step for point in listed})
+        log_points(self, listed)
+
+    monkeypatch.setattr(ToldRun, "log_points", noted)
+    evaluated = f"eval={{name: text, path: {words}, windows: 2, seq_len: 32, report: false}}"
+    fast = ("serving.smoke_test=false", "gate.registry=false", evaluated)
+    given = ("rtn_w4a16", "--model", tiny, "--output", tmp_path / "out", "--overwrite")
+    given += tuple(part for each in fast for part in ("--set", each))
+    given += ("--set", "quant.weight.group_size=64")
+    assert here("quantize", *given).status == 0
+    assert told == [{0}, {1}]
+    told.clear()
+    assert here("quantize", *given).status == 0
+    assert told == [{0, 1}]
 
 
 def test_the_nightly_flow_sends_what_another_night_could_not(

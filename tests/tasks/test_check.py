@@ -15,11 +15,18 @@ from safetensors.torch import load_file, save_file
 
 from configs.loading import load_recipe
 from configs.schema import Recipe
+from tasks.calibration_set import calibration_set
 from tasks.check import Request, check, check_device, describe, output_folder
 from tasks.engine.errors import InputError
 from tasks.engine.footprint import FLOAT, SCORE_BYTES, stages
+from tasks.engine.job import Job
 from tasks.engine.precision import compute_dtype
 from tasks.engine.source import INDEX, open_source
+from tasks.engine.step import Step
+from tasks.engine.store import MANIFEST
+from tasks.engine.windows import TOKENS
+from tasks.evaluation_set import evaluation_set
+from tasks.load_model import load_model
 from tests.models import make_checkpoint
 
 
@@ -74,6 +81,66 @@ def test_output_folder_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert output_folder(asked, "rtn_w4a16", None, "out") == tmp_path / "out"
     asked = recipe("model.path=models/llama")
     assert output_folder(asked, "rtn_w4a16", None, None) == tmp_path / "llama-rtn_w4a16"
+
+
+# what an earlier run has found
+
+
+def made_before(job: Job, step: Step[...], *args: Any, tokens: int | None = None) -> Path:
+    """Put what a step would make into the store: of windows, one of a token; the entry's folder."""
+    key = step.key(job, *args)
+    with job.store.draft(key) as draft:
+        if tokens is not None:
+            draft.save_tensors(TOKENS, {"tokens": torch.full((1, 8), tokens, dtype=torch.int32)})
+        return job.store.commit(key, step.name, draft, {}).folder
+
+
+def refused(*_: object, **__: object) -> None:
+    raise AssertionError("that was looked at before")
+
+
+def test_what_fitted_before_is_not_built_again(
+    request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made_before(check(request_for())[0], load_model)
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.engine.job.build_decoder", refused)
+        check(request_for())
+        # other headers, and an entry that is damaged
+        with pytest.raises(AssertionError, match="looked at before"):
+            check(request_for(recipe("ignored_layers=[down_proj]")))
+        (folder / MANIFEST).write_text("{}")
+        with pytest.raises(AssertionError, match="looked at before"):
+            check(request_for())
+    check(request_for())
+
+
+def test_texts_that_were_cut_before_are_not_read_again(
+    request_for: Callable[..., Request], words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"{{name: text, path: {words}, seq_len: 8}}"
+    given = ("quant.method=Identity", f"calib={text}", f"eval={text}")
+    asked = recipe(*given)
+    job, _ = check(request_for(asked))
+    (step,) = job.steps
+    folder = made_before(job, calibration_set, step.calib, tokens=5)
+    monkeypatch.setattr("tasks.engine.windows.check_text", refused)
+    # the other one is still to be read
+    with pytest.raises(AssertionError, match="looked at before"):
+        check(request_for(asked))
+    made_before(job, evaluation_set, job.evaluation, tokens=5)
+    check(request_for(asked))
+    vocabulary = int(job.source.config["vocab_size"])
+    made_before(job, calibration_set, step.calib, tokens=vocabulary)
+    with pytest.raises(InputError, match=f"gives token {vocabulary}"):
+        check(request_for(asked))
+    with (folder / TOKENS).open("ab") as file:
+        file.write(b"0")
+    with pytest.raises(AssertionError, match="looked at before"):
+        check(request_for(asked))
+    longer = recipe(*given, "calib.seq_len=4096")
+    with pytest.raises(InputError, match=r"calib\.seq_len: .* context"):
+        check(request_for(longer))
 
 
 # what is predicted
@@ -176,6 +243,19 @@ def test_text_that_the_model_writes_costs_time(
     _, sampled = check(request_for(recipe("eval.windows=16", "eval.seq_len=512")))
     # 512 times two blocks, two milliseconds each, beside the arithmetic
     assert sampled.seconds - read.seconds == pytest.approx(2.05, abs=0.05)
+
+
+def test_a_device_is_timed_where_seconds_are_asked_for_alone(
+    request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(
+        "tasks.engine.prediction._throughput", lambda device: timed.append(device) or 1e12
+    )
+    job, prediction = check(request_for())
+    assert timed == []
+    assert describe(job, prediction)["seconds"] > 0
+    assert set(timed) == {"cpu"}
 
 
 def test_memory_that_is_not_there(

@@ -195,7 +195,7 @@ def test_what_decides_the_last_bits(case: Case, monkeypatch: pytest.MonkeyPatch)
     for name, value in (
         ("torch.get_num_threads", lambda: threads + 1),
         ("torch.__version__", "9.9.9"),
-        ("transformers.__version__", "9.9.9"),
+        ("tasks.engine.decoder.transformers_version", lambda: "9.9.9"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(name, value)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -228,4 +229,5 @@ def test_micro_batches_have_a_fixed_number_of_tokens(
 def test_fingerprint_of_a_cpu() -> None:
     found = device_fingerprint("cpu")
     assert found["torch"] == torch.__version__
+    assert found["transformers"] == transformers.__version__
     assert found["device"].endswith(f"threads={torch.get_num_threads()}")

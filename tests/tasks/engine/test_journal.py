@@ -78,6 +78,27 @@ def test_messages_arrive_and_nothing_stays(place, tmp_path):
     assert list((place.store / "journal").glob("*.files")) == []
 
 
+def test_what_is_told_together_is_written_at_once_and_in_order(place, home, away, tmp_path):
+    with told_run(place_in(home, away), "work") as run:
+        run.open("work", "a run", {"bit": 4}, {"device": "cpu"})
+        with run.together():
+            run.log_points(POINTS)
+            run.set_tags({"scheme": "W4A16"})
+            # a process that is killed here has told none of it
+            assert run.journal.count() == 1
+        assert run.journal.count() == 3
+        # what was told before a failure is told
+        with pytest.raises(ZeroDivisionError), run.together():
+            run.finish()
+            _ = 1 / 0
+    (kept,) = journals(place.store)
+    kinds = []
+    while (message := kept.first()) is not None:
+        kinds.append(message.kind)
+        kept.sent(message)
+    assert kinds == ["open", "log_points", "set_tags", "finish"]
+
+
 def test_a_server_that_is_away_is_told_later(place, home, away, tmp_path, caplog):
     elsewhere = place_in(home, away)
     began = time.monotonic()

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 from safetensors import SafetensorError
 
 import tasks.engine.step as module
@@ -29,7 +31,7 @@ from tasks.engine.lineage import code_digest
 from tasks.engine.phases import Phases
 from tasks.engine.residency import DeviceMemoryError
 from tasks.engine.step import Step, action, step
-from tasks.engine.store import MANIFEST, Store, load_tensors
+from tasks.engine.store import MANIFEST, Entry, Store, load_tensors
 from tasks.engine.team import ALONE, Team
 
 pytestmark = [
@@ -246,6 +248,29 @@ def test_actions_are_done_each_time(work: Work) -> None:
     failures.append(OSError(5, "Input/output error"))
     with pytest.raises(OSError, match="Input/output"):
         action(act)(4)
+
+
+def test_an_action_is_given_what_it_was_asked_with(work: Work) -> None:
+    # Prefect would look for results to come in all that its parameters hold
+    state: State[int] = Completed(data=3)
+    given = {"deep": [state]}
+    seen: list[Any] = []
+    action(lambda first, *, second: seen.extend((first, second)), name="act")(state, second=given)
+    assert seen[0] is state and seen[1] is given and given["deep"] == [state]
+
+
+def test_what_is_found_is_read_once(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    square(work, 3)
+    asked: list[str] = []
+    get = Store.get
+
+    def counted(self: Store, key: str) -> Entry | None:
+        asked.append(key)
+        return get(self, key)
+
+    monkeypatch.setattr(Store, "get", counted)
+    assert square(work, 3).cached
+    assert asked == [square.key(work, 3)]
 
 
 # keys

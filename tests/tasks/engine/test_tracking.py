@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from tasks.engine.tracking import (
     LONGEST_PARAMETER,
     Point,
     Run,
+    client_modules,
     existing_run,
     flatten,
     open_run,
@@ -46,6 +48,15 @@ def runs(place: Settings) -> list[Any]:
     client = MlflowClient(place.tracking_uri)
     experiment = client.get_experiment_by_name("blockquant")
     return list(client.search_runs([experiment.experiment_id]))
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////tmp/mlflow.db", "http://127.0.0.1:9", "databricks"])
+def test_what_a_client_loads_is_named(uri: str) -> None:
+    named = client_modules(uri)
+    assert "mlflow" in named
+    assert ("mlflow.store.tracking.sqlalchemy_store" in named) is uri.startswith("sqlite")
+    for module in named:
+        importlib.import_module(module)
 
 
 def test_a_run_is_opened_with_all_that_is_known(
