@@ -30,6 +30,7 @@ from flows.block_plan import Pass
 from flows.crew import END_S, Assignment, meet
 from flows.crew_process import Failure
 from flows.crew_start import TRACE, Seat
+from flows.loading import load
 from quantizers.statistics import add_batch, empty_statistics
 from tasks.check import Request, check_device, checked_job
 from tasks.engine.ahead import Call, Host, Plan
@@ -263,7 +264,12 @@ def main() -> None:
 
     def run() -> None:
         devices = [check_device(name) for name in seat.devices]
-        warm(devices[seat.rank])
+        with ThreadPoolExecutor(1) as beside_it:
+            warmed = beside_it.submit(warm, devices[seat.rank])
+            # what a decoder is built of
+            load("transformers.models.auto.modeling_auto")
+            load("transformers.modeling_utils")
+            warmed.result()
         meet(seat.rank, devices, seat.meeting)
         # the first exchange takes seconds
         Team(seat.rank, len(devices), devices[seat.rank]).summed_(
