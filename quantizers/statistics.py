@@ -17,6 +17,7 @@ __all__ = [
     "empty_statistics",
     "heaviest",
     "weighted_rows",
+    "written_parts",
 ]
 
 # Rows kept to see how inputs are rounded.
@@ -187,6 +188,11 @@ def completed(statistics: InputStatistics) -> InputStatistics:
     """The same after its last batch: the whole Gram matrix, written in place."""
     _mirror_(statistics.gram)
     return statistics
+
+
+def written_parts(gram: Tensor) -> list[Tensor]:
+    """Views of all that is written of a Gram matrix before its last batch: see completed."""
+    return [gram[block, block.start :] for block in _blocks(gram)]
 
 
 def largest_sum(statistics: InputStatistics) -> Tensor:

@@ -16,7 +16,14 @@ from quantizers.output_error import Errors, GroupProblem, output_errors
 from quantizers.rounding import QuantizedWeight
 from quantizers.rounding_losses import rounding_energies
 from quantizers.schemes import Granularity, WeightScheme
-from quantizers.statistics import InputStatistics, WeightedRows, completed, drawn_rows, heaviest
+from quantizers.statistics import (
+    InputStatistics,
+    WeightedRows,
+    completed,
+    drawn_rows,
+    heaviest,
+    written_parts,
+)
 from tasks.engine.team import Team
 
 
@@ -149,9 +156,11 @@ def statistics_of_all(
     )
     total, mean_abs_sum = functools.reduce(torch.add, sums)
     low, high = extremes.chunk(2, 1)
+    for part in written_parts(own.gram):
+        part.copy_(team.summed_(part.contiguous()))
     return completed(
         InputStatistics(
-            gram=team.summed_(own.gram),
+            gram=own.gram,
             total=total,
             mean_abs_sum=mean_abs_sum,
             window_minimum=low,
