@@ -20,10 +20,7 @@ PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 
 
 class Magnitudes(NamedTuple):
-    """The largest magnitude of some numbers, a scalar, and those that percentiles are taken of.
-
-    The latter with their signs.
-    """
+    """The largest magnitude of some numbers, a scalar, and those that percentiles are taken of."""
 
     largest: Tensor
     entries: Tensor
@@ -33,7 +30,8 @@ def of_weight(weight: Tensor) -> Magnitudes:
     """Magnitudes of a weight of any shape."""
     entries = weight.flatten()
     stride = -(-entries.numel() // SAMPLED)
-    return Magnitudes(largest_magnitude(weight), entries[::stride])
+    # a copy: a view would keep the whole
+    return Magnitudes(largest_magnitude(weight), entries[::stride].abs())
 
 
 def largest_magnitude(numbers: Tensor) -> Tensor:
@@ -95,7 +93,7 @@ def described(ranges: Mapping[str, Mapping[str, Magnitudes]]) -> Later:
 
 def _table(ranges: list[Magnitudes], length: int) -> Tensor:
     """(n, 4) float64: the largest and the percentiles of each."""
-    ordered = torch.stack([found.entries.float() for found in ranges]).abs().sort(1).values
+    ordered = torch.stack([found.entries.float() for found in ranges]).sort(1).values
     # the entry at that place, not one between two: the same everywhere
     places = [round(share * (length - 1)) for share in PERCENTILES.values()]
     largest = torch.stack([found.largest.double() for found in ranges])
