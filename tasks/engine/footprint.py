@@ -106,8 +106,8 @@ def stages(job: Job) -> dict[str, int]:
         copied = max(sum(stored[n].size for n in b.full(b.tensors)) for b in job.plan.blocks)
         found = {name: size + copied for name, size in found.items()}
         if "observe" in found:
-            # codes of the block before are still copied to the host
-            found["observe"] += sizes.block
+            # codes of the block before, and what is exported of them, are still copied to the host
+            found["observe"] += sizes.block * (8 + job.scheme.weight.number_format.bits) // 8
         if "advance" in found:
             # the next block comes beside the pass
             found["advance"] += copied
@@ -132,8 +132,12 @@ def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
     if job.stream_place(stream) != job.device:
         stream = 0
     length, windows = step.calib.seq_len, max(job.team.counts(step.calib.n_samples))
-    pass_ = sizes.width * (sizes.block + _activations(job, length, windows, sizes))
-    pass_ += _score_bytes(job, length, windows)
+    batch = sizes.width * _activations(job, length, windows, sizes)
+    batch += _score_bytes(job, length, windows)
+    pass_ = batch + sizes.width * sizes.block
+    # what is stored as it is computed with is on a GPU once
+    as_stored = job.device != "cpu" and job.dtype == job.compute_dtype and not before
+    observed = batch if as_stored else pass_
     grams, gram = FLOAT * sizes.grams, FLOAT * sizes.widest
     changed = before + FLOAT * sizes.block
     # all linears of a group are rounded at once where they share a scale
@@ -141,7 +145,7 @@ def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
     together = sizes.linear if alone else 2 * sizes.group
     part = 4 * min(sizes.linear, PART_ENTRIES[torch.device(job.device).type])
     found = {
-        "observe": stream + before + pass_ + grams,
+        "observe": stream + before + observed + grams,
         "advance": 2 * stream + before + pass_,
         "transform": stream + before + grams + _search_bytes(job, sizes),
         # codes, one linear before and after it is rounded, and a part of both, multiplied
