@@ -36,11 +36,12 @@ from tasks.check import Request, check_device, checked_job
 from tasks.engine.ahead import Call, Host, Plan
 from tasks.engine.doubts import settle
 from tasks.engine.job import Job
-from tasks.engine.residency import peaks
+from tasks.engine.rehearsal import rehearse
+from tasks.engine.residency import forget_peaks, peaks, vacate
 from tasks.engine.step import Made
 from tasks.engine.streams import drop_boundaries
 from tasks.engine.team import Team
-from tasks.engine.transfer import Leash, beside, idle_s
+from tasks.engine.transfer import Leash, beside, idle_s, working_on
 from tasks.engine.values import resolved
 
 # steps that a device may be behind of what it was asked for
@@ -113,6 +114,17 @@ def warm(device: str) -> None:
         torch.mm(x[0], x[0].t(), out_dtype=torch.float32)
         scaled_dot_product_attention(x[None], x[None], x[None])
         add_batch(empty_statistics(128, x.device), x)
+
+
+def rehearsed(job: Job) -> None:
+    """Have a GPU load what the job's steps ask of it."""
+    if not job.on_gpu:
+        return
+    # what fails is met where it is needed
+    with suppress(Exception), working_on(job.device, "rehearse"):
+        rehearse(job)
+    vacate(job.device)
+    forget_peaks(job.device)
 
 
 def _sent(calls: Plan, key: str) -> Call | None:
@@ -284,6 +296,7 @@ def main() -> None:
         job = job_of(assignment, seat.rank, devices)
         # the flow is still at its texts
         _ = job.plan, job.decoder
+        rehearsed(job)
         logger = logging.getLogger("blockquant")
         logger.setLevel(logging.INFO)
         logger.addHandler(Forwarded(say, seat.rank))

@@ -1,0 +1,103 @@
+"""Having a GPU load what it will compute with, on next to nothing, before a block waits for it.
+
+Libraries load each kernel, and compile some, when it is first asked for: seconds of a first block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from configs.schema import ResolvedStep
+from configs.special_keys import AwqSpecial, GptqSpecial
+from quantizers.channel_transform import ChannelTransform, scale_columns, transformed_gram_blocks
+from quantizers.clipping import clip_factors, search_clip_curve
+from quantizers.gptq import factorize, gptq
+from quantizers.output_error import GroupProblem, output_errors
+from quantizers.rounding import QuantizedWeight, dequantize, round_group
+from quantizers.rounding_losses import rounding_energies
+from quantizers.scales import weight_scales
+from quantizers.schemes import Granularity
+from quantizers.statistics import InputStatistics, add_batch, completed, empty_statistics
+from tasks.engine.decoder import run_block
+from tasks.engine.export_format import compress, restore
+from tasks.engine.job import Job
+from tasks.engine.precision import search_products
+from tasks.engine.ranges import largest_of_all, of_weight
+
+# kernels are made for sizes that sixteen divides, whatever those are
+ROWS = 64
+
+
+def rehearse(job: Job) -> None:
+    """Do once what the steps of a job do, with zeros; nothing is kept.
+
+    Raises:
+        Exception: of any kind, which is to be met where the work itself meets it.
+    """
+    block = job.plan.blocks[0]
+    widths = {job.source.tensors[name].shape[1] for name in block.full(block.weights)}
+    for columns in sorted(widths):
+        weight = torch.zeros(ROWS, columns, dtype=job.dtype, device=job.device)
+        weight[0, 0] = 1.0
+        largest_of_all([weight])
+        _rounded(job, weight, None)
+    calibrated = [step for step in job.steps if step.calib is not None]
+    if not calibrated:
+        return
+    _passed(job, calibrated[0])
+    columns = min(widths)
+    weight = torch.ones(ROWS, columns, dtype=job.dtype, device=job.device)
+    inputs = torch.eye(columns, device=job.device, dtype=job.compute_dtype)[None]
+    statistics = completed(add_batch(empty_statistics(columns, job.device), inputs, last=False))
+    with search_products(job.device):
+        for step in calibrated:
+            _searched(job, step, weight, statistics)
+        _rounded(job, weight, statistics)
+
+
+def _passed(job: Job, step: ResolvedStep) -> None:
+    """A window through a block."""
+    assert step.calib is not None
+    block, kind, place = job.decoder.blocks[0], job.compute_dtype, job.device
+    shapes = {name: tensor.shape for name, tensor in block.state_dict().items()}
+    weights = {n: torch.zeros(shape, dtype=kind, device=place) for n, shape in shapes.items()}
+    tokens = torch.zeros(1, step.calib.seq_len, dtype=torch.int64, device=place)
+    width = int(job.source.config["hidden_size"])
+    embedding = torch.zeros(1, width, dtype=kind, device=place)
+    hidden, arguments = job.decoder.embed(embedding, tokens)
+    run_block(block, weights, hidden, arguments[0])
+
+
+def _searched(job: Job, step: ResolvedStep, weight: Tensor, statistics: InputStatistics) -> None:
+    """What is found out about a weight before it is rounded, and GPTQ's rounding."""
+    special, scheme = step.quant.special, job.scheme.weight
+    columns = weight.shape[1]
+    transform = ChannelTransform(torch.ones(columns, device=job.device))
+    if isinstance(special, AwqSpecial) and special.trans:
+        problem = GroupProblem([weight], statistics, scheme, job.scheme.activation)
+        output_errors(problem, [transform, transform])
+    if isinstance(special, AwqSpecial) and special.weight_clip:
+        gram = statistics.gram
+        if scheme.granularity is Granularity.GROUP:
+            gram = transformed_gram_blocks(statistics, transform, scheme.width(columns))
+        factors = clip_factors(special.clip_steps).to(job.device)
+        search_clip_curve(scale_columns(weight, transform), gram, scheme, factors)
+    if isinstance(special, GptqSpecial):
+        factor = factorize(statistics.gram_mean(), percdamp=special.percdamp)
+        if factor is not None:
+            found = weight_scales(weight, scheme)
+            gptq(weight, factor, scheme, found, block_size=special.blocksize)
+
+
+def _rounded(job: Job, weight: Tensor, statistics: InputStatistics | None) -> None:
+    """Rounding, its report, packing, and the way back."""
+    scheme = job.scheme.weight
+    codes: QuantizedWeight
+    for given in (weight, weight.float()):
+        (codes,) = round_group([given], scheme, [None], refuse=False)
+        gram = None if statistics is None else statistics.gram
+        rounding_energies(given, codes, scheme, gram=gram)
+    of_weight(dequantize(codes, scheme))
+    packed = compress(codes, job.scheme, check=False)
+    restore(packed, job.scheme).to(job.compute_dtype)
