@@ -105,6 +105,7 @@ class Bench:
     heldout: Path
     windows: Tensor
     source: Checkpoint
+    device: str
     peer_dtype: str
     work: Path
 
@@ -132,6 +133,9 @@ def main(
     recipes: Annotated[
         str, typer.Option(help=f"Recipes, with commas between: {', '.join(RECIPES)}.")
     ] = ",".join(RECIPES),
+    device: Annotated[
+        str, typer.Option(help="To quantize on, as `blockquant quantize` takes it.")
+    ] = "cpu",
     peers: Annotated[
         str, typer.Option(help="Methods of llm-compressor to run too, with commas between.")
     ] = ",".join(PEER_METHODS),
@@ -164,6 +168,7 @@ def main(
             heldout.resolve(),
             held_out,
             source,
+            device,
             peer_dtype,
             work.resolve(),
         )
@@ -204,12 +209,14 @@ def _run_ours(bench: Bench, name: str) -> tuple[dict[str, Any], Path | None]:
     recipe = ROOT / "configs" / f"{name}.yml"
     command = [sys.executable, "-m", "flows.cli", "quantize", str(recipe), "--json"]
     command += ["--model", str(bench.model), "--output", str(output), "--store", str(store)]
+    command += ["--device", bench.device]
     for override in overrides:
         command += ["--set", override]
-    kept = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "PYTHONPATH")}
+    kept = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     home = bench.work / "home"
     home.mkdir(exist_ok=True)
-    environment = kept | {"BLOCKQUANT_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = kept | {"BLOCKQUANT_HOME": str(home), "PYTHONPATH": path}
     before = _Whole()
     done = subprocess.run(
         command, cwd=bench.work, env=environment, stdout=subprocess.PIPE, text=True, check=False
