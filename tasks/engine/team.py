@@ -73,7 +73,7 @@ class Team:
             own: (n, ...) each, this process's.
             counts: of each, n of every process.
         """
-        if self.size == 1:
+        if self.size == 1 or not own:
             return list(own)
         own = [tensor.to(self.device) for tensor in own]
         widths = [tensor.itemsize * math.prod(tensor.shape[1:]) for tensor in own]

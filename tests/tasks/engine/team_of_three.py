@@ -49,6 +49,13 @@ def exchanges(team: Team) -> None:
     joined = team.joined(codes[team.own(7)], team.counts(7))
     assert joined.dtype == codes.dtype and torch.equal(joined.float(), codes.float())
     assert team.joined(torch.zeros(0, 3), [0, 0, 0]).shape == (0, 3)
+    assert team.all_joined([], []) == []
+    given = [whole[team.own(7)], codes[team.own(7)], torch.zeros(0, 3), whole[:1] + team.rank]
+    ones = [1, 1, 1]
+    first, second, none, ranks = team.all_joined(given, [counts, counts, [0, 0, 0], ones])
+    assert torch.equal(first, whole) and torch.equal(second.float(), codes.float())
+    assert none.shape == (0, 3)
+    assert torch.equal(ranks, torch.cat([whole[:1] + rank for rank in range(SIZE)]))
     # in the order of the ranks, in which the 1 is lost; in another it is not
     mine = torch.tensor([1e8, 1.0, -1e8])[team.rank].repeat(5)
     assert torch.equal(team.summed_(mine), torch.zeros(5))
