@@ -111,11 +111,14 @@ class BlockPlan:
                 packed = yield from self._rounded(stream, floats, choice, block)
                 through = packed if quant.quant_out else None
             if stream is not None and block + 1 < len(self.job.blocks):
-                if floats is not None:
+                # one call where nothing tells the two apart
+                alike = through is None and floats == stream
+                if floats is not None and not alike:
                     # first, while the block as it was is there
                     floats = floats.after((yield Call(advance, (floats, None), block)), None)
                 key = yield Call(advance, (stream, through), block)
                 stream = stream.after(key, through)
+                floats = stream if alike else floats
         self.streams = [passed for passed in (stream, floats) if passed is not None]
 
     def _rounded(

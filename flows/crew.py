@@ -161,7 +161,10 @@ class Shift:
             if self._settled:
                 promised.set_exception(worst_of(self._failures))
                 return promised
-            self._asked[at.calls[number][1]] = promised
+            key = at.calls[number][1]
+            if key in self._asked:
+                return self._asked[key]
+            self._asked[key] = promised
         count = len(self.processes)
         for rank in range(count) if at.shared else (block % count,):
             self._tell(rank, at, number, lean)

@@ -35,6 +35,7 @@ from quantizers.statistics import add_batch, empty_statistics
 from tasks.check import Request, check_device, checked_job
 from tasks.engine.ahead import Call, Host, Plan
 from tasks.engine.doubts import settle
+from tasks.engine.errors import one_line
 from tasks.engine.job import Job
 from tasks.engine.rehearsal import rehearse
 from tasks.engine.residency import forget_peaks, peaks, vacate
@@ -43,6 +44,8 @@ from tasks.engine.streams import drop_boundaries
 from tasks.engine.team import Team
 from tasks.engine.transfer import Leash, beside, idle_s, working_on
 from tasks.engine.values import resolved
+
+log = logging.getLogger("blockquant")
 
 # steps that a device may be behind of what it was asked for
 AHEAD_STEPS = 2
@@ -120,9 +123,12 @@ def rehearsed(job: Job) -> None:
     """Have a GPU load what the job's steps ask of it."""
     if not job.on_gpu:
         return
-    # what fails is met where it is needed
-    with suppress(Exception), working_on(job.device, "rehearse"):
-        rehearse(job)
+    try:
+        with working_on(job.device, "rehearse"):
+            rehearse(job)
+    except Exception as error:
+        # it is met again where it is needed
+        log.warning("rehearsal on %s: %s", job.device, one_line(error))
     vacate(job.device)
     forget_peaks(job.device)
 
@@ -212,8 +218,8 @@ def work(job: Job, told: Iterator[dict[str, Any]], say: Saying) -> None:
                     current.end()
                 current, place = Work(job, Pass.of(message["pass"])), Path(message["place"])
             elif current is not None:
-                start = time.perf_counter()
                 leash.wait()
+                start = time.perf_counter()
                 made = current.make(message["make"], message["lean"])
                 leash.ask(made.ready)
                 if current.job.team.rank == 0:
@@ -296,10 +302,9 @@ def main() -> None:
         job = job_of(assignment, seat.rank, devices)
         # the flow is still at its texts
         _ = job.plan, job.decoder
+        log.setLevel(logging.INFO)
+        log.addHandler(Forwarded(say, seat.rank))
         rehearsed(job)
-        logger = logging.getLogger("blockquant")
-        logger.setLevel(logging.INFO)
-        logger.addHandler(Forwarded(say, seat.rank))
         with _traced(seat.rank):
             work(job, told, say)
 

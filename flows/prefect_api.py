@@ -215,7 +215,8 @@ def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) ->
             break
         try:
             # not just its health: what it answers first takes it a moment
-            if httpx.get(f"{url}/admin/version", timeout=5).status_code == 200:
+            # where it asks for a password, it is there too
+            if httpx.get(f"{url}/admin/version", timeout=5).status_code in (200, 401):
                 return
         except httpx.HTTPError:
             pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 
 from configs.schema import ResolvedStep
@@ -16,6 +16,7 @@ from flows.crew import Crew
 from tasks.calibration_set import calibration_set
 from tasks.clip import clip
 from tasks.engine.ahead import Call, in_turn
+from tasks.engine.errors import InputError
 from tasks.engine.feedback import warn_of_rank
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun
@@ -72,11 +73,16 @@ def calibration(job: Job, course: Course, step: ResolvedStep, sets: dict[str, En
     if found.key not in {entry.key for entry in sets.values()}:
         number = sum(role.startswith("calibration") for role in sets) + 1
         sets["calibration" if number == 1 else f"calibration-{number}"] = found
-    if found.value["windows"] < step.calib.n_samples:
-        windows = found.value["windows"]
+    windows = found.value["windows"]
+    if windows < job.team.size:
+        raise InputError(
+            f"calib: the text gives {windows} windows for {job.team.size} devices; use fewer "
+            "devices, a longer text or a shorter seq_len"
+        )
+    if windows < step.calib.n_samples:
         log.warning("calib: the text gives %d of %d samples", windows, step.calib.n_samples)
     if isinstance(step.quant.special, GptqSpecial):
-        warn_of_rank(job, found.value["windows"] * found.value["window"])
+        warn_of_rank(job, windows * found.value["window"])
     return found.key
 
 
@@ -120,7 +126,15 @@ def _blocks(
         turns: Turns = in_turn(job, plan.calls())
     else:
         turns = crew.in_turn(job, plan.calls(), passed)
-    with turns as calls:
+
+    def tell() -> None:
+        if points:
+            run.log_points(points)
+            points.clear()
+
+    with turns as calls, ExitStack() as stack:
+        # of what is found, all at once: to tell it takes as long as to find it
+        stack.callback(tell)
         for call, ahead in calls:
             while done < call.block:
                 course.block_done(done)
@@ -131,12 +145,8 @@ def _blocks(
                 points += block_points(call.block, result.entry)
             if call.step is learn:
                 points += loss_points(call.block, result.entry)
-            # of what is found, all at once: to tell it takes as long as to find it
-            if points and not result.cached:
-                run.log_points(points)
-                points = []
-    if points:
-        run.log_points(points)
+            if not result.cached:
+                tell()
     for block in range(done, len(job.blocks)):
         course.block_done(block)
     for passed_on in plan.streams:

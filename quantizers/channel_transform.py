@@ -150,7 +150,7 @@ def _folded(factor: Tensor, scale: Tensor, dtype: torch.dtype, offset: float) ->
 def fold_into_linear(weight: Tensor, transform: ChannelTransform) -> Tensor:
     """The weight (N, K) float32 of a linear whose outputs (N,) are divided by the scale."""
     # in float32 by its factor: one pass over a weight in fewer bits
-    return weight / transform.scale[:, None]
+    return (weight / transform.scale[:, None]).to(torch.float32)
 
 
 def fold_into_bias(bias: Tensor, transform: ChannelTransform) -> Tensor:
@@ -161,7 +161,7 @@ def fold_into_bias(bias: Tensor, transform: ChannelTransform) -> Tensor:
 
 def scale_columns(weight: Tensor, transform: ChannelTransform) -> Tensor:
     """The weight (N, K) float32 of a linear whose inputs are divided by the scale."""
-    return weight * transform.scale
+    return (weight * transform.scale).to(torch.float32)
 
 
 def absorbed_shift(weight: Tensor, transform: ChannelTransform) -> Tensor:

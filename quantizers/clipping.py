@@ -98,7 +98,7 @@ def search_clip_curve(
         and scheme.width(columns) <= _KERNEL_COLUMNS
         and columns % scheme.width(columns) == 0
     )
-    if gram is not None and fits and compiles_kernels(weight):
+    if gram is not None and fits and compiles_kernels(weight, scheme.number_format):
         return _search_groups(weight, gram, scheme, factors)
     entries = _CPU_ENTRIES if weight.device.type == "cpu" else _DEVICE_ENTRIES
     parts = torch.split(weight, max(1, entries // columns))

@@ -186,7 +186,7 @@ def round_columns(
     number: NumberFormat,
 ) -> tuple[Tensor, Tensor]:
     """round_columns_plainly, on a GPU with a compiler as one kernel, whose last bits differ."""
-    if compiles_kernels(weight):
+    if compiles_kernels(weight, number):
         from quantizers.gptq_kernel import round_columns_at_once
 
         return round_columns_at_once(weight, carried, unit, scale, zero_point, number)

@@ -33,11 +33,18 @@ from quantizers.scales import scales_of, weight_scales
 from quantizers.schemes import ActivationScheme, Granularity, WeightScheme
 from quantizers.statistics import InputStatistics, weighted_rows
 
-__all__ = ["Errors", "GroupProblem", "group_input_scale", "output_error", "output_errors"]
+__all__ = [
+    "DEVICE_ENTRIES",
+    "Errors",
+    "GroupProblem",
+    "group_input_scale",
+    "output_error",
+    "output_errors",
+]
 
 # Entries worked on at once: rows that stay in a CPU's cache are tried several times faster.
 _CPU_ENTRIES = 1 << 20
-_DEVICE_ENTRIES = 1 << 27
+DEVICE_ENTRIES = 1 << 27
 # Columns of a product: a Gram matrix's blocks left of the diagonal are not multiplied.
 _PRODUCT_COLUMNS = 2048
 
@@ -111,7 +118,8 @@ def output_error(problem: GroupProblem, transform: ChannelTransform) -> Tensor:
 def output_errors(problem: GroupProblem, transforms: Sequence[ChannelTransform]) -> Tensor:
     """output_error of each of some transforms, (R,) float64; nothing waits for the device."""
     alone = all(_weights_alone(problem, transform) for transform in transforms)
-    if alone and compiles_kernels(problem.weights[0]):
+    number = problem.weight_scheme.number_format
+    if alone and compiles_kernels(problem.weights[0], number):
         return _errors_of_weights(problem, torch.stack([t.scale for t in transforms]))
     return torch.stack([_output_error(problem, transform) for transform in transforms])
 
@@ -158,10 +166,10 @@ def _errors_of_weights(problem: GroupProblem, factors: Tensor) -> Tensor:
     errors = torch.zeros(len(factors), dtype=torch.float64, device=factors.device)
     # of each block of columns, what is multiplied with all columns up to its end
     grams = [(b, problem.one_sided_gram[: b.stop, b]) for b in _column_blocks(columns)]
-    for part in torch.split(problem.as_stored, max(1, _DEVICE_ENTRIES // columns)):
+    for part in torch.split(problem.as_stored, max(1, DEVICE_ENTRIES // columns)):
         scale, zero = scales_of(group_extremes(part, factors, width), scheme)
         # as many factors at once as rows leave room for
-        step = max(1, _DEVICE_ENTRIES // part.numel())
+        step = max(1, DEVICE_ENTRIES // part.numel())
         found = torch.zeros(len(factors), len(part), device=factors.device)
         for start in range(0, len(factors), step):
             own = slice(start, start + step)
@@ -186,7 +194,7 @@ def _scaled_parts(problem: GroupProblem, transform: ChannelTransform) -> Iterato
     if problem.weight_scheme.granularity in (Granularity.TENSOR, Granularity.BLOCK):
         yield stacked * transform.scale
         return
-    entries = _CPU_ENTRIES if stacked.device.type == "cpu" else _DEVICE_ENTRIES
+    entries = _CPU_ENTRIES if stacked.device.type == "cpu" else DEVICE_ENTRIES
     for part in torch.split(stacked, max(1, entries // stacked.shape[1])):
         yield part * transform.scale
 

@@ -71,7 +71,7 @@ def quantize_weight(
     scales = _per_row(scale.detach(), scheme, rows)
     zeros = None if zero_point is None else _per_row(zero_point, scheme, rows)
     width = scheme.width(columns)
-    if compiles_kernels(weight) and weight.stride(1) == 1:
+    if weight.stride(1) == 1 and compiles_kernels(weight, number):
         from quantizers.rounding_kernel import codes_of
 
         found = codes_of(weight, scales, zeros, width, number)
@@ -186,7 +186,7 @@ def dequantize(
     _check_parameters(quantized.scale, zero_point, scheme, rows, columns)
     scales, zeros = row_scales(quantized, scheme)
     width = scheme.width(columns)
-    if compiles_kernels(codes) and codes.stride(1) == 1:
+    if codes.stride(1) == 1 and compiles_kernels(codes, scheme.number_format):
         from quantizers.rounding_kernel import restored_of
 
         return restored_of(codes, scales, zeros, width, dtype)

@@ -10,10 +10,10 @@ from quantizers.losses import row_errors
 from quantizers.rounding import QuantizedWeight, dequantize, row_scales
 from quantizers.schemes import WeightScheme
 
-__all__ = ["rounding_energies"]
+__all__ = ["PART_ENTRIES", "rounding_energies"]
 
 # entries worked on at once
-_CPU_ENTRIES, _DEVICE_ENTRIES = 1 << 22, 1 << 25
+PART_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 # of some rows: (W - Q) inverse and W inverse, (2, n, K) float32, and sums of (W - Q)^2 and W^2,
 # (2, n) float32
@@ -46,8 +46,7 @@ def rounding_energies(
     """
     ones = torch.ones(weight.shape[1], device=weight.device)
     differences = _differences(weight, quantized, scheme, ones if inverse is None else inverse)
-    entries = _CPU_ENTRIES if weight.device.type == "cpu" else _DEVICE_ENTRIES
-    step = max(1, entries // weight.shape[1])
+    step = max(1, PART_ENTRIES[weight.device.type] // weight.shape[1])
     first, stop, _ = rows.indices(len(weight))
     squares, outputs = [], []
     for start in range(first, stop, step):
@@ -69,7 +68,8 @@ def _differences(
     weight: Tensor, quantized: QuantizedWeight, scheme: WeightScheme, inverse: Tensor
 ) -> Differences:
     codes = quantized.codes
-    if compiles_kernels(weight) and weight.stride(1) == codes.stride(1) == 1:
+    fits = weight.stride(1) == codes.stride(1) == 1
+    if fits and compiles_kernels(weight, scheme.number_format):
         from quantizers.rounding_kernel import rounding_report
 
         scale, zero = row_scales(quantized, scheme)

@@ -33,9 +33,10 @@ def advance(
 ) -> dict[str, Any]:
     """Run the stream through a block: quantized, or as it was where packed is None."""
     del draft
+    # nothing is decided of the block any more; what it had in memory is the pass's
+    job.memo.forget("statistics", "codes", "transformed block")
     if packed is not None:
-        # nothing more is asked of the block; what it had in memory is the pass's
-        job.memo.forget("statistics", "codes", "source block", "version block", "transformed block")
+        job.memo.forget("source block", "version block")
     # what was kept of the block has left room for the next
     job.send_ahead(block + 1)
     hidden = pass_block(job, stream, hidden_states(job, stream), packed)

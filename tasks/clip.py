@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +26,7 @@ from tasks.engine.collect import block_statistics
 from tasks.engine.draft import Draft
 from tasks.engine.folding import quantized_groups, scaled_together
 from tasks.engine.job import Job, result_files, result_tensors, scheme_lineage
+from tasks.engine.memo import Memo
 from tasks.engine.precision import search_products
 from tasks.engine.sharing import clips_of_all
 from tasks.engine.step import step
@@ -89,10 +89,11 @@ def clip(
     tensors = transformed_block(job, block, decision, stream.version)
 
     # of wide inputs no two matrices at once
-    @functools.lru_cache(1)
+    grams = Memo()
+
     def gram_of(group: str) -> Tensor:
         transform = transforms.get(group) or no_transform(statistics[group])
-        return _gram(job, statistics[group], transform)
+        return grams.get("gram", group, lambda: _gram(job, statistics[group], transform))
 
     asked: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {}
     sharers: dict[str, tuple[str, ...]] = {}

@@ -107,7 +107,12 @@ def makes_up(quant: Quant) -> bool:
 @step(
     depends_on=_depends_on,
     version=2,
-    code=("quantizers.clipping", "quantizers.gptq", "quantizers.losses", "quantizers.scale_refit"),
+    code=(
+        "quantizers.clipping",
+        "quantizers.gptq",
+        "quantizers.rounding_losses",
+        "quantizers.scale_refit",
+    ),
     kept=True,
 )
 def quantize(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:

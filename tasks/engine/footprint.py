@@ -14,6 +14,8 @@ import torch
 from configs.schema import ResolvedStep
 from configs.special_keys import GptqSpecial, OmniQuantSpecial
 from configs.vocabulary import Method
+from quantizers.output_error import DEVICE_ENTRIES
+from quantizers.rounding_losses import PART_ENTRIES
 from quantizers.schemes import Granularity
 from tasks.engine.decoder import HEAD_ROWS, MICRO_BATCH_TOKENS, STREAM_BYTES
 from tasks.engine.export_format import export_dtype
@@ -26,11 +28,8 @@ DOUBLE = 8
 WHOLE_MODEL_BYTES = 512 * 2**20
 # an attention score, and it in float32 before and after the softmax: most, of bf16 on a CPU
 SCORE_BYTES = 2 + 4 + 4
-# entries of a weight that are reported of at once, and of weights that are searched over
-PART_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 25}
-SEARCHED_ENTRIES = 1 << 27
-# of one scale, tried at twenty ratios, with the ranges it comes from
-SCALE_BYTES = 20 * 8 * FLOAT
+# of one scale that is tried, with the range it comes from
+SCALE_BYTES = 8 * FLOAT
 # of a linear's input: what the block computes around it, its norm, its gate, its residual
 AROUND = 3
 
@@ -147,7 +146,7 @@ def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
     found = {
         "observe": stream + before + observed + grams,
         "advance": 2 * stream + before + pass_,
-        "transform": stream + before + grams + _search_bytes(job, sizes),
+        "transform": stream + before + grams + _search_bytes(job, step, sizes),
         # codes, one linear before and after it is rounded, and a part of both, multiplied
         "quantize": stream + before + grams + codes + FLOAT * (together + sizes.linear + part),
     }
@@ -162,14 +161,15 @@ def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
     return found
 
 
-def _search_bytes(job: Job, sizes: Sizes) -> int:
+def _search_bytes(job: Job, step: ResolvedStep, sizes: Sizes) -> int:
     """What a search of scales holds: the weights of a group, the Gram matrix of its inputs."""
     if job.device == "cpu" or job.scheme.activation is not None:
         return FLOAT * (sizes.widest + sizes.group)
     # both in bfloat16; what a part of the weights loses under some scales, and the scales of all
-    part = min(sizes.group, SEARCHED_ENTRIES)
-    shared = job.scheme.weight.width(sizes.inner)
-    return 2 * (sizes.widest + sizes.group + SEARCHED_ENTRIES) + SCALE_BYTES * part // shared
+    ratios = getattr(step.quant.special, "ratios", 1)
+    part = min(sizes.group, DEVICE_ENTRIES)
+    scales = ratios * SCALE_BYTES * part // job.scheme.weight.width(sizes.inner)
+    return 2 * (sizes.widest + sizes.group + DEVICE_ENTRIES) + scales
 
 
 def least_bytes(job: Job) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.schema import ResolvedStep
 from configs.special_keys import AwqSpecial, GptqSpecial
 from quantizers.channel_transform import ChannelTransform, scale_columns, transformed_gram_blocks
-from quantizers.clipping import clip_factors, search_clip_curve
+from quantizers.clipping import range_factors, search_clip_curve
 from quantizers.gptq import factorize, gptq
 from quantizers.output_error import GroupProblem, output_errors
 from quantizers.rounding import QuantizedWeight, dequantize, round_group
@@ -81,10 +81,12 @@ def _searched(job: Job, step: ResolvedStep, weight: Tensor, statistics: InputSta
         gram = statistics.gram
         if scheme.granularity is Granularity.GROUP:
             gram = transformed_gram_blocks(statistics, transform, scheme.width(columns))
-        factors = clip_factors(special.clip_steps).to(job.device)
+        steps, shrink = special.clip_steps, special.clip_shrink
+        factors = range_factors(scheme.number_format, steps, shrink).to(job.device)
         search_clip_curve(scale_columns(weight, transform), gram, scheme, factors)
     if isinstance(special, GptqSpecial):
-        factor = factorize(statistics.gram_mean(), percdamp=special.percdamp)
+        gram, order = statistics.gram_mean(), special.actorder
+        factor = factorize(gram, percdamp=special.percdamp, actorder=order)
         if factor is not None:
             found = weight_scales(weight, scheme)
             gptq(weight, factor, scheme, found, block_size=special.blocksize)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantizers import packing, rounding, rounding_losses, scales
+from quantizers import losses, packing, rounding, rounding_losses, scales
 from quantizers.number_formats import E4M3, E5M2, int_format
 from quantizers.packing import pack_codes, unpack_codes
 from quantizers.rounding import dequantize, quantize_weight
@@ -44,8 +44,8 @@ def factor_like(weight: torch.Tensor, scheme: WeightScheme, seed: int) -> torch.
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (packing, rounding, rounding_losses, scales):
-        monkeypatch.setattr(module, "compiles_kernels", lambda tensor: False)
+    for module in (losses, packing, rounding, rounding_losses, scales):
+        monkeypatch.setattr(module, "compiles_kernels", lambda *_: False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -76,7 +76,7 @@ def test_bits(number, symmetric, granularity, sizes, shape, dtype, monkeypatch):
     for energies, wanted in zip(
         lost, rounding_energies(weight, plain, scheme, rows, gram, inverse), strict=True
     ):
-        torch.testing.assert_close(energies, wanted, rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(energies, wanted, rtol=1e-4, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -101,7 +101,7 @@ def test_scales_of_several_ranges(number, symmetric, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 8), (5, 100), (33, 4097)])
-def test_packed_codes(rows, columns, monkeypatch):
+def test_packed_codes(rows, columns):
     draw = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (rows, columns), dtype=torch.int8, generator=draw).to(DEVICE)
     packed = pack_codes(codes, 4)

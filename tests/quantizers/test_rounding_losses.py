@@ -24,7 +24,7 @@ def rounded() -> tuple[Tensor, QuantizedWeight, Tensor, Tensor]:
 def test_energies_are_those_of_the_outputs(
     rows: slice, scaled: bool, entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounding_losses, "_CPU_ENTRIES", entries)
+    monkeypatch.setitem(rounding_losses.PART_ENTRIES, "cpu", entries)
     weight, found, x, inverse = rounded()
     given = inverse if scaled else None
     weights, outputs = rounding_energies(weight, found, SCHEME, rows, x.T @ x, given)

@@ -41,7 +41,7 @@ def drawn(*shape, dtype=torch.bfloat16, seed=0):
 
 def without_kernels(monkeypatch):
     for module in (clipping, losses, output_error, rounding, scales, statistics):
-        monkeypatch.setattr(module, "compiles_kernels", lambda tensor: False)
+        monkeypatch.setattr(module, "compiles_kernels", lambda *_: False)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -116,7 +116,7 @@ def test_the_output_error(number, symmetric, shape, monkeypatch):
     found = output_error.output_errors(problem, transforms)
     assert torch.equal(found, output_error.output_errors(problem, transforms))
     # rows and factors in parts
-    monkeypatch.setattr(output_error, "_DEVICE_ENTRIES", 2 * columns * rows)
+    monkeypatch.setattr(output_error, "DEVICE_ENTRIES", 2 * columns * rows)
     in_parts = output_error.output_errors(problem, transforms)
     torch.testing.assert_close(in_parts, found, rtol=1e-4, atol=0)
     without_kernels(monkeypatch)

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from tasks.advance import advance
 from tasks.calibration_set import calibration_set
+from tasks.engine import lineage
 from tasks.engine.job import Job
+from tasks.engine.lineage import quantizer_imports
 from tasks.engine.streams import start_stream
 from tasks.evaluate import evaluate
 from tasks.evaluation_set import evaluation_set
@@ -215,3 +217,9 @@ def test_text_that_the_model_writes_is_the_models(case: Case, change: str) -> No
     again = changed(before, case.keys("rtn_w8a8", *given))
     assert again >= {"calibration_set"} | BLOCKS | END
     assert "evaluation_set" not in again
+
+
+@pytest.mark.parametrize("helper", ["collect", "folding", "ranges", "sharing", "streams"])
+def test_what_rounds_and_reports_counts(helper: str) -> None:
+    known = lineage._closure((*quantizer_imports("tasks.quantize"), *quantize.code))
+    assert set(quantizer_imports(f"tasks.engine.{helper}")) <= known

@@ -1,0 +1,47 @@
+"""What a pass over all blocks asks for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from configs.loading import load_recipe
+from flows.block_plan import Pass
+from tasks.engine.ahead import keyed
+from tasks.engine.job import Job
+from tasks.engine.memo import Memo
+from tasks.engine.source import open_source
+from tasks.engine.store import Store
+from tasks.engine.version import SOURCE
+from tests.models import make_checkpoint
+
+# recipe and overrides: how often each step is asked for a block that is not the last
+ASKED: dict[tuple[str, ...], dict[str, int]] = {
+    ("rtn_w4a16",): {"quantize": 1, "pack": 1},
+    ("awq_w4a16",): {"transform": 1, "clip": 1, "quantize": 1, "pack": 1, "advance": 1},
+    ("gptq_w4a16",): {"quantize": 1, "pack": 1, "advance": 1},
+    ("gptq_w4a16", "quant.special.make_up=0.5"): {"quantize": 1, "pack": 1, "advance": 2},
+    # nothing tells the two streams apart
+    ("gptq_w4a16", "quant.special.make_up=0.5", "quant.quant_out=false"): {
+        "quantize": 1,
+        "pack": 1,
+        "advance": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("given", ASKED)
+def test_no_result_is_asked_for_twice(given: tuple[str, ...], tmp_path: Path) -> None:
+    recipe, *overrides = given
+    loaded = load_recipe(recipe, ["serving.check_kernels=false", *overrides])
+    model = open_source(make_checkpoint(tmp_path / "model", "llama", blocks=3))
+    job = Job(loaded, model, Store(tmp_path / "store"), Memo(), "cpu", 1 << 30)
+    tokens = None if job.steps[-1].calib is None else "tokens"
+    passed = Pass(len(job.steps) - 1, tokens, SOURCE, (), True)
+    found = list(keyed(job, passed.plan(job).calls()))
+    assert len({key for _, key in found}) == len(found)
+    asked = Counter((call.block, call.step.name) for call, _ in found)
+    assert {name: asked[1, name] for block, name in asked if block == 1} == ASKED[given]
+    assert not asked[2, "advance"], "nothing comes after the last block"
