@@ -91,14 +91,22 @@ def of_home(home: Path) -> list[psutil.Process]:
 
 
 @contextmanager
-def watched(monkeypatch: pytest.MonkeyPatch, at: int, act: Any) -> Iterator[list[tuple[str, bool]]]:
-    """Act on the processes as result number ``at`` is asked of them; all that was asked."""
+def watched(
+    monkeypatch: pytest.MonkeyPatch, at: int, act: Any, before: bool = False
+) -> Iterator[list[tuple[str, bool]]]:
+    """Act on the processes as result number ``at`` is asked of them; all that was asked.
+
+    Right after it was asked, which they may be through with by then, or right before.
+    """
     ask, asked = Shift.ask, []
 
     def asking(shift: Shift, now: Round, number: int, block: int, lean: bool) -> Any:
-        promised = ask(shift, now, number, block, lean)
         asked.append((now.calls[number][1], lean))
-        if len(asked) == at + 1:
+        acts = len(asked) == at + 1
+        if acts and before:
+            act(shift)
+        promised = ask(shift, now, number, block, lean)
+        if acts and not before:
             act(shift)
         return promised
 
@@ -141,7 +149,7 @@ def test_a_process_that_is_killed_costs_the_step_it_was_at(
 ) -> None:
     undisturbed = quantized(home, tiny, words, "undisturbed", "awq_w4a16")
 
-    with watched(monkeypatch, 6, kill_last) as asked:
+    with watched(monkeypatch, 6, kill_last, before=True) as asked:
         disturbed = quantized(home, tiny, words, "disturbed", "awq_w4a16")
     assert contents(home / "disturbed") == contents(home / "undisturbed")
     assert asked[7] == asked[6] and len(set(asked)) == len(asked) - 1, "one step was made twice"

@@ -15,7 +15,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import tasks.evaluate as module
 from tasks.engine import decoder
@@ -86,7 +86,7 @@ def literal_logits(checkpoint: Checkpoint, quantize: Callable[[Tensor], Tensor] 
     """Logits (W, T, V) of transformers' model with weights as compressed-tensors reads them."""
     folder, config = checkpoint.source.path, checkpoint.source.config
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
-    whole: Any = AutoModelForCausalLM.from_config(decoder.CONFIG_MAPPING["qwen3"](**plain)).float()
+    whole: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING["qwen3"](**plain)).float()
     stored = {n: t for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
     described = QuantizationConfig.model_validate(config["quantization_config"])
     compressor = BaseCompressor.get_value_from_registry(described.format)
