@@ -120,9 +120,9 @@ def rounding_report(
     lost = torch.empty(2, rows, columns, device=weight.device)
     squares = torch.empty(2, rows, device=weight.device)
     zero = scale if zero_point is None else zero_point
-    block = min(triton.next_power_of_2(columns), _COLUMNS)
-    tall = max(1, _TILE // block)
-    _report[(triton.cdiv(rows, tall),)](
+    # a program goes along its rows: what they lose is summed there
+    (programs, _), sizes = _grid(rows, columns)
+    _report[(programs,)](
         weight,
         codes,
         scale,
@@ -133,8 +133,7 @@ def rounding_report(
         *(rows, columns, width, weight.stride(0), codes.stride(0)),
         *(*scale.stride(), *zero.stride()),
         SYMMETRIC=zero_point is None,
-        ROWS=tall,
-        BLOCK=block,
+        **sizes,
         # what is on the grid loses nothing
         enable_fp_fusion=False,
     )

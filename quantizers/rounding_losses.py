@@ -44,8 +44,9 @@ def rounding_energies(
     Returns:
         (2,) float64, and as much where there is a Gram matrix.
     """
-    ones = torch.ones(weight.shape[1], device=weight.device)
-    differences = _differences(weight, quantized, scheme, ones if inverse is None else inverse)
+    if inverse is None:
+        inverse = torch.ones(weight.shape[1], device=weight.device)
+    differences = _differences(weight, quantized, scheme, inverse)
     step = max(1, PART_ENTRIES[weight.device.type] // weight.shape[1])
     first, stop, _ = rows.indices(len(weight))
     squares, outputs = [], []

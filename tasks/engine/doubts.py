@@ -6,7 +6,6 @@ is written. A CPU says it at once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -62,8 +61,7 @@ def settle(doubts: Iterable[Doubt]) -> None:
     if not found:
         return
     flat = [doubt.numbers.reshape(-1).to(torch.float64) for doubt in found]
-    known = iter(torch.cat(flat).tolist())
-    for doubt, numbers in zip(found, flat, strict=True):
-        own = [next(known) for _ in range(len(numbers))]
-        if not all(map(math.isfinite, own)):
+    known = torch.cat(flat).cpu().split([len(numbers) for numbers in flat])
+    for doubt, numbers in zip(found, known, strict=True):
+        if not bool(numbers.isfinite().all()):
             raise doubt.error()
