@@ -60,7 +60,15 @@ SHARED = ROOT.parent / "shared"
 PEER_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
 PEER_SCRIPT = Path(__file__).resolve().with_name("peer_llmcompressor.py")
 # steps that are not quantization; whatever else the flow times is counted
-UNCOUNTED = {"load_model", "evaluation_set", "calibration_set", "export", "verify", "evaluate"}
+UNCOUNTED = {
+    "load_model",
+    "evaluation_set",
+    "calibration_set",
+    "outside",
+    "export",
+    "verify",
+    "evaluate",
+}
 
 SIDES = ("blockquant", "llm-compressor")
 

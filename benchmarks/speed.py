@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
 TOKENIZER = ROOT / "assets" / "demo-model"
 PEERS = {"awq_w4a16": "awq", "gptq_w4a16": "gptq", "rtn_w4a16": "rtn"}
-BESIDE = ("export", "verify", "evaluate", "sample_text")
+BESIDE = ("outside", "export", "verify", "evaluate", "sample_text")
 GIB = 2**30
 
 console = Console(width=260)

@@ -283,6 +283,11 @@ class Recipe(Section):
             for quant, calib in self._written_steps()
         )
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether a step reads calibration windows."""
+        return any(step.calib is not None for step in self.resolved_steps())
+
     def resolved_eval(self) -> Evaluation:
         """Return the evaluation with its seed filled in: base.seed + 1 unless given."""
         evaluation = self.eval or Evaluation()

@@ -147,7 +147,9 @@ def run_quantization(parameters: dict[str, Any]) -> dict[str, Any]:
 
     store = parameters["store"]
     place = settings(Path(store) if store else None)
-    with waiting_server() as server, started_early(parameters["device"]):
+    recipe = load_recipe(parameters["recipe"], parameters["overrides"])
+    crew = started_early(parameters["device"], recipe.calibrated)
+    with waiting_server() as server, crew:
         load("tasks.check")
         # before any server begins: bad input costs seconds and leaves no file behind
         _check(parameters)

@@ -37,10 +37,10 @@ from tasks.engine.ahead import Call, Host, Plan
 from tasks.engine.doubts import settle
 from tasks.engine.errors import one_line
 from tasks.engine.job import Job
-from tasks.engine.rehearsal import rehearse
+from tasks.engine.rehearsal import fetch_first, rehearse
 from tasks.engine.residency import forget_peaks, peaks, vacate
 from tasks.engine.step import Made
-from tasks.engine.streams import drop_boundaries
+from tasks.engine.streams import drop_boundaries, drop_embedding
 from tasks.engine.team import Team
 from tasks.engine.transfer import Leash, beside, idle_s, working_on
 from tasks.engine.values import resolved
@@ -93,6 +93,9 @@ class Work:
             call = self._call
             if call is None or call.step.label(call.block) != label:
                 raise LookupError(f"no {label} comes next in this pass: the processes disagree")
+            if call.block:
+                # it was read for the first block, which was found
+                drop_embedding(self.job)
             if number == len(calls):
                 made = call.step.make(self.job, key, *call.args, block=call.block)
             self._call = _sent(self._calls, key)
@@ -120,17 +123,19 @@ def warm(device: str) -> None:
 
 
 def rehearsed(job: Job) -> None:
-    """Have a GPU load what the job's steps ask of it."""
+    """Have a GPU load what the job's steps ask of it, and what the first block takes."""
     if not job.on_gpu:
         return
-    try:
-        with working_on(job.device, "rehearse"):
+    # what fails is met again where it is needed
+    with working_on(job.device, "rehearse"):
+        try:
             rehearse(job)
-    except Exception as error:
-        # it is met again where it is needed
-        log.warning("rehearsal on %s: %s", job.device, one_line(error))
-    vacate(job.device)
-    forget_peaks(job.device)
+        except Exception as error:
+            log.warning("rehearsal on %s: %s", job.device, one_line(error))
+        vacate(job.device)
+        forget_peaks(job.device)
+        with suppress(Exception):
+            fetch_first(job)
 
 
 def _sent(calls: Plan, key: str) -> Call | None:
@@ -284,9 +289,10 @@ def main() -> None:
         devices = [check_device(name) for name in seat.devices]
         with ThreadPoolExecutor(1) as beside_it:
             warmed = beside_it.submit(warm, devices[seat.rank])
-            # what a decoder is built of
-            load("transformers.models.auto.modeling_auto")
-            load("transformers.modeling_utils")
+            if seat.calibrated:
+                # what a decoder is built of
+                load("transformers.models.auto.modeling_auto")
+                load("transformers.modeling_utils")
             warmed.result()
         meet(seat.rank, devices, seat.meeting)
         # the first exchange takes seconds
@@ -300,10 +306,12 @@ def main() -> None:
         assignment = Assignment(**(given | {"overrides": tuple(given["overrides"])}))
         torch.set_num_threads(assignment.threads)
         job = job_of(assignment, seat.rank, devices)
-        # the flow is still at its texts
-        _ = job.plan, job.decoder
         log.setLevel(logging.INFO)
         log.addHandler(Forwarded(say, seat.rank))
+        # the flow is still at its texts
+        _ = job.plan
+        if seat.calibrated:
+            _ = job.decoder
         rehearsed(job)
         with _traced(seat.rank):
             work(job, told, say)

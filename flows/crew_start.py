@@ -28,11 +28,13 @@ class Seat:
         rank: its own.
         devices: of all, in the order of the ranks, as they were asked for.
         meeting: a file through which they find each other.
+        calibrated: whether it is to run blocks, which takes libraries that load for seconds.
     """
 
     rank: int
     devices: tuple[str, ...]
     meeting: str
+    calibrated: bool = True
 
 
 class Member:
@@ -98,13 +100,14 @@ class Started:
         taken: whether they were given a job.
     """
 
-    def __init__(self, devices: Sequence[str]) -> None:
+    def __init__(self, devices: Sequence[str], calibrated: bool = True) -> None:
         """Start them, which takes them some seconds; nothing waits for them here."""
         self._folder = tempfile.TemporaryDirectory(prefix="blockquant-crew-")
         folder = Path(self._folder.name)
         self.devices = tuple(devices)
         self.taken = False
-        seats = (Seat(rank, self.devices, f"{folder}/meeting") for rank in range(len(devices)))
+        meeting = f"{folder}/meeting"
+        seats = [Seat(rank, self.devices, meeting, calibrated) for rank in range(len(devices))]
         self.members = [Member(seat, folder) for seat in seats]
 
     def end(self) -> None:
@@ -129,15 +132,19 @@ _EARLY: ContextVar[Started | None] = ContextVar("crew that was started early", d
 
 
 @contextmanager
-def started_early(device: str) -> Iterator[None]:
+def started_early(device: str, calibrated: bool = True) -> Iterator[None]:
     """Have the processes start, where there are to be any, while input is checked.
 
     Those that nobody took by the end are ended.
+
+    Args:
+        device: as ``--device`` says it.
+        calibrated: whether they are to run blocks.
     """
     if not apart(device) or _EARLY.get() is not None:
         yield
         return
-    started = Started(names(device))
+    started = Started(names(device), calibrated)
     token = _EARLY.set(started)
     try:
         yield

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from prefect import flow
 
 from configs.loading import ineffective_keys, load_recipe
+from configs.vocabulary import Method
 from flows.course import Course
 from flows.crew import Crew, crew_of
 from flows.crew_start import started_early
@@ -18,6 +20,7 @@ from flows.finishing import look, publish_products, sample, scored, serve, settl
 from flows.steps import State, apply, calibration, passes
 from flows.tracked import failure_kept, open_tracked
 from tasks.check import Request, check, output_folder
+from tasks.engine.aside import Aside, made_aside
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun, told, told_run
 from tasks.engine.publication import alone, end, work_identity
@@ -31,6 +34,7 @@ from tasks.export import export, export_transformed
 from tasks.gate import offer
 from tasks.load_model import load_model
 from tasks.looks.log_looks import Looked
+from tasks.outside import outside
 from tasks.publish import QUANTIZED, TRANSFORMED, launch_line
 from tasks.register import log_measured, register, served_tags
 from tasks.report import Product, make_report
@@ -91,7 +95,7 @@ def quantize_model(
         overwrite,
         upload,
     )
-    with started_early(device):
+    with started_early(device, loaded.calibrated):
         return _checked(request, place, recipe, overrides, log_file, parent, name)
 
 
@@ -143,23 +147,17 @@ def _quantize(
     forget_peaks(job.device)
     job.phases.begin()
     course.mark("first block")
-    for step, tokens in zip(job.steps, calibrated, strict=True):
-        state = apply(job, run, course, step, tokens, state, crew)
-    course.mark("last block")
-    if crew is not None:
-        # what is measured next takes the devices
-        crew.close()
-    taken = peaks(job.device) | (crew.peaks if crew is not None else {})
-    phases = job.phases.of(course.marks["last block"] - course.marks["first block"])
-    products: dict[str, Product] = {}
-    if job.quantizes:
-        packed = tuple(p.key for p in state.packed)
-        exported = course.run(export, job, packed, state.version).entry
-        products[QUANTIZED] = _measured(job, course, exported, _digests(job, state.quantized), sets)
-    if job.recipe.save.save_trans:
-        kept = _transformed_blocks(job, course, state)
-        exported = course.run(export_transformed, job, kept, state.version).entry
-        products[TRANSFORMED] = _measured(job, course, exported, None, sets)
+    with _outside_aside(job, crew) as aside:
+        for step, tokens in zip(job.steps, calibrated, strict=True):
+            state = apply(job, run, course, step, tokens, state, crew)
+        course.mark("last block")
+        if crew is not None:
+            # what is measured next takes the devices
+            crew.close()
+        taken = peaks(job.device) | (crew.peaks if crew is not None else {})
+        phases = job.phases.of(course.marks["last block"] - course.marks["first block"])
+        beside = course.run(outside, job, state.version, ahead=aside).key
+    products = _products(job, course, state, beside, sets)
     blocks = [q.entry for q in state.quantized] if job.quantizes else []
     report = make_report(job, blocks, products, sets)
     sampled = sample(job, course, products, sets["evaluation"])
@@ -205,6 +203,33 @@ def _quantize(
         "uploaded": copied,
         "scores": scores,
     }
+
+
+@contextmanager
+def _outside_aside(job: Job, crew: Crew | None) -> Iterator[Aside | None]:
+    """Have what is outside of the blocks written while others compute, if no step rotates it."""
+    rotated = any(step.quant.method is Method.QUAROT for step in job.steps)
+    if crew is None or not crew.ahead or rotated:
+        yield None
+        return
+    with made_aside(job, outside) as aside:
+        yield aside
+
+
+def _products(
+    job: Job, course: Course, state: State, beside: str, sets: Mapping[str, Entry]
+) -> dict[str, Product]:
+    """Assemble and measure what is to be published; ``beside`` is outside of the blocks."""
+    products: dict[str, Product] = {}
+    if job.quantizes:
+        packed = tuple(p.key for p in state.packed)
+        exported = course.run(export, job, packed, beside, state.version).entry
+        products[QUANTIZED] = _measured(job, course, exported, _digests(job, state.quantized), sets)
+    if job.recipe.save.save_trans:
+        kept = _transformed_blocks(job, course, state)
+        exported = course.run(export_transformed, job, kept, beside, state.version).entry
+        products[TRANSFORMED] = _measured(job, course, exported, None, sets)
+    return products
 
 
 def _measured(

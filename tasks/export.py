@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor
 
 from tasks.engine.draft import Draft
 from tasks.engine.export_format import export_dtype, quantization_config
@@ -15,69 +14,70 @@ from tasks.engine.job import Job, require
 from tasks.engine.source import INDEX, SINGLE
 from tasks.engine.step import step
 from tasks.engine.text import TOKENIZER_FILES, files_digest
-from tasks.engine.version import SOURCE, Version, outside_tensors
-from tasks.pack import split_into_shards, untouched
+from tasks.engine.version import SOURCE, Version
 
 # small files that a checkpoint carries beside its weights
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json")
 
 
-def _depends_on(job: Job, packed: Sequence[str], version: Version = SOURCE) -> dict[str, Any]:
+def _depends_on(
+    job: Job, packed: Sequence[str], beside: str, version: Version = SOURCE
+) -> dict[str, Any]:
     return {
-        "blocks": list(packed),
-        "config": dict(job.source.config),
+        **_transformed_depends_on(job, packed, beside, version),
         "quantization": quantization_config(job.scheme, job.plan.ignore),
-        "outside": [job.source.digest(job.plan.outside), version.rotation],
-        "companions": files_digest(job.source, COMPANIONS),
     }
 
 
 @step(depends_on=_depends_on)
 def export(
-    job: Job, draft: Draft, packed: Sequence[str], version: Version = SOURCE
+    job: Job, draft: Draft, packed: Sequence[str], beside: str, version: Version = SOURCE
 ) -> dict[str, Any]:
-    """Link the packed blocks, write the other tensors, the index, the config and the tokenizer."""
-    return _assemble(job, draft, packed, version, exported_config(job, version))
+    """Link packed blocks and the tensors beside them; write index, config and tokenizer.
+
+    Args:
+        job: the run.
+        draft: the entry to fill.
+        packed: keys of the blocks, in their order.
+        beside: key of the tensors outside of the blocks.
+        version: of the model before rounding.
+    """
+    return _assemble(job, draft, [*packed, beside], exported_config(job, version))
 
 
-def _transformed_depends_on(job: Job, blocks: Sequence[str], version: Version) -> dict[str, Any]:
+def _transformed_depends_on(
+    job: Job, blocks: Sequence[str], beside: str, version: Version
+) -> dict[str, Any]:
     return {
         "blocks": list(blocks),
-        "config": dict(job.source.config),
-        "outside": [job.source.digest(job.plan.outside), version.rotation],
+        "beside": beside,
+        "config": unquantized_config(job, version),
         "companions": files_digest(job.source, COMPANIONS),
     }
 
 
 @step(depends_on=_transformed_depends_on)
 def export_transformed(
-    job: Job, draft: Draft, blocks: Sequence[str], version: Version
+    job: Job, draft: Draft, blocks: Sequence[str], beside: str, version: Version
 ) -> dict[str, Any]:
     """Assemble a checkpoint of blocks before rounding, the ones of :mod:`tasks.transformed`."""
-    return _assemble(job, draft, blocks, version, unquantized_config(job, version))
+    return _assemble(job, draft, [*blocks, beside], unquantized_config(job, version))
 
 
 def _assemble(
-    job: Job, draft: Draft, blocks: Sequence[str], version: Version, config: dict[str, Any]
+    job: Job, draft: Draft, parts: Sequence[str], config: dict[str, Any]
 ) -> dict[str, Any]:
-    entries = [require(job, key) for key in blocks]
+    entries = [require(job, key) for key in parts]
     shards = [entry.file(name) for entry in entries for name in sorted(entry.files)]
-    outside: dict[str, Tensor] = {
-        name: untouched(tensor, job) for name, tensor in outside_tensors(job, version).items()
-    }
-    groups = split_into_shards(outside)
-    total = len(shards) + len(groups)
-    names = [_shard_name(number, total) for number in range(1, total + 1)]
-    for name, shard in zip(names, shards, strict=False):
-        draft.link(name, shard)
-    for name, members in zip(names[len(shards) :], groups, strict=True):
-        draft.save_tensors(name, {n: outside[n] for n in members}, {"format": "pt"})
+    total = len(shards)
     weight_map: dict[str, str] = {}
     size = 0
-    for name in names:
-        with safe_open(draft.folder / name, framework="pt") as file:
+    for number, shard in enumerate(shards, start=1):
+        name = _shard_name(number, total)
+        linked = draft.link(name, shard)
+        with safe_open(linked, framework="pt") as file:
             weight_map |= {tensor: name for tensor in file.keys()}  # noqa: SIM118
-        size += (draft.folder / name).stat().st_size
+        size += linked.stat().st_size
     if total > 1:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(draft, INDEX, index)

@@ -45,11 +45,11 @@ def pack(job: Job, draft: Draft, origin: Origin, block: int) -> dict[str, Any]:
     return save_shards(draft, packed)
 
 
-def save_shards(draft: Draft, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a block's tensors into as many files as it takes; how many, and their bytes."""
+def save_shards(draft: Draft, tensors: dict[str, Tensor], name: str = "block") -> dict[str, Any]:
+    """Write tensors into as many files as it takes, called ``name``; how many, and their bytes."""
     shards = split_into_shards(tensors)
     for number, names in enumerate(shards):
-        file = "block.safetensors" if len(shards) == 1 else f"block-{number}.safetensors"
+        file = f"{name}.safetensors" if len(shards) == 1 else f"{name}-{number}.safetensors"
         draft.save_tensors(file, {n: tensors[n] for n in names}, {"format": "pt"})
     return {"tensors": len(tensors), "bytes": sum(_size(t) for t in tensors.values())}
 

@@ -122,7 +122,7 @@ def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
     if quant.method is Method.QUAROT:
         # a rotated head is no longer the embedding; what comes last rounds what it rotated
         return {
-            "export": 2 * export_dtype(job.dtype).itemsize * sizes.head,
+            "outside": 2 * export_dtype(job.dtype).itemsize * sizes.head,
             "quantize": FLOAT * sizes.block + codes + FLOAT * 2 * sizes.group,
         }
     if step.calib is None:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,8 @@ def quantizer_imports(name: str) -> tuple[str, ...]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = importlib.util.resolve_name("." * node.level + (node.module or ""), _home(name))
-            inner = [f"{base}.{alias.name}" for alias in node.names]
-            submodules = [m for m in inner if _is_ours(m) and _exists(m)]
             # the package's __init__ re-exports everything: only what is named counts
-            found += submodules or [base]
+            found += _submodules(base, [alias.name for alias in node.names]) or [base]
     return tuple(sorted({m for m in found if _is_ours(m)}))
 
 
@@ -70,11 +68,14 @@ def _is_ours(module: str) -> bool:
     return module == PACKAGE or module.startswith(PACKAGE + ".")
 
 
-def _exists(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+def _submodules(package: str, names: Sequence[str]) -> list[str]:
+    """Those of some names in a package of ours that are modules of their own."""
+    spec = importlib.util.find_spec(package) if _is_ours(package) else None
+    # what is no package has none: to look for them there would import it, and what it imports
+    if spec is None or spec.submodule_search_locations is None:
+        return []
+    inner = [f"{package}.{name}" for name in names]
+    return [module for module in inner if importlib.util.find_spec(module) is not None]
 
 
 def _path(module: str) -> Path:

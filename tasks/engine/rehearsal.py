@@ -1,4 +1,4 @@
-"""Having a GPU load what it will compute with, on next to nothing, before a block waits for it.
+"""Having a GPU load what it will compute with and on, before the first block waits for it.
 
 Libraries load each kernel, and compile some, when it is first asked for: seconds of a first block.
 """
@@ -24,6 +24,8 @@ from tasks.engine.export_format import compress, restore
 from tasks.engine.job import Job
 from tasks.engine.precision import search_products
 from tasks.engine.ranges import largest_of_all, of_weight
+from tasks.engine.streams import keep_embedding
+from tasks.engine.version import SOURCE
 
 # kernels are made for sizes that sixteen divides, whatever those are
 ROWS = 64
@@ -54,6 +56,21 @@ def rehearse(job: Job) -> None:
         for step in calibrated:
             _searched(job, step, weight, statistics)
         _rounded(job, weight, statistics)
+
+
+def fetch_first(job: Job) -> None:
+    """Read what the first block takes: its tensors and the embedding; kept until it is asked for.
+
+    Raises:
+        Exception: of any kind, which is to be met where the work itself meets it.
+    """
+    first = job.steps[0]
+    # alone with a block of their own, others begin with another one
+    if not job.on_gpu or (job.team.size > 1 and not job.recipe.calibrated):
+        return
+    job.read_block(0)
+    if first.calib is not None:
+        keep_embedding(job, SOURCE)
 
 
 def _passed(job: Job, step: ResolvedStep) -> None:

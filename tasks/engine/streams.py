@@ -172,12 +172,24 @@ def _never() -> Tensor:
 def _embed(job: Job, stream: Stream) -> Tensor:
     tokens = read_tokens(require(job, stream.tokens))
     tokens = tokens[job.team.own(len(tokens))]
-    embedding = read_embedding(job, stream.version)
+    embedding = keep_embedding(job, stream.version)
+    drop_embedding(job)
     batches = micro_batches(tokens, job.device)
     place = job.stream_place(tokens.numel() * embedding.shape[1] * embedding.itemsize)
     return torch.cat(
         [job.decoder.embed(embedding, batch.to(job.device))[0].to(place) for batch in batches]
     )
+
+
+def keep_embedding(job: Job, version: Version) -> Tensor:
+    """The embedding, which is kept until windows are embedded, or are found to be."""
+    key = version.rotation or "source"
+    return job.memo.get("embedding", key, lambda: read_embedding(job, version))
+
+
+def drop_embedding(job: Job) -> None:
+    """Keep the embedding no longer."""
+    job.memo.forget("embedding")
 
 
 def read_embedding(job: Job, version: Version) -> Tensor:

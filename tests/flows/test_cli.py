@@ -191,7 +191,7 @@ def test_first_run_for_a_machine(made: Made, tiny: Path) -> None:
     assert [step["step"] for step in result["steps"]] == [
         *("load_model", "evaluation_set"),
         *(f"{name}[block {block}]" for block in (0, 1) for name in ("quantize", "pack")),
-        *("export", "verify", "evaluate", "sample_text"),
+        *("outside", "export", "verify", "evaluate", "sample_text"),
     ]
     assert not any(step["cached"] for step in result["steps"])
     assert result["metrics"]["tokens"] == 2 * 31
@@ -267,7 +267,7 @@ def test_second_run_on_a_terminal(made: Made, tmp_path: Path, tiny: Path) -> Non
         assert noise not in text
     lines = text.replace("\r", "\n").splitlines()
     assert any(line.startswith("W4A16: NLL ") for line in lines)
-    assert any("(10 steps, 10 found in the store)" in line for line in lines)
+    assert any("(11 steps, 11 found in the store)" in line for line in lines)
     (launch,) = [line for line in lines if line.startswith("serve it: ")]
     assert launch.startswith(
         f"serve it: python -m sglang.launch_server --model-path {tmp_path / 'again'}"

@@ -66,6 +66,7 @@ STEPS = [
     "transform[block 1]",
     "quantize[block 1]",
     "pack[block 1]",
+    "outside",
     "export",
     "verify",
     "evaluate",

@@ -40,7 +40,7 @@ steps:
     quant: {{method: GPTQ, weight: {INT8}, act: {TOKENS}, {FEEDBACK}, quant_out: true}}
 """
 TEXTS = ["load_model", "evaluation_set", "calibration_set"]
-MEASURED = ["export", "verify", "evaluate"]
+MEASURED = ["outside", "export", "verify", "evaluate"]
 ROUNDED = [
     "quantize[block 0]",
     "pack[block 0]",

@@ -19,6 +19,7 @@ from tasks.engine.store import Entry, Store
 from tasks.engine.values import resolved
 from tasks.engine.windows import TOKENS
 from tasks.export import export
+from tasks.outside import outside
 from tasks.pack import pack
 from tasks.quantize import Origin, quantize
 
@@ -68,7 +69,8 @@ def export_of(job: Job) -> tuple[Path, dict[str, str]]:
         prefix = job.plan.blocks[block].prefix
         digests |= {prefix + name: linear["digest"] for name, linear in linears.items()}
         packed.append(make_entry(pack, job, origin, block=block).key)
-    return make_entry(export, job, tuple(packed)).folder, digests
+    beside = make_entry(outside, job).key
+    return make_entry(export, job, tuple(packed), beside).folder, digests
 
 
 def random_tokens(windows: int, length: int, vocabulary: int = 8192, seed: int = 0) -> Tensor:

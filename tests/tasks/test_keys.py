@@ -22,6 +22,7 @@ from tasks.evaluate import evaluate
 from tasks.evaluation_set import evaluation_set
 from tasks.export import export
 from tasks.load_model import load_model
+from tasks.outside import outside
 from tasks.pack import pack
 from tasks.quantize import Origin, quantize
 from tasks.transform import transform
@@ -34,7 +35,8 @@ FIRST = {"transform 0", "quantize 0", "pack 0", "advance 0"}
 SECOND = {"transform 1", "quantize 1", "pack 1"}
 BLOCKS = FIRST | SECOND
 END = {"export", "verify", "evaluate"}
-ALL = {"load_model", *TEXTS, *BLOCKS, *END}
+OUTSIDE = {"outside"} | END
+ALL = {"load_model", *TEXTS, *BLOCKS, *OUTSIDE}
 
 
 def keys_of(job: Job) -> dict[str, str]:
@@ -59,9 +61,11 @@ def keys_of(job: Job) -> dict[str, str]:
             through = packed[-1] if step.quant.quant_out else None
             keys[f"advance {block}"] = advance.key(job, stream, through, block=block)
             stream = stream.after(keys[f"advance {block}"], through)
-    exported = export.key(job, tuple(packed))
+    beside = outside.key(job)
+    exported = export.key(job, tuple(packed), beside)
     tokens = keys["evaluation_set"]
     return keys | {
+        "outside": beside,
         "export": exported,
         "verify": verify.key(job, exported, {}),
         "evaluate": evaluate.key(job, exported, tokens, job.evaluation),
@@ -124,9 +128,9 @@ FILES: dict[str, tuple[Callable[[Case], object], set[str]]] = {
         lambda case: case.flip("model.layers.1.self_attn.v_proj.weight"),
         SECOND | END,
     ),
-    "the embedding": (lambda case: case.flip("model.embed_tokens.weight"), BLOCKS | END),
-    "the final norm": (lambda case: case.flip("model.norm.weight"), END),
-    "the head": (lambda case: case.flip("lm_head.weight"), END),
+    "the embedding": (lambda case: case.flip("model.embed_tokens.weight"), BLOCKS | OUTSIDE),
+    "the final norm": (lambda case: case.flip("model.norm.weight"), OUTSIDE),
+    "the head": (lambda case: case.flip("lm_head.weight"), OUTSIDE),
     "config.json": (
         lambda case: edit_config(case.model, rms_norm_eps=1e-4),
         {"load_model"} | BLOCKS | END,
