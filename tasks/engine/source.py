@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from tasks.engine.ranges import largest_magnitude, largest_of_all
 from tasks.engine.store import sealed, unsealed, write_text
 from tasks.engine.transfer import to_host
 
+# threads of a run digest different tensors of one file
+_REMEMBERING = threading.Lock()
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {
@@ -166,9 +169,11 @@ class Source:
         missing = [name for name in names if name not in remembered]
         if missing:
             with safe_open(mark[0], framework="pt") as opened:
-                for name in missing:
-                    remembered[name] = tensor_digest(opened.get_tensor(name))
-            _remember(self.digest_memo, mark, remembered)
+                found = {name: tensor_digest(opened.get_tensor(name)) for name in missing}
+            with _REMEMBERING:
+                # another thread may have remembered others meanwhile
+                _remember(self.digest_memo, mark, _recall(self.digest_memo, mark) | found)
+            remembered |= found
         return {name: remembered[name] for name in names}
 
 

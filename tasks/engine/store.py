@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -274,7 +275,8 @@ def _remove(place: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to a temporary name and rename it: ``path`` is whole or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # threads write the same one, too
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 

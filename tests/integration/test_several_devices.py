@@ -337,8 +337,9 @@ def test_a_command_s_processes_start_before_its_input_is_checked(
     started: list[flows.crew_start.Started] = []
     start = flows.crew_start.Started
 
-    def starting(devices: Any) -> flows.crew_start.Started:
-        started.append(start(devices))
+    def starting(devices: Any, calibrated: bool) -> flows.crew_start.Started:
+        assert calibrated
+        started.append(start(devices, calibrated))
         return started[-1]
 
     monkeypatch.setattr(flows.crew_start, "Started", starting)

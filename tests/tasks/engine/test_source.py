@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -320,6 +322,25 @@ def test_a_damaged_memory_is_made_again(
 def test_free_bytes_of_a_place_that_is_not_there(tmp_path: Path) -> None:
     here = shutil.disk_usage(tmp_path).free
     assert free_bytes(tmp_path / "not" / "there") == pytest.approx(here, rel=0.05)
+
+
+def test_threads_remember_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, memo = write(tmp_path / "model", make_tensors()), tmp_path / "digests"
+    source = open_source(folder, memo)
+    # each is at its tensor before the other one has written what it found
+    both = Barrier(2, timeout=10)
+
+    def digested(tensor: Tensor) -> str:
+        both.wait()
+        return tensor_digest(tensor)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as threads:
+        patch.setattr(module, "tensor_digest", digested)
+        found = list(threads.map(source.digest, (["a"], ["b"])))
+    monkeypatch.setattr(module, "tensor_digest", lambda _: 1 / 0)
+    assert [open_source(folder, memo).digest([name]) for name in "ab"] == found
 
 
 def test_a_digest_is_known_once_it_was_taken(tmp_path: Path) -> None:
