@@ -27,6 +27,7 @@ import torch.distributed as dist
 from flows.block_plan import Pass
 from flows.crew_process import Failure, Process, worst_of
 from flows.crew_start import TRACE, take_started
+from flows.found import Found, looking
 from tasks.check import Request
 from tasks.engine.ahead import DEPTH, Call, Plan, begun_ahead
 from tasks.engine.draft import Draft
@@ -243,6 +244,7 @@ class Crew:
     peaks: dict[str, int] = field(default_factory=dict)
     _shift: Shift | None = None
     _round: Round | None = None
+    _found: Found[Asked] | None = None
 
     def begin(self) -> Shift:
         """Those that compute now; started where there are none."""
@@ -262,14 +264,17 @@ class Crew:
         """The calls of a plan, each with its result, which may still be computed."""
         job.memo.clear()
         vacate(job.device)
-        with job.store.scratch("ahead") as place:
+        with job.store.scratch("ahead") as place, looking(job.store) as self._found:
             self._round = Round(passed, place)
             yield begun_ahead(job, plan, self._begun, DEPTH if self.ahead else 1)
 
     def _begun(self, job: Job, call: Call, key: str) -> Asked:
-        assert self._round is not None
+        assert self._round is not None and self._found is not None
         asked = Asked(self, job, call.block, self._round.planned(call, key))
-        if self.ahead and job.store.get(key) is None:
+        if self.ahead and not self._found.take(asked, key):
+            # in their order: what comes after a result is not asked for before it
+            for damaged in self._found.damaged():
+                damaged.ask()
             asked.ask()
         return asked
 

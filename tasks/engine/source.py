@@ -8,6 +8,7 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,8 @@ from tasks.engine.ranges import largest_magnitude, largest_of_all
 from tasks.engine.store import sealed, unsealed, write_text
 from tasks.engine.transfer import to_host
 
+# a disk that is read ahead, or files in memory, are faster than one thread
+DIGEST_THREADS = 4
 # threads of a run digest different tensors of one file
 _REMEMBERING = threading.Lock()
 INDEX = "model.safetensors.index.json"
@@ -169,7 +172,10 @@ class Source:
         missing = [name for name in names if name not in remembered]
         if missing:
             with safe_open(mark[0], framework="pt") as opened:
-                found = {name: tensor_digest(opened.get_tensor(name)) for name in missing}
+                # mapped: they are read as they are digested
+                mapped = [opened.get_tensor(name) for name in missing]
+                with ThreadPoolExecutor(DIGEST_THREADS) as threads:
+                    found = dict(zip(missing, threads.map(tensor_digest, mapped), strict=True))
             with _REMEMBERING:
                 # another thread may have remembered others meanwhile
                 _remember(self.digest_memo, mark, _recall(self.digest_memo, mark) | found)

@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,9 @@ class Store:
     def __init__(self, root: Path) -> None:
         """Use ``root``; nothing is created before the first write."""
         self.root = Path(root).absolute()
-        # checksums that this process has taken, by what changes when a file does
-        self._checksums: dict[tuple[int, ...], str] = {}
+        # checksums that this process has taken or takes, by what changes when a file does
+        self._checksums: dict[tuple[int, ...], Future[str]] = {}
+        self._noting = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
         """Travel as the folder's name."""
@@ -90,6 +92,17 @@ class Store:
         ):
             return None
         return entry
+
+    def seems_whole(self, key: str) -> bool:
+        """Whether the entry of ``key`` is there, its files of their sizes: their bytes not read."""
+        entry = _read_manifest(self.folder(key))
+        try:
+            return entry is not None and all(
+                (entry.folder / name).stat().st_size == stored.size
+                for name, stored in entry.files.items()
+            )
+        except OSError:
+            return False
 
     @contextlib.contextmanager
     def lock(self, key: str, timeout_s: float = -1) -> Iterator[None]:
@@ -178,14 +191,24 @@ class Store:
     def describe(self, path: Path) -> StoredFile:
         """Size and checksum of a file, which is read once: a hard link to it is the same file."""
         mark = _mark(path)
-        if mark not in self._checksums:
-            self._checksums[mark] = checksum(path)
+        with self._noting:
+            known = self._checksums.get(mark)
+            # another thread that asks meanwhile waits for this one
+            taken = self._checksums.setdefault(mark, Future())
+        if known is None:
+            try:
+                taken.set_result(checksum(path))
+            except BaseException as error:
+                del self._checksums[mark]
+                taken.set_exception(error)
         _, _, size, _ = mark
-        return StoredFile(size, self._checksums[mark])
+        return StoredFile(size, taken.result())
 
     def note(self, path: Path, found: str) -> None:
         """Remember the checksum of a file that another process of ours has taken."""
-        self._checksums[_mark(path)] = found
+        noted: Future[str] = Future()
+        noted.set_result(found)
+        self._checksums[_mark(path)] = noted
 
     def entries(self) -> list[Entry]:
         """List the entries that have a readable manifest, oldest first."""

@@ -6,6 +6,7 @@ Where there is no GPU, each process computes on the CPU: ``--device cpu,cpu``.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -169,6 +170,19 @@ def test_results_that_are_asked_for_before_they_are_needed(
     assert contents(home / "ahead") == contents(home / "in-turn")
     assert len(asked) == len(set(asked)), "a result was asked for twice"
     assert ahead["phases"][AHEAD] > 0 and ahead["phases"][IN_TASK] == 0
+    # of what is found, a damaged result and one that is gone are made again, and no other
+    entries = Store(home / "store-ahead").entries()
+    packed, *_ = [entry for entry in entries if entry.task == "pack"]
+    *_, rounded = [entry for entry in entries if entry.task == "quantize"]
+    shard = packed.folder / "block.safetensors"
+    data = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(bytes([*data[:-1], data[-1] ^ 1]))
+    shutil.rmtree(rounded.folder)
+    mended = quantized(home, tiny, words, "ahead", recipe)
+    assert contents(home / "ahead") == contents(home / "in-turn")
+    made = [step["step"] for step in mended["steps"] if not step["cached"]]
+    assert made == ["pack[block 0]", "quantize[block 1]"]
     # one is killed while others wait to be made: what was made stays, the rest is made by new ones
     with watched(monkeypatch, 4, kill_last) as asked:
         quantized(home, tiny, words, "killed", recipe)

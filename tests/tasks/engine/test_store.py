@@ -9,7 +9,9 @@ import pickle
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -193,6 +195,56 @@ def test_checksums_are_taken_once(store: Store, monkeypatch: pytest.MonkeyPatch)
     os.utime(path, ns=(1, 1))
     assert store.get(KEY) is not None
     assert taken[2:] == [path]
+
+
+def test_threads_that_ask_together_have_a_file_read_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store)
+    other, begun, go_on = Store(store.root), Event(), Event()
+    taken: list[Path] = []
+    real = module.checksum
+
+    def checksum(path: Path) -> str:
+        taken.append(path)
+        begun.set()
+        assert go_on.wait(10)
+        return real(path)
+
+    monkeypatch.setattr(module, "checksum", checksum)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(other.get, KEY)
+        assert begun.wait(10)
+        second = threads.submit(other.get, KEY)
+        go_on.set()
+        assert first.result() == second.result() == store.get(KEY)
+    assert len(taken) == len(set(taken)) == 2
+
+
+def test_a_file_that_could_not_be_read_is_read_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store)
+    other = Store(store.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "checksum", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            other.get(KEY)
+    assert other.get(KEY) == store.get(KEY)
+
+
+def test_what_seems_whole_is_of_its_sizes(store: Store) -> None:
+    assert not store.seems_whole(KEY)
+    folder = put(store).folder
+    assert store.seems_whole(KEY)
+    weights = folder / "weights.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(bytes([data[0] ^ 1, *data[1:]]))
+    assert store.seems_whole(KEY) and store.get(KEY) is None
+    weights.write_bytes(data[:-1])
+    assert not store.seems_whole(KEY)
+    weights.unlink()
+    assert not store.seems_whole(KEY)
 
 
 def test_committing_again_replaces(store: Store) -> None:
