@@ -140,6 +140,7 @@ def _quantize(
     described = course.run(load_model, job)
     course.plan(described.value["blocks"] * sum(passes(job)))
     sets: dict[str, Entry] = {}
+    job.digest_ahead(0)
     # before the blocks: a text that cannot be had is better found now
     sets["evaluation"] = course.run(evaluation_set, job, job.evaluation).entry
     calibrated = [calibration(job, course, step, sets) for step in job.steps]

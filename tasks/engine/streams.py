@@ -296,11 +296,12 @@ def keep_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
         _write_boundary(job, stream, hidden)
     elif not job.behind.busy:
         place = f"block {stream.block}: its hidden states could not be kept"
-        ready = reached(job.device)
+        ready, held = reached(job.device), [hidden]
 
         def write() -> None:
             with beside(job.device, ready):
-                on_host = to_host(hidden)
+                # the device keeps it no longer: a disk may take longer than the next blocks
+                on_host = to_host(held.pop())
             _write_boundary(job, stream, on_host)
 
         job.behind.offer(place, write)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -266,3 +268,32 @@ def test_a_boundary_that_another_run_drops_is_made_again(course: Course) -> None
 
     object.__setattr__(job.store, "get", found_and_dropped)
     assert torch.equal(hidden_states(job, stream), wanted)
+
+
+def test_a_device_keeps_no_hidden_states_for_the_disk(
+    model: Path, job_of: JobOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(model, "rtn_w4a16", GROUPS)
+    # nothing is on a GPU here: what is copied from one is pretended
+    monkeypatch.setattr(Job, "on_gpu", True)
+    monkeypatch.setattr("tasks.engine.streams.to_host", Tensor.clone)
+    copied, go_on = Event(), Event()
+    written: list[Tensor] = []
+
+    def write(_: Job, __: Stream, hidden: Tensor) -> None:
+        written.append(hidden)
+        copied.set()
+        assert go_on.wait(10)
+
+    monkeypatch.setattr("tasks.engine.streams._write_boundary", write)
+    hidden = torch.ones(2, 4, 32)
+    kept = weakref.ref(hidden)
+    keep_boundary(job, Stream("tokens"), hidden)
+    del hidden
+    assert copied.wait(10)
+    try:
+        assert kept() is None, "it would be on the device as long as the disk takes"
+    finally:
+        go_on.set()
+    job.behind.wait()
+    assert torch.equal(written[0], torch.ones(2, 4, 32))
