@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quantizers.number_formats import rounded_to_float8
 from quantizers.schemes import ActivationScheme, Granularity
 
 __all__ = ["quantize_dequantize_activation"]
@@ -53,7 +54,7 @@ def quantize_dequantize_activation(
     work.mul_(factor)
     if number.is_float:
         work.clamp_(number.qmin, number.qmax)
-        work = work.to(number.code_dtype).to(torch.float32)
+        work = rounded_to_float8(work, number)
     else:
         work = _round_half_away(work).clamp_(number.qmin, number.qmax)
     return work.mul_(step).to(x.dtype)

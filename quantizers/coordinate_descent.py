@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantizers.gptq import round_columns
+from quantizers.number_formats import codes_in_float32
 from quantizers.rounding import QuantizedWeight, dequantize, expand_scale
 from quantizers.scale_refit import better_rows
 from quantizers.schemes import WeightScheme
@@ -53,7 +54,7 @@ def descend(
         for p in (quantized.scale, quantized.zero_point)
     )
     assert scale is not None
-    codes = quantized.codes.to(torch.float32).t().contiguous()
+    codes = codes_in_float32(quantized.codes).t().contiguous()
     error = work - dequantize(quantized, scheme).t()
     for _ in range(sweeps):
         before = codes.clone()

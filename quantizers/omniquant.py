@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantizers.errors import NonFiniteError
+from quantizers.number_formats import rounded_to_float8
 from quantizers.rounding import expand_scale
 from quantizers.scales import weight_scales
 from quantizers.schemes import WeightScheme
@@ -72,7 +73,7 @@ def fake_quantize(weight: Tensor, scheme: WeightScheme, low: Tensor, high: Tenso
     levels = work / per_entry
     if number.is_float:
         levels = levels.clamp(number.qmin, number.qmax)
-        exact = levels.detach().to(number.code_dtype).to(torch.float32)
+        exact = rounded_to_float8(levels.detach(), number)
         return (levels + (exact - levels).detach()) * per_entry
     offset = 0.0 if zero is None else expand_scale(zero, scheme, *work.shape).to(torch.float32)
     levels = levels + (levels.round() - levels).detach()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quantizers.devices import compiles_kernels
 from quantizers.errors import NonFiniteError
+from quantizers.number_formats import codes_in_float32, rounded_to_float8
 from quantizers.scales import matrix_shape, weight_scales
 from quantizers.schemes import Granularity, WeightScheme
 
@@ -193,7 +194,7 @@ def dequantize(
     scales = scales.to(torch.float32)
     restored = torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format)
     for part in _row_slices(codes):
-        work = codes[part].to(torch.float32)
+        work = codes_in_float32(codes[part])
         if zeros is not None:
             for tile, tile_zero in _tiles(work, zeros[part], width):
                 tile.sub_(tile_zero)
@@ -235,7 +236,7 @@ def quantize_dequantize_weight(
     ):
         torch.div(source, tile_scale, out=tile)
     if number.is_float:
-        work.copy_(work.clamp_(number.qmin, number.qmax).to(number.code_dtype))
+        work = rounded_to_float8(work.clamp_(number.qmin, number.qmax), number)
     elif zeros is None:
         work.round_().clamp_(number.qmin, number.qmax)
     else:

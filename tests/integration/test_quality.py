@@ -59,7 +59,6 @@ SEARCHED = {
     FIRST: {
         "gptq_w4a16": Bound(0.0157, 0.0228),
         "awq_w4a16": Bound(0.0226, 0.0296),
-        "fp8/awq_fp8": Bound(0.0051, 0.0043),
     },
 }
 
