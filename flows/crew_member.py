@@ -27,10 +27,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from configs.loading import load_recipe
 from flows.block_plan import Pass
-from flows.crew import END_S, Assignment, meet
 from flows.crew_process import Failure
 from flows.crew_start import TRACE, Seat
 from flows.loading import load
+from flows.shift import END_S, Assignment, meet
 from quantizers.statistics import add_batch, empty_statistics
 from tasks.check import Request, check_device, checked_job
 from tasks.engine.ahead import Call, Host, Plan
@@ -93,10 +93,10 @@ class Work:
             call = self._call
             if call is None or call.step.label(call.block) != label:
                 raise LookupError(f"no {label} comes next in this pass: the processes disagree")
-            if call.block:
-                # it was read for the first block, which was found
-                drop_embedding(self.job)
             if number == len(calls):
+                if call.block:
+                    # what was read for a first block that was found
+                    drop_embedding(self.job)
                 made = call.step.make(self.job, key, *call.args, block=call.block)
             self._call = _sent(self._calls, key)
         assert made is not None
@@ -122,20 +122,20 @@ def warm(device: str) -> None:
         add_batch(empty_statistics(128, x.device), x)
 
 
-def rehearsed(job: Job) -> None:
-    """Have a GPU load what the job's steps ask of it, and what the first block takes."""
+def prepared(job: Job, first: bool) -> None:
+    """Have a GPU load what the job's steps ask of it, and what the first block takes if need be."""
     if not job.on_gpu:
         return
-    # what fails is met again where it is needed
-    with working_on(job.device, "rehearse"):
+    for prepare in (rehearse, fetch_first) if first else (rehearse,):
         try:
-            rehearse(job)
+            with working_on(job.device, prepare.__name__):
+                prepare(job)
         except Exception as error:
-            log.warning("rehearsal on %s: %s", job.device, one_line(error))
-        vacate(job.device)
-        forget_peaks(job.device)
-        with suppress(Exception):
-            fetch_first(job)
+            # it is met again where it is needed
+            log.warning("%s on %s: %s", prepare.__name__, job.device, one_line(error))
+        if prepare is rehearse:
+            vacate(job.device)
+            forget_peaks(job.device)
 
 
 def _sent(calls: Plan, key: str) -> Call | None:
@@ -310,9 +310,9 @@ def main() -> None:
         log.addHandler(Forwarded(say, seat.rank))
         # the flow is still at its texts
         _ = job.plan
-        if seat.calibrated:
+        if assignment.calibrated:
             _ = job.decoder
-        rehearsed(job)
+        prepared(job, assignment.first)
         with _traced(seat.rank):
             work(job, told, say)
 

@@ -34,7 +34,7 @@ class Seat:
     rank: int
     devices: tuple[str, ...]
     meeting: str
-    calibrated: bool = True
+    calibrated: bool
 
 
 class Member:
@@ -100,7 +100,7 @@ class Started:
         taken: whether they were given a job.
     """
 
-    def __init__(self, devices: Sequence[str], calibrated: bool = True) -> None:
+    def __init__(self, devices: Sequence[str], calibrated: bool) -> None:
         """Start them, which takes them some seconds; nothing waits for them here."""
         self._folder = tempfile.TemporaryDirectory(prefix="blockquant-crew-")
         folder = Path(self._folder.name)
@@ -132,7 +132,7 @@ _EARLY: ContextVar[Started | None] = ContextVar("crew that was started early", d
 
 
 @contextmanager
-def started_early(device: str, calibrated: bool = True) -> Iterator[None]:
+def started_early(device: str, calibrated: bool) -> Iterator[None]:
     """Have the processes start, where there are to be any, while input is checked.
 
     Those that nobody took by the end are ended.
@@ -154,10 +154,10 @@ def started_early(device: str, calibrated: bool = True) -> Iterator[None]:
             started.end()
 
 
-def take_started(device: str) -> Started:
+def take_started(device: str, calibrated: bool) -> Started:
     """Processes on what ``--device`` says: those that were started early, or new ones."""
     early = _EARLY.get()
     if early is None or early.taken or early.devices != names(device):
-        early = Started(names(device))
+        early = Started(names(device), calibrated)
     early.taken = True
     return early

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from tasks.engine.store import Entry, Store
 
@@ -15,13 +14,21 @@ THREADS = 3
 
 
 class Found(Generic[Asked]):
-    """What was found of what a pass asks for, in its order."""
+    """What was found of what a pass asks for, in its order; to be entered and left."""
 
-    def __init__(self, store: Store, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, store: Store) -> None:
         """Have threads read what is in a store."""
         self._store = store
-        self._threads = threads
-        self._looked: list[tuple[Asked, Future[Entry | None]]] = []
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="blockquant-found")
+        self._looked: deque[tuple[Asked, Future[Entry | None]]] = deque()
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Read no more."""
+        self._threads.shutdown(cancel_futures=True)
 
     def take(self, asked: Asked, key: str) -> bool:
         """Have a result read, whose task will ask whether it is whole; False where none is."""
@@ -32,15 +39,10 @@ class Found(Generic[Asked]):
 
     def damaged(self) -> list[Asked]:
         """Those that are not whole, in their order, of all that were taken since the last call."""
-        looked, self._looked = self._looked, []
+        looked, self._looked = self._looked, deque()
         return [asked for asked, entry in looked if entry.result() is None]
 
-
-@contextmanager
-def looking(store: Store) -> Iterator[Found[Asked]]:
-    """Look at results of a store; at the end no more are read."""
-    threads = ThreadPoolExecutor(THREADS, thread_name_prefix="blockquant-found")
-    try:
-        yield Found(store, threads)
-    finally:
-        threads.shutdown(cancel_futures=True)
+    def passed(self, asked: Asked) -> None:
+        """It is a result's turn: its task sees to it, and nobody else."""
+        if self._looked and self._looked[0][0] is asked:
+            self._looked.popleft()

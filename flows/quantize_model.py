@@ -214,7 +214,12 @@ def _outside_aside(job: Job, crew: Crew | None) -> Iterator[Aside | None]:
         yield None
         return
     with made_aside(job, outside) as aside:
-        yield aside
+        try:
+            yield aside
+        except BaseException:
+            # while the thread is waited for no device goes on
+            crew.close(at_once=True)
+            raise
 
 
 def _products(

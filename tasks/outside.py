@@ -13,8 +13,11 @@ from tasks.pack import save_shards, untouched
 
 
 def _depends_on(job: Job, version: Version = SOURCE) -> dict[str, Any]:
+    rotated = (
+        None if version.rotation is None else [version.rotation, job.plan.architecture.model_type]
+    )
     return {
-        "outside": [job.source.digest(job.plan.outside), version.rotation],
+        "outside": [job.source.digest(job.plan.outside), rotated],
         "dtype": str(export_dtype(job.dtype)),
     }
 

@@ -99,9 +99,10 @@ def keyed(job: Job, plan: Plan) -> Iterator[tuple[Call, str]]:
     with suppress(StopIteration):
         call = next(plan)
         while True:
+            key = call.key(job)
             if call.block != block:
                 block = call.block
+                # the thread is through with this one, which the key took
                 job.digest_ahead(block + 1)
-            key = call.key(job)
             yield call, key
             call = plan.send(key)

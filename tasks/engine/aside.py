@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ class Aside:
         self._make = make
 
     def take(self) -> Made:
-        """Wait for it; made again where it was taken before.
+        """Wait for it; made anew where it failed, for what kept it then may have passed.
 
         Raises:
-            Exception: as it failed.
+            Exception: as it fails now.
         """
         begun, self._begun = self._begun, None
-        made = None if begun is None else begun.result()
-        return self._make() if made is None else made
+        with suppress(Exception):
+            made = None if begun is None else begun.result()
+            if made is not None:
+                return made
+        return self._make()
 
     def halt(self) -> None:
         """Nothing of it is on a device."""
@@ -57,9 +61,13 @@ def made_aside(job: Job, step: Step[...], *args: Any) -> Iterator[Aside]:
 
 def _made(job: Job, step: Step[...], place: Path, args: tuple[Any, ...]) -> Made:
     place.mkdir(parents=True, exist_ok=True)
-    draft = Draft(place)
-    value = step.compute(job, draft, *args)
-    for name in draft.saved:
-        # read while it is in memory: the task asks for it
-        job.store.describe(place / name)
+    try:
+        draft = Draft(place)
+        value = step.compute(job, draft, *args)
+        for name in draft.saved:
+            # read while it is in memory: the task asks for it
+            job.store.describe(place / name)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
     return Made(Draft.written(place, draft.saved), value, None)

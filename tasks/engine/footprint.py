@@ -1,7 +1,7 @@
 """What each stage of a run holds at once, in bytes: on a CPU beside the libraries, or on a GPU.
 
 Stages follow one another and leave only hidden states behind, so a run's peak is that of its
-largest stage. Files that are mapped into memory are not counted: they can be dropped at any time.
+largest stage; beside a GPU, what is outside of the blocks passes through the host's meanwhile. Files that are mapped into memory are not counted: they can be dropped at any time.
 """
 
 from __future__ import annotations
@@ -175,8 +175,7 @@ def _search_bytes(job: Job, step: ResolvedStep, sizes: Sizes) -> int:
 def least_bytes(job: Job) -> int:
     """What a device has to hold where all else waits on the host: a block, the head, one matrix."""
     sizes = sizes_of(job)
-    calibrated = any(step.calib is not None for step in job.steps)
-    gram = FLOAT * sizes.widest if calibrated else 0
+    gram = FLOAT * sizes.widest if job.recipe.calibrated else 0
     # a micro-batch stays as it is: the order of its sums decides bytes
     length = job.evaluation.seq_len
     texts = [(length, evaluation_tokens(job) // length)]

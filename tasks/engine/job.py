@@ -157,7 +157,7 @@ class Job:
     def fingerprint(self) -> dict[str, str]:
         """What decides the last bits on this machine."""
         # only sums over calibration windows are sums of shares
-        shared = self.team.size > 1 and any(step.calib is not None for step in self.steps)
+        shared = self.team.size > 1 and self.recipe.calibrated
         together = {"devices": str(self.team.size)} if shared else {}
         return device_fingerprint(self.device) | together
 
@@ -196,6 +196,9 @@ class Job:
     def leaner(self) -> Job | None:
         """The same job with less on the device, and room made there; None if there is none."""
         self.memo.clear()
+        self.loading.wait()
+        self._loaded.clear()
+        self._sent.clear()
         vacate(self.device)
         return None if self.lean else replace(self, lean=True)
 

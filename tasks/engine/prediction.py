@@ -152,8 +152,9 @@ def _export_bytes(job: Job) -> tuple[int, int]:
         # a rotated head is no longer the embedding
         outside += _count(job.source.tensors[job.plan.architecture.embedding].shape) * width
     save = job.recipe.save
+    # both are linked to one file of what is outside
+    made = outside + quantized * job.quantizes + before * save.save_trans
     quantized, before = quantized + outside, before + outside
-    made = quantized * job.quantizes + before * save.save_trans
     return made, quantized * save.save_sgl + before * save.save_trans
 
 

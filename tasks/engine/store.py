@@ -14,7 +14,6 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,9 +65,9 @@ class Store:
     def __init__(self, root: Path) -> None:
         """Use ``root``; nothing is created before the first write."""
         self.root = Path(root).absolute()
-        # checksums that this process has taken or takes, by what changes when a file does
-        self._checksums: dict[tuple[int, ...], Future[str]] = {}
-        self._noting = threading.Lock()
+        # checksums that this process has taken, by what changes when a file does
+        self._checksums: dict[tuple[int, ...], str] = {}
+        self._taking: dict[tuple[int, ...], threading.Lock] = {}
 
     def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
         """Travel as the folder's name."""
@@ -191,24 +190,16 @@ class Store:
     def describe(self, path: Path) -> StoredFile:
         """Size and checksum of a file, which is read once: a hard link to it is the same file."""
         mark = _mark(path)
-        with self._noting:
-            known = self._checksums.get(mark)
-            # another thread that asks meanwhile waits for this one
-            taken = self._checksums.setdefault(mark, Future())
-        if known is None:
-            try:
-                taken.set_result(checksum(path))
-            except BaseException as error:
-                del self._checksums[mark]
-                taken.set_exception(error)
+        # another thread that asks meanwhile waits for this one
+        with self._taking.setdefault(mark, threading.Lock()):
+            if mark not in self._checksums:
+                self._checksums[mark] = checksum(path)
         _, _, size, _ = mark
-        return StoredFile(size, taken.result())
+        return StoredFile(size, self._checksums[mark])
 
     def note(self, path: Path, found: str) -> None:
         """Remember the checksum of a file that another process of ours has taken."""
-        noted: Future[str] = Future()
-        noted.set_result(found)
-        self._checksums[_mark(path)] = noted
+        self._checksums[_mark(path)] = found
 
     def entries(self) -> list[Entry]:
         """List the entries that have a readable manifest, oldest first."""

@@ -182,19 +182,14 @@ def _embed(job: Job, stream: Stream) -> Tensor:
 
 
 def keep_embedding(job: Job, version: Version) -> Tensor:
-    """The embedding, which is kept until windows are embedded, or are found to be."""
+    """The embedding (V, D) as it is exported, in the compute dtype, on the device; kept there."""
     key = version.rotation or "source"
-    return job.memo.get("embedding", key, lambda: read_embedding(job, version))
+    return job.memo.get("embedding", key, lambda: embedding_of(job, version).to(job.compute_dtype))
 
 
 def drop_embedding(job: Job) -> None:
     """Keep the embedding no longer."""
     job.memo.forget("embedding")
-
-
-def read_embedding(job: Job, version: Version) -> Tensor:
-    """Read the embedding (V, D) as it is exported, in the compute dtype, on the device."""
-    return embedding_of(job, version).to(job.compute_dtype)
 
 
 def pass_block(job: Job, stream: Stream, hidden: Tensor, packed: str | None) -> Tensor:

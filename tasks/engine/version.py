@@ -36,7 +36,9 @@ class Version:
 
     def lineage(self, job: Job, block: int) -> list[str | None]:
         """What decides a block's weights."""
-        return [job.block_digest(block), self.rotation, *self.of_block(block)]
+        # which tensors turn which way, and what a norm adds, is the architecture's
+        kind = None if self.rotation is None else job.plan.architecture.model_type
+        return [job.block_digest(block), self.rotation, kind, *self.of_block(block)]
 
     def after(self, decided: Sequence[str | None]) -> Version:
         """The version one step further, given what it decided for each block."""

@@ -68,7 +68,7 @@ def process(script: str, heard: list[Any], logs: Path, patch: pytest.MonkeyPatch
     patch.setattr(flows.crew_start.sys, "executable", str(script))
     folder = logs.with_name("crew")
     folder.mkdir()
-    member = Member(Seat(1, ("cuda", "cpu"), str(folder / "meeting")), folder)
+    member = Member(Seat(1, ("cuda", "cpu"), str(folder / "meeting"), True), folder)
     return Process(member, logs, heard.append)
 
 

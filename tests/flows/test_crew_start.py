@@ -24,25 +24,25 @@ def test_which_devices_are_computed_on_by_processes_of_their_own(
     device: str, expected: bool
 ) -> None:
     assert apart(device) is expected
-    with started_early("cpu"):
+    with started_early("cpu", True):
         assert left_running() == []
 
 
 def test_those_that_nobody_takes_are_ended() -> None:
-    with started_early("cpu, cpu"):
+    with started_early("cpu, cpu", True):
         assert are_running(2)
         # one flow within another's command begins no more
-        with started_early("cpu,cpu"):
+        with started_early("cpu,cpu", True):
             assert are_running(2)
     assert left_running() == []
 
 
 def test_they_are_taken_once_and_by_who_asks_for_the_same_devices() -> None:
-    with started_early("cpu,cpu"):
-        others = take_started("cpu,cpu,cpu")
+    with started_early("cpu,cpu", True):
+        others = take_started("cpu,cpu,cpu", True)
         assert are_running(5)
-        early = take_started("cpu, cpu")
-        again = take_started("cpu,cpu")
+        early = take_started("cpu, cpu", True)
+        again = take_started("cpu,cpu", True)
         assert are_running(7) and again is not early
     # who took them ends them
     assert are_running(7)
@@ -55,14 +55,14 @@ def test_they_are_taken_once_and_by_who_asks_for_the_same_devices() -> None:
 
 def test_what_they_leave_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    started = Started(("cpu",))
+    started = Started(("cpu",), True)
     assert len(list(tmp_path.iterdir())) == 1
     started.end()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_one_whose_starter_is_gone_ends_by_itself() -> None:
-    started = Started(("cpu",))
+    started = Started(("cpu",), True)
     (member,) = started.members
     # the pipe that it reads is all that it knows of its starter
     member.close()

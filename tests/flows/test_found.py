@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flows.found import Found, looking
+from flows.found import Found
 from tasks.engine.store import Store
 
 
@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def found(store: Store) -> Iterator[Found[str]]:
-    with looking(store) as found:
+    with Found[str](store) as found:
         yield found
 
 
@@ -46,6 +46,17 @@ def test_what_is_damaged_is_told_in_its_order_and_once(store: Store, found: Foun
     assert all(found.take(key.upper(), key) for key in ("cc", "bb", "aa"))
     assert found.damaged() == ["CC", "AA"]
     assert found.damaged() == []
+
+
+def test_what_had_its_turn_is_its_task_s(store: Store, found: Found[str]) -> None:
+    for key in ("aa", "cc"):
+        flip(store, key)
+    assert all(found.take(key, key) for key in ("aa", "bb", "cc"))
+    found.passed("aa")
+    # one that is not the next had its turn while it was not there
+    found.passed("cc")
+    assert found.damaged() == ["cc"]
+    found.passed("bb")
 
 
 def test_the_files_were_read_when_a_task_asks(

@@ -18,6 +18,7 @@ from tasks.engine import lineage
 from tasks.engine.job import Job
 from tasks.engine.lineage import quantizer_imports
 from tasks.engine.streams import start_stream
+from tasks.engine.version import Version
 from tasks.evaluate import evaluate
 from tasks.evaluation_set import evaluation_set
 from tasks.export import export
@@ -227,3 +228,15 @@ def test_text_that_the_model_writes_is_the_models(case: Case, change: str) -> No
 def test_what_rounds_and_reports_counts(helper: str) -> None:
     known = lineage._closure((*quantizer_imports("tasks.quantize"), *quantize.code))
     assert set(quantizer_imports(f"tasks.engine.{helper}")) <= known
+
+
+def test_what_is_rotated_is_the_architecture_s(case: Case) -> None:
+    def outside_of(version: Version) -> str:
+        return outside.key(case.job_of(case.model, "rtn_w8a8"), version)
+
+    plain, rotated = Version(), Version(rotation="a rotation's key")
+    before = {version: outside_of(version) for version in (plain, rotated)}
+    # their tensors have the same names, but one adds 1 to what a norm multiplies with
+    edit_config(case.model, model_type="gemma")
+    assert outside_of(plain) == before[plain]
+    assert outside_of(rotated) != before[rotated]

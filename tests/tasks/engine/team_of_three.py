@@ -10,7 +10,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from flows.crew import meet
+from flows.shift import meet
 from quantizers.channel_transform import ChannelTransform
 from quantizers.clipping import clip_factors, search_clip_curve
 from quantizers.losses import output_error_ratio

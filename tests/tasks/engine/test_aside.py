@@ -39,9 +39,9 @@ def _depends_on(job: Job, name: str) -> dict[str, Any]:
 def written(job: Job, draft: Draft, name: str) -> dict[str, Any]:
     """Two tensors, and who wrote them."""
     made_by.append(threading.current_thread().name)
+    draft.save_tensors("numbers.safetensors", {"numbers": torch.arange(5)})
     if name == "fails once" and len(made_by) == 1:
         raise OSError("the disk was away")
-    draft.save_tensors("numbers.safetensors", {"numbers": torch.arange(5)})
     return {"count": 5}
 
 
@@ -85,8 +85,10 @@ def test_what_was_found_and_then_lost_is_made(job: Job) -> None:
 
 
 @pytest.mark.usefixtures("services")
-def test_a_failure_is_the_task_s_and_it_is_tried_again(job: Job) -> None:
+def test_what_failed_leaves_nothing_and_is_made_anew(job: Job) -> None:
     with made_aside(job, written, "fails once") as aside:
+        assert aside._begun is not None and isinstance(aside._begun.exception(10), OSError)
+        assert staged(job) == [], "a disk that was full has room again"
         assert Course().run(written, job, "fails once", ahead=aside).value == {"count": 5}
     assert len(made_by) == 2 and staged(job) == []
 
