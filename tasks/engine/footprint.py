@@ -1,7 +1,8 @@
 """What each stage of a run holds at once, in bytes: on a CPU beside the libraries, or on a GPU.
 
 Stages follow one another and leave only hidden states behind, so a run's peak is that of its
-largest stage; beside a GPU, what is outside of the blocks passes through the host's meanwhile. Files that are mapped into memory are not counted: they can be dropped at any time.
+largest stage; beside a GPU, what is outside of the blocks passes through the host's meanwhile.
+Files that are mapped into memory are not counted: they can be dropped at any time.
 """
 
 from __future__ import annotations

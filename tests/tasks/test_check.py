@@ -192,6 +192,9 @@ def test_prediction_counts_what_is_published(
     alone = ("save.save_trans=true", "save.save_sgl=false")
     assert bytes_of(*alone)[0] == both - plain
     assert bytes_of("save.save_sgl=false") == (0, bytes_of()[1])
+    # embedding and final norm are in the store once, whatever is made of the blocks
+    together = bytes_of("save.save_trans=true", "save.save_sgl=true")[1]
+    assert bytes_of()[1] + bytes_of(*alone)[1] - together == (8192 + 1) * 128 * 2
 
 
 def test_learning_takes_longer_and_holds_more(
