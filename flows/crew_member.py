@@ -133,9 +133,9 @@ def prepared(job: Job, first: bool) -> None:
         except Exception as error:
             # it is met again where it is needed
             log.warning("%s on %s: %s", prepare.__name__, job.device, one_line(error))
-        if prepare is rehearse:
-            vacate(job.device)
-            forget_peaks(job.device)
+            job.memo.clear()
+        vacate(job.device)
+        forget_peaks(job.device)
 
 
 def _sent(calls: Plan, key: str) -> Call | None:
