@@ -197,8 +197,8 @@ class Asked:
             assert self.promise is not None
             said = self.promise.shift.wait(self.promise.said)
         assert said is not None
-        self.crew.taken(self)
         self._made = self.crew.made(self.job, said)
+        self.crew.taken(self)
         return self._made
 
     def halt(self) -> None:
