@@ -24,7 +24,7 @@ from tasks.engine.aside import Aside, made_aside
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun, told, told_run
 from tasks.engine.publication import alone, end, work_identity
-from tasks.engine.residency import forget_peaks, peaks
+from tasks.engine.residency import forget_peaks, peaks, vacate
 from tasks.engine.settings import Settings, settings
 from tasks.engine.step import Result, action
 from tasks.engine.store import Entry
@@ -162,6 +162,9 @@ def _quantize(
     blocks = [q.entry for q in state.quantized] if job.quantizes else []
     report = make_report(job, blocks, products, sets)
     sampled = sample(job, course, products, sets["evaluation"])
+    # weights that were measured with
+    job.memo.clear()
+    vacate(job.device)
     location = publish_products(job, run, request, products, report, sets["evaluation"])
     course.mark("published")
     show(job, report, blocks)

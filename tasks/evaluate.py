@@ -28,6 +28,7 @@ from tasks.engine.decoder import (
 from tasks.engine.draft import Draft
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job, require
+from tasks.engine.memo import Memo
 from tasks.engine.step import step
 from tasks.engine.store import Entry, load_tensors
 from tasks.engine.weights import Weights, weights_of
@@ -78,6 +79,7 @@ def evaluate(
         checkpoint_of(job.source),
         device=job.device,
         dtype=str(section.dtype),
+        kept=None if job.lean else job.memo,
     )
     draft.save_tensors(TOKEN_NLL, {"nll": token_nll})
     return report
@@ -116,8 +118,12 @@ def measure_tokens(
     *,
     device: str = "cpu",
     dtype: str = "auto",
+    kept: Memo | None = None,
 ) -> tuple[dict[str, Any], Tensor]:
-    """``measure``, and the NLL of each predicted token: float32 (W, T - 1), on the host."""
+    """``measure``, and the NLL of each predicted token: float32 (W, T - 1), on the host.
+
+    Where weights are ``kept``, what measures next finds them.
+    """
     computing = computing_dtype(dtype, device)
     models = [checkpoint] if reference is None else [checkpoint, reference]
     decoders = [build_decoder(model.source.config, device) for model in models]
@@ -125,7 +131,8 @@ def measure_tokens(
     per_window = windows.shape[1] * width * computing.itemsize * len(models)
     scores, token_nll = Scores(), []
     parts = windows.split(max(1, STREAM_BYTES // per_window))
-    loaded = [weights_of(model, device, computing, passes=len(parts)) for model in models]
+    place: dict[str, Any] = {"passes": len(parts), "kept": kept}
+    loaded = [weights_of(model, device, computing, **place) for model in models]
     for part in parts:
         finals = [
             final_hidden(weights, decoder, part)

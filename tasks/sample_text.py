@@ -14,6 +14,7 @@ from tasks.engine.decoder import build_decoder
 from tasks.engine.draft import Draft
 from tasks.engine.errors import InputError
 from tasks.engine.job import Job, require
+from tasks.engine.memo import Memo
 from tasks.engine.source import Source
 from tasks.engine.step import step
 from tasks.engine.text import files_digest, load_tokenizer
@@ -53,6 +54,7 @@ def sample_text(
     prompt = PROMPT if long else max(1, windows.shape[1] // 2)
     windows = windows[:, : prompt + section.sample_tokens]
     place: dict[str, Any] = {"device": job.device, "dtype": str(section.dtype)}
+    place["kept"] = None if job.lean else job.memo
     before = continued(checkpoint_of(job.source), windows, prompt, **place)
     # what the source wrote is a good first guess
     after = continued(open_checkpoint(require(job, exported).folder), before, prompt, **place)
@@ -72,7 +74,13 @@ def sample_text(
 
 
 def continued(
-    checkpoint: Checkpoint, guess: Tensor, prompt: int, *, device: str = "cpu", dtype: str = "auto"
+    checkpoint: Checkpoint,
+    guess: Tensor,
+    prompt: int,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    kept: Memo | None = None,
 ) -> Tensor:
     """Greedy continuations of the first ``prompt`` tokens of (W, T) windows: int64 (W, T).
 
@@ -82,7 +90,7 @@ def continued(
     """
     tokens = guess.long()
     decoder = build_decoder(checkpoint.source.config, device)
-    weights = weights_of(checkpoint, device, computing_dtype(dtype, device))
+    weights = weights_of(checkpoint, device, computing_dtype(dtype, device), kept=kept)
     for _ in range(tokens.shape[1] - prompt + 1):
         found = likeliest(weights, decoder, tokens)
         proposed = torch.cat([tokens[:, :prompt], found[:, prompt - 1 : -1]], dim=1)

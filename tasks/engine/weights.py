@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tasks.engine.checkpoint import Checkpoint
+from tasks.engine.memo import Memo
 
 # share of a device's free memory that weights are kept in
 KEPT_SHARE = 0.4
@@ -69,15 +70,38 @@ class Weights:
 
 
 def weights_of(
-    checkpoint: Checkpoint, device: str, dtype: torch.dtype, *, passes: int = 2
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    passes: int = 2,
+    kept: Memo | None = None,
 ) -> Weights:
     """Weights for some passes: kept in a GPU's free memory where there is more than one.
 
     On a CPU files are mapped, and read again.
+
+    Args:
+        checkpoint: where they are read.
+        device: where they are wanted.
+        dtype: what they are wanted in.
+        passes: how many there are at most.
+        kept: where steps that measure one after the other find the same ones, until it forgets.
     """
+
+    def made(passes: int) -> Weights:
+        return Weights(checkpoint, device, dtype, budget_on(device) if passes > 1 else 0)
+
+    if kept is None:
+        return made(passes)
+    kind, key = f"weights {checkpoint.source.path}", f"{device} {dtype}"
+    return kept.get(kind, key, lambda: made(passes=2))
+
+
+def budget_on(device: str) -> int:
+    """Bytes of a device that weights may be kept in: some of what is free of a GPU's."""
     place = torch.device(device)
-    if place.type != "cuda" or passes < 2:
-        return Weights(checkpoint, device, dtype)
+    if place.type != "cuda":
+        return 0
     unused = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
-    free = torch.cuda.mem_get_info(place)[0] + unused
-    return Weights(checkpoint, device, dtype, int(KEPT_SHARE * free))
+    return int(KEPT_SHARE * (torch.cuda.mem_get_info(place)[0] + unused))

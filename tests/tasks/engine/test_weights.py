@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tasks.engine.checkpoint import open_checkpoint
+from tasks.engine.draft import Draft
+from tasks.engine.memo import Memo
 from tasks.engine.source import Source
 from tasks.engine.weights import Weights, weights_of
+from tasks.evaluate import evaluate
+from tasks.sample_text import sample_text
+from tests.tasks.conftest import JobOf, export_of, put_tokens, random_tokens
 
 
 @pytest.fixture
@@ -51,3 +57,25 @@ def test_what_fits_is_read_once_and_the_rest_each_time(tiny: Path, reads: list[i
 
 def test_on_a_cpu_nothing_is_kept(tiny: Path) -> None:
     assert weights_of(open_checkpoint(tiny), "cpu", torch.float32, passes=9).budget == 0
+
+
+def test_steps_that_measure_share_them(
+    job_of: JobOf, tiny: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as on a GPU with room for all of both models
+    monkeypatch.setattr("tasks.engine.weights.budget_on", lambda _: 1 << 30)
+    job = job_of(tiny, "rtn_w4a16", "eval.sample_tokens=6")
+    folder, _ = export_of(job)
+    tokens = put_tokens(job.store, random_tokens(3, 24)).key
+    measured = evaluate.compute(job, Draft(tiny, held=True), folder.name, tokens, job.evaluation)
+    assert reads
+    reads.clear()
+    shared = sample_text.compute(job, Draft(tiny, held=True), folder.name, tokens, job.evaluation)
+    assert not reads, "both models were read when they were measured"
+    # a full device keeps nothing: the same is read, and found
+    lean = replace(job, lean=True, memo=Memo())
+    for step, found in ((evaluate, measured), (sample_text, shared)):
+        reads.clear()
+        given = (folder.name, tokens, job.evaluation)
+        assert step.compute(lean, Draft(tiny, held=True), *given) == found
+        assert reads
