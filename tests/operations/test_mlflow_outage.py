@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,19 @@ from tests.operations.services import eventually
 pytestmark = [pytest.mark.ops, pytest.mark.usefixtures("services")]
 
 
+def lasting_port() -> int:
+    """A free port that the system gives to nobody who asks for any: it is still free later."""
+    for port in random.sample(range(20000, 30000), 100):
+        with suppress(OSError), closing(socket.create_server(("127.0.0.1", port))):
+            return port
+    raise OSError("no port is free")
+
+
 class Server:
     """An MLflow server on a port of its own, which can be killed and started again."""
 
     def __init__(self, home: Path) -> None:
-        with closing(socket.create_server(("127.0.0.1", 0))) as found:
-            self._port = found.getsockname()[1]
+        self._port = lasting_port()
         self._home = home
         self._process: subprocess.Popen[bytes] | None = None
         self.uri = f"http://127.0.0.1:{self._port}"
@@ -46,7 +54,8 @@ class Server:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        eventually(self._answers, "MLflow's server")
+        eventually(lambda: self._answers() or self._ended(), "MLflow's server")
+        assert not self._ended(), "it is another server that answers"
 
     def kill(self) -> None:
         """Kill it with all its workers."""
@@ -54,6 +63,10 @@ class Server:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+    def _ended(self) -> bool:
+        assert self._process is not None
+        return self._process.poll() is not None
 
     def _answers(self) -> bool:
         try:
