@@ -288,6 +288,11 @@ class Recipe(Section):
         """Whether a step reads calibration windows."""
         return any(step.calib is not None for step in self.resolved_steps())
 
+    @property
+    def rotated(self) -> bool:
+        """Whether a step rotates the residual stream, and so what is outside of the blocks."""
+        return any(step.quant.method is Method.QUAROT for step in self.resolved_steps())
+
     def resolved_eval(self) -> Evaluation:
         """Return the evaluation with its seed filled in: base.seed + 1 unless given."""
         evaluation = self.eval or Evaluation()

@@ -26,7 +26,6 @@ from tasks.engine.ahead import DEPTH, Call, Plan, begun_ahead
 from tasks.engine.draft import Draft
 from tasks.engine.job import Job
 from tasks.engine.phases import AHEAD, IDLE
-from tasks.engine.residency import vacate
 from tasks.engine.step import Made
 
 
@@ -76,8 +75,7 @@ class Crew:
     @contextlib.contextmanager
     def in_turn(self, job: Job, plan: Plan, passed: Pass) -> Iterator[Iterator[tuple[Call, Asked]]]:
         """The calls of a plan, each with its result, which may still be computed."""
-        job.memo.clear()
-        vacate(job.device)
+        job.clear()
         with job.store.scratch("ahead") as place, Found[Asked](job.store) as found:
             self._round, self._found, self._due = Round(passed, place), found, []
             yield self._passed(begun_ahead(job, plan, self._begun, DEPTH if self.ahead else 1))

@@ -109,7 +109,7 @@ def serve(
     if not (Path(location) / WINDOWS).is_file():
         return {"served": False, "reason": "no evaluation windows are published to compare with"}
     # a server takes the memory that it finds free
-    job.memo.clear()
+    job.clear()
     log_file = new_log(job.store.root, "server-")
     try:
         outcome = action(smoke_test)(Path(location), serving, job.device, log_file, job.source.path)

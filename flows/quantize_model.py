@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 from prefect import flow
 
 from configs.loading import ineffective_keys, load_recipe
-from configs.vocabulary import Method
 from flows.course import Course
 from flows.crew import Crew, crew_of
 from flows.crew_start import started_early
@@ -24,7 +23,7 @@ from tasks.engine.aside import Aside, made_aside
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun, told, told_run
 from tasks.engine.publication import alone, end, work_identity
-from tasks.engine.residency import forget_peaks, peaks, vacate
+from tasks.engine.residency import forget_peaks, peaks
 from tasks.engine.settings import Settings, settings
 from tasks.engine.step import Result, action
 from tasks.engine.store import Entry
@@ -116,8 +115,10 @@ def _checked(
     with alone(job.store, request.output or identity), told_run(place, identity) as run:
         open_tracked(job, run, request, parent, name)
         kept = Path(log_file) if log_file else None
-        with failure_kept(run, kept), crew_of(job, request, recipe, overrides) as crew:
-            result = _quantize(job, run, request, kept, crew)
+        crewed = crew_of(job, request, recipe, overrides)
+        # after a failure the devices end first, and then the thread is waited for
+        with failure_kept(run, kept), _outside_aside(job) as aside, crewed as crew:
+            result = _quantize(job, run, request, kept, crew, aside)
             # after MLflow was told: killed before, the same command goes on
             result["mlflow"] = told(run)
             result["gate"] = run.decision
@@ -134,7 +135,12 @@ def _undecided(result: Mapping[str, Any], request: Request) -> bool:
 
 
 def _quantize(
-    job: Job, run: ToldRun, request: Request, log_file: Path | None, crew: Crew | None
+    job: Job,
+    run: ToldRun,
+    request: Request,
+    log_file: Path | None,
+    crew: Crew | None,
+    aside: Aside | None,
 ) -> dict[str, Any]:
     course = Course()
     described = course.run(load_model, job)
@@ -148,23 +154,21 @@ def _quantize(
     forget_peaks(job.device)
     job.phases.begin()
     course.mark("first block")
-    with _outside_aside(job, crew) as aside:
-        for step, tokens in zip(job.steps, calibrated, strict=True):
-            state = apply(job, run, course, step, tokens, state, crew)
-        course.mark("last block")
-        if crew is not None:
-            # what is measured next takes the devices
-            crew.close()
-        taken = peaks(job.device) | (crew.peaks if crew is not None else {})
-        phases = job.phases.of(course.marks["last block"] - course.marks["first block"])
-        beside = course.run(outside, job, state.version, ahead=aside).key
+    for step, tokens in zip(job.steps, calibrated, strict=True):
+        state = apply(job, run, course, step, tokens, state, crew)
+    course.mark("last block")
+    if crew is not None:
+        # what is measured next takes the devices
+        crew.close()
+    taken = peaks(job.device) | (crew.peaks if crew is not None else {})
+    phases = job.phases.of(course.marks["last block"] - course.marks["first block"])
+    beside = course.run(outside, job, state.version, ahead=aside).key
     products = _products(job, course, state, beside, sets)
     blocks = [q.entry for q in state.quantized] if job.quantizes else []
     report = make_report(job, blocks, products, sets)
     sampled = sample(job, course, products, sets["evaluation"])
     # weights that were measured with
-    job.memo.clear()
-    vacate(job.device)
+    job.clear()
     location = publish_products(job, run, request, products, report, sets["evaluation"])
     course.mark("published")
     show(job, report, blocks)
@@ -209,20 +213,9 @@ def _quantize(
     }
 
 
-@contextmanager
-def _outside_aside(job: Job, crew: Crew | None) -> Iterator[Aside | None]:
-    """Have what is outside of the blocks written while others compute, if no step rotates it."""
-    rotated = any(step.quant.method is Method.QUAROT for step in job.steps)
-    if crew is None or not crew.ahead or rotated:
-        yield None
-        return
-    with made_aside(job, outside) as aside:
-        try:
-            yield aside
-        except BaseException:
-            # while the thread is waited for no device goes on
-            crew.close(at_once=True)
-            raise
+def _outside_aside(job: Job) -> AbstractContextManager[Aside | None]:
+    """Have what is outside of the blocks written while a GPU computes, if no step rotates it."""
+    return made_aside(job, outside) if job.on_gpu and not job.recipe.rotated else nullcontext()
 
 
 def _products(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantizers.devices import compiles_kernels
-from quantizers.number_formats import NumberFormat
+from quantizers.number_formats import NumberFormat, rounded_to_float8
 from quantizers.rounding import QuantizedWeight
 from quantizers.scales import weight_scales
 from quantizers.schemes import Granularity, WeightScheme
@@ -222,7 +222,7 @@ def round_columns_plainly(
             wanted = torch.addmv(wanted, error[:column].t(), unit[:column, column])
         code = wanted / scale[column]
         if number.is_float:
-            code = code.clamp_(number.qmin, number.qmax).to(number.code_dtype).to(torch.float32)
+            code = rounded_to_float8(code.clamp_(number.qmin, number.qmax), number)
         elif zero_point is None:
             code = code.round_().clamp_(number.qmin, number.qmax)
         else:

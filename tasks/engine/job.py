@@ -195,12 +195,16 @@ class Job:
 
     def leaner(self) -> Job | None:
         """The same job with less on the device, and room made there; None if there is none."""
+        self.clear()
+        return None if self.lean else replace(self, lean=True)
+
+    def clear(self) -> None:
+        """Keep nothing in memory, and give back what of a GPU's is not used."""
         self.memo.clear()
         self.loading.wait()
         self._loaded.clear()
         self._sent.clear()
         vacate(self.device)
-        return None if self.lean else replace(self, lean=True)
 
     def resident(self, values: Mapping[str, Value]) -> Mapping[str, Value]:
         """Values that are kept between steps: where they are, or on the host where that is lean."""

@@ -11,7 +11,7 @@ import torch
 
 from configs.schema import Quant
 from configs.special_keys import GptqSpecial, OmniQuantSpecial
-from configs.vocabulary import DataName, Method
+from configs.vocabulary import DataName
 from tasks.engine.export_format import export_dtype
 from tasks.engine.footprint import evaluation_tokens, least_bytes, stages, stream_bytes, waiting
 from tasks.engine.generate import BATCH
@@ -148,7 +148,7 @@ def _export_bytes(job: Job) -> tuple[int, int]:
             else:
                 quantized += _count(info.shape) * width
     outside = sum(_count(job.source.tensors[n].shape) * width for n in job.plan.outside)
-    if job.plan.tied and any(step.quant.method is Method.QUAROT for step in job.steps):
+    if job.plan.tied and job.recipe.rotated:
         # a rotated head is no longer the embedding
         outside += _count(job.source.tensors[job.plan.architecture.embedding].shape) * width
     save = job.recipe.save

@@ -64,12 +64,11 @@ def fetch_first(job: Job) -> None:
     Raises:
         Exception: of any kind, which is to be met where the work itself meets it.
     """
-    first = job.steps[0]
     # alone with a block of their own, others begin with another one
-    if not job.on_gpu or (job.team.size > 1 and not job.recipe.calibrated):
+    if job.team.size > 1 and not job.recipe.calibrated:
         return
     job.read_block(0)
-    if first.calib is not None:
+    if job.steps[0].calib is not None:
         keep_embedding(job, SOURCE)
 
 

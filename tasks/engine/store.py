@@ -83,25 +83,19 @@ class Store:
 
     def get(self, key: str) -> Entry | None:
         """Return the entry of ``key`` when it is whole, else None; damage is never an error."""
-        entry = _read_manifest(self.folder(key))
-        if (
-            entry is None
-            or entry.key != key
-            or not all(self._is_whole(entry, n) for n in entry.files)
-        ):
+        entry = self._seen(key)
+        if entry is None or not all(self._is_whole(entry, name) for name in entry.files):
             return None
         return entry
 
     def seems_whole(self, key: str) -> bool:
         """Whether the entry of ``key`` is there, its files of their sizes: their bytes not read."""
+        entry = self._seen(key)
+        return entry is not None and all(_has_its_size(entry, name) for name in entry.files)
+
+    def _seen(self, key: str) -> Entry | None:
         entry = _read_manifest(self.folder(key))
-        try:
-            return entry is not None and all(
-                (entry.folder / name).stat().st_size == stored.size
-                for name, stored in entry.files.items()
-            )
-        except OSError:
-            return False
+        return entry if entry is not None and entry.key == key else None
 
     @contextlib.contextmanager
     def lock(self, key: str, timeout_s: float = -1) -> Iterator[None]:
@@ -182,8 +176,8 @@ class Store:
 
     def _is_whole(self, entry: Entry, name: str) -> bool:
         try:
-            path, stored = entry.folder / name, entry.files[name]
-            return path.stat().st_size == stored.size and self.describe(path) == stored
+            described = _has_its_size(entry, name) and self.describe(entry.folder / name)
+            return described == entry.files[name]
         except OSError:
             return False
 
@@ -329,6 +323,13 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Read every tensor of a safetensors file."""
     with safe_open(path, framework="pt", device=device) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _has_its_size(entry: Entry, name: str) -> bool:
+    try:
+        return (entry.folder / name).stat().st_size == entry.files[name].size
+    except OSError:
+        return False
 
 
 def _mark(path: Path) -> tuple[int, ...]:

@@ -88,14 +88,10 @@ def weights_of(
         passes: how many there are at most.
         kept: where steps that measure one after the other find the same ones, until it forgets.
     """
-
-    def made(passes: int) -> Weights:
-        return Weights(checkpoint, device, dtype, budget_on(device) if passes > 1 else 0)
-
     if kept is None:
-        return made(passes)
+        return Weights(checkpoint, device, dtype, budget_on(device) if passes > 1 else 0)
     kind, key = f"weights {checkpoint.source.path}", f"{device} {dtype}"
-    return kept.get(kind, key, lambda: made(passes=2))
+    return kept.get(kind, key, lambda: weights_of(checkpoint, device, dtype))
 
 
 def budget_on(device: str) -> int:
