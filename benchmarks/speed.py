@@ -193,6 +193,8 @@ def _ours(bench: Bench, recipe: str) -> tuple[dict[str, Any], Path | None]:
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     (bench.work / "home").mkdir(exist_ok=True)
     predicted = _predicted(command, environment)
+    # what was written before is not this run's
+    os.sync()
     start = time.perf_counter()
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     whole = time.perf_counter() - start

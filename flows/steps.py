@@ -132,7 +132,8 @@ def _blocks(
             run.log_points(points)
             points.clear()
 
-    with turns as calls, ExitStack() as stack:
+    # written down by a thread: a disk may be busy with what the blocks have written
+    with turns as calls, run.beside(), ExitStack() as stack:
         # of what is found, all at once: to tell it takes as long as to find it
         stack.callback(tell)
         for call, ahead in calls:

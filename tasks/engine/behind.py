@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -17,14 +18,16 @@ class Behind:
     A copy sent to another process has a thread of its own.
     """
 
-    def __init__(self) -> None:
-        """Start nothing before the first work comes."""
+    def __init__(self, rest_s: float = 0.0) -> None:
+        """Start nothing before the first work comes; rest for so many seconds after each."""
+        self._rest_s = rest_s
+        self._rested_at = 0.0
         self._threads: ThreadPoolExecutor | None = None
         self._current: Future[None] | None = None
 
-    def __reduce__(self) -> tuple[type[Behind], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Behind], tuple[float]]:
         """Travel without the thread."""
-        return Behind, ()
+        return Behind, (self._rest_s,)
 
     @property
     def busy(self) -> bool:
@@ -32,18 +35,22 @@ class Behind:
         return self._current is not None and not self._current.done()
 
     def offer(self, what: str, work: Callable[[], None]) -> bool:
-        """Have ``work`` done unless other work is: whether it was taken.
+        """Have ``work`` done unless other work is, or was a moment ago: whether it was taken.
 
         Args:
             what: it is, for the log.
             work: is called in the thread; what it raises is logged.
         """
-        if self.busy:
+        if self.busy or time.monotonic() < self._rested_at:
             return False
         if self._threads is None:
             self._threads = ThreadPoolExecutor(1, thread_name_prefix="blockquant-behind")
-        self._current = self._threads.submit(_tolerated, what, work)
+        self._current = self._threads.submit(self._done, what, work)
         return True
+
+    def _done(self, what: str, work: Callable[[], None]) -> None:
+        _tolerated(what, work)
+        self._rested_at = time.monotonic() + self._rest_s
 
     def wait(self) -> None:
         """Wait until nothing is being done."""

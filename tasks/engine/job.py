@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -35,6 +36,8 @@ Value = TypeVar("Value")
 
 # share of a device's memory that streams of hidden states may take
 STREAM_SHARE = 0.5
+# between two writings of hidden states: what a GPU makes of them in less is more than disks take
+BOUNDARY_REST_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Job:
     A lean one keeps as little on the device as it can; its results are the same.
 
     Attributes:
-        behind: writes what a run could do without.
+        behind: writes what a run could do without, each kind beside the others.
         before: digests what will be needed.
         loading: reads what will be needed next.
         held: files of results that are not in the store yet, by their keys.
@@ -61,7 +64,9 @@ class Job:
     memory: int
     keep_incompatible: bool = False
     lean: bool = False
-    behind: Behind = field(default_factory=Behind)
+    behind: defaultdict[str, Behind] = field(
+        default_factory=lambda: defaultdict(partial(Behind, BOUNDARY_REST_S))
+    )
     before: Behind = field(default_factory=Behind)
     loading: Behind = field(default_factory=Behind)
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +30,8 @@ from tasks.engine.settings import Settings
 from tasks.engine.tracking import Point
 
 log = logging.getLogger("blockquant")
+
+_Messages = list[tuple[str, dict[str, Any]]]
 
 # how long a run's end may wait for what is still to be sent
 END_S = 20.0
@@ -48,11 +52,13 @@ class ToldRun:
     journal: Journal
     _sender: Sender = field(init=False, repr=False)
     # what is written down together later
-    _collected: list[tuple[str, dict[str, Any]]] | None = field(default=None, init=False)
+    _collected: _Messages | None = field(default=None, init=False)
+    _write: Callable[[_Messages], None] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Have a sender of its own."""
         self._sender = Sender(self.settings, self.journal)
+        self._write = self._write_now
 
     @property
     def id(self) -> str | None:
@@ -171,14 +177,39 @@ class ToldRun:
             yield
         finally:
             collected, self._collected = self._collected, None
-            self.journal.add_all(collected)
-            self._sender.ask()
+            self._write(collected)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Have a thread write down what is told meanwhile; at the end, or before, it is waited for.
+
+        Raises:
+            Exception: it could not be written.
+        """
+        written: deque[Future[None]] = deque()
+
+        def later(messages: _Messages) -> None:
+            while written and written[0].done():
+                written.popleft().result()
+            written.append(thread.submit(self._write_now, messages))
+
+        with ThreadPoolExecutor(1, thread_name_prefix="blockquant-journal") as thread:
+            self._write = later
+            try:
+                yield
+            finally:
+                self._write = self._write_now
+        for one in written:
+            one.result()
 
     def _add(self, kind: str, **body: Any) -> None:
         if self._collected is not None:
             self._collected.append((kind, body))
-            return
-        self.journal.add(kind, body)
+        else:
+            self._write([(kind, body)])
+
+    def _write_now(self, messages: _Messages) -> None:
+        self.journal.add_all(messages)
         self._sender.ask()
 
 

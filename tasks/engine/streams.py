@@ -284,12 +284,13 @@ def boundary_key(stream: Stream, rank: int = 0) -> str:
 def keep_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
     """Write the stream to disk and drop the older boundaries of its chain.
 
-    Beside a GPU it is written behind the computation, and not where the one before still is: after
-    a kill the blocks since the last boundary are passed again, not searched again.
+    Beside a GPU it is written behind the computation, and not where the one before still is or was
+    a moment ago: after a kill the blocks since the last boundary are passed again, not searched
+    again.
     """
     if not job.on_gpu:
         _write_boundary(job, stream, hidden)
-    elif not job.behind.busy:
+    else:
         place = f"block {stream.block}: its hidden states could not be kept"
         ready, held = reached(job.device), [hidden]
 
@@ -299,7 +300,7 @@ def keep_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
                 on_host = to_host(held.pop())
             _write_boundary(job, stream, on_host)
 
-        job.behind.offer(place, write)
+        job.behind[stream.kind].offer(place, write)
 
 
 def _write_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
@@ -320,7 +321,7 @@ def _write_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
 
 def drop_boundaries(job: Job, stream: Stream) -> None:
     """Drop all boundaries of a chain: its last block is done."""
-    job.behind.wait()
+    job.behind[stream.kind].wait()
     while stream.links:
         job.store.remove(boundary_key(stream, job.team.rank))
         stream = stream.back()

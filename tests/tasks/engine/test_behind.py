@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import threading
+import time
 
 import pytest
 
@@ -22,6 +23,23 @@ def test_one_work_at_a_time() -> None:
     assert behind.offer("third", lambda: done.append(3))
     behind.wait()
     assert done == [1, 3]
+
+
+def test_it_rests_after_each_work() -> None:
+    behind = Behind(rest_s=60)
+    assert behind.offer("first", lambda: None)
+    behind.wait()
+    assert not behind.busy
+    assert not behind.offer("second", lambda: None)
+    copy = pickle.loads(pickle.dumps(behind))
+    assert copy.offer("first", lambda: None)
+    copy.wait()
+    assert not copy.offer("second", lambda: None)
+    short = Behind(rest_s=0.01)
+    assert short.offer("first", lambda: None)
+    short.wait()
+    time.sleep(0.02)
+    assert short.offer("second", lambda: None)
 
 
 def test_what_fails_is_said_and_does_not_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -97,6 +98,61 @@ def test_what_is_told_together_is_written_at_once_and_in_order(place, home, away
         kinds.append(message.kind)
         kept.sent(message)
     assert kinds == ["open", "log_points", "set_tags", "finish"]
+
+
+def test_what_is_told_beside_waits_for_no_disk(place, home, away, monkeypatch):
+    written, go_on = [], threading.Event()
+    add_all = Journal.add_all
+
+    def slowly(self, messages):
+        assert go_on.wait(30)
+        add_all(self, messages)
+        written.extend(kind for kind, _ in messages)
+
+    with told_run(place_in(home, away), "work") as run:
+        run.open("work", "a run", {"bit": 4}, {"device": "cpu"})
+        monkeypatch.setattr(Journal, "add_all", slowly)
+        with run.beside():
+            run.log_points(POINTS)
+            with run.together():
+                run.set_tags({"scheme": "W4A16"})
+                run.log_points(POINTS)
+            assert not written
+            go_on.set()
+        assert written == ["log_points", "set_tags", "log_points"]
+        go_on.clear()
+        # and from then on who tells waits
+        asked = threading.Timer(0.1, go_on.set)
+        asked.start()
+        run.finish()
+        assert written[3:] == ["finish"]
+    (kept,) = journals(place.store)
+    assert kept.count() == 5
+
+
+def test_what_cannot_be_written_beside_is_raised(place, home, away, monkeypatch):
+    def full(self, messages):
+        raise OSError(28, "No space left on device")
+
+    with told_run(place_in(home, away), "work") as run:
+        run.open("work", "a run", {"bit": 4}, {"device": "cpu"})
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+            patched.setattr(Journal, "add_all", full)
+            with run.beside():
+                run.log_points(POINTS)
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+            patched.setattr(Journal, "add_all", full)
+            with run.beside():
+                # before its end, by who tells next
+                for _ in range(1000):
+                    run.log_points(POINTS)
+                    time.sleep(0.01)
+                raise AssertionError("it was told a thousand times")
+        with pytest.raises(ZeroDivisionError), run.beside():
+            run.log_points(POINTS)
+            _ = 1 / 0
+        # a failure of what is done meanwhile loses nothing
+        assert run.journal.count() == 2
 
 
 def test_a_server_that_is_away_is_told_later(place, home, away, tmp_path, caplog):

@@ -295,5 +295,24 @@ def test_a_device_keeps_no_hidden_states_for_the_disk(
         assert kept() is None, "it would be on the device as long as the disk takes"
     finally:
         go_on.set()
-    job.behind.wait()
+    job.behind["stream"].wait()
     assert torch.equal(written[0], torch.ones(2, 4, 32))
+
+
+def test_a_device_s_hidden_states_are_kept_now_and_then(
+    model: Path, job_of: JobOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(model, "rtn_w4a16", GROUPS)
+    monkeypatch.setattr(Job, "on_gpu", True)
+    written: set[Stream] = set()
+    monkeypatch.setattr("tasks.engine.streams._write_boundary", lambda *of: written.add(of[1]))
+    rounded, unrounded = (Stream("tokens").after(packed or "", packed) for packed in ("key", None))
+    for stream in (rounded, unrounded):
+        keep_boundary(job, stream, torch.ones(2, 4, 32))
+    for behind in job.behind.values():
+        behind.wait()
+    assert written == {rounded, unrounded}
+    keep_boundary(job, rounded.after("next", "key"), torch.ones(2, 4, 32))
+    for behind in job.behind.values():
+        behind.wait()
+    assert written == {rounded, unrounded}, "a moment after"
