@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -35,6 +35,7 @@ from quantizers.statistics import add_batch, empty_statistics
 from tasks.check import Request, check_device, checked_job
 from tasks.engine.ahead import Call, Host, Plan
 from tasks.engine.doubts import settle
+from tasks.engine.draft import Saved
 from tasks.engine.errors import one_line
 from tasks.engine.job import Job
 from tasks.engine.rehearsal import fetch_first, rehearse
@@ -187,10 +188,15 @@ class Voice:
         self._last: torch.cuda.Event | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockquant-voice")
 
-    def tell(self, key: str, made: Made, place: Path, seconds: float) -> None:
-        """Have a result written below a folder and told; where it cannot be, this process ends."""
-        begun = self._host.begun(made, place / key)
+    def tell(self, key: str, made: Made, place: Path, seconds: float) -> tuple[Future[Saved], ...]:
+        """Have a result written below a folder and told; where it cannot be, this process ends.
+
+        Returns:
+            What is done once its tensors are fetched from the device.
+        """
+        begun, fetched = self._host.begun(made, place / key)
         self._thread.submit(_or_fail, self._say, partial(self._tell, key, begun, seconds))
+        return fetched
 
     def _tell(self, key: str, made: Made, seconds: float) -> None:
         written = made.draft.wait().items()
@@ -226,10 +232,11 @@ def work(job: Job, told: Iterator[dict[str, Any]], say: Saying) -> None:
                 leash.wait()
                 start = time.perf_counter()
                 made = current.make(message["make"], message["lean"])
-                leash.ask(made.ready)
+                fetched: tuple[Future[Saved], ...] = ()
                 if current.job.team.rank == 0:
                     _, key = message["make"][-1]
-                    voice.tell(key, made, place, time.perf_counter() - start)
+                    fetched = voice.tell(key, made, place, time.perf_counter() - start)
+                leash.ask(made.ready, fetched)
     finally:
         # a failure comes after what was made before it, which may have failed too
         voice.end()

@@ -10,15 +10,18 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tasks.engine.draft import Saved
 from tasks.engine.job import Job
 from tasks.engine.step import Made, Step
 from tasks.engine.transfer import beside
 from tasks.engine.values import begun
 
 Begun = TypeVar("Begun")
+Done = TypeVar("Done")
 
 # steps that are begun before they are written: about those of two blocks
 DEPTH = 11
@@ -44,23 +47,35 @@ Plan = Generator[Call, str, None]
 
 
 class Host:
-    """Threads that write what a device made, and work out its values, while the device goes on."""
+    """Threads that write what a device made, and work out its values, while the device goes on.
+
+    One fetches it, whatever the disk is at: the device keeps it no longer.
+    """
 
     def __init__(self, job: Job) -> None:
         """Begin with nothing to do."""
         self._job = job
+        self._fetching = ThreadPoolExecutor(1, thread_name_prefix="blockquant-fetch")
         self._threads = ThreadPoolExecutor(HOST_THREADS, thread_name_prefix="blockquant-host")
 
-    def begun(self, made: Made, place: Path) -> Made:
-        """The same result, its files and values begun; files lie in the folder ``place``."""
+    def begun(self, made: Made, place: Path) -> tuple[Made, tuple[Future[Saved], ...]]:
+        """The same result, its files and values begun; files lie in the folder ``place``.
 
-        def begin(work: Callable[[], Any]) -> Future[Any]:
-            return self._threads.submit(self._beside, made, work)
+        Returns:
+            It, and what is done once its tensors are fetched.
+        """
+        fetch, begin = (
+            partial(self._given_to, threads, made) for threads in (self._fetching, self._threads)
+        )
+        fetched = made.draft.write_ahead(place, fetch, begin, self._job.store.describe)
+        return replace(made, value=begun(made.value, begin)), fetched
 
-        made.draft.write_ahead(place, begin, self._job.store.describe)
-        return replace(made, value=begun(made.value, begin))
+    def _given_to(
+        self, threads: ThreadPoolExecutor, made: Made, work: Callable[[], Done]
+    ) -> Future[Done]:
+        return threads.submit(self._beside, made, work)
 
-    def _beside(self, made: Made, work: Callable[[], Any]) -> Any:
+    def _beside(self, made: Made, work: Callable[[], Done]) -> Done:
         with beside(self._job.device, made.ready):
             return work()
 

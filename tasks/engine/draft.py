@@ -50,25 +50,32 @@ class Draft:
     def write_ahead(
         self,
         place: Path,
+        fetch: Callable[[Callable[[], Saved]], Future[Saved]],
         begin: Callable[[Callable[[], Path]], Future[Path]],
         written: Callable[[Path], object],
-    ) -> None:
-        """Have what is held written to ``place`` by another thread.
+    ) -> tuple[Future[Saved], ...]:
+        """Have what is held written to ``place`` by other threads; nothing is held from now on.
 
         Args:
             place: a folder of its own.
-            begin: begins work in another thread.
+            fetch: begins a copy to the host.
+            begin: begins work that waits for one.
             written: is called there with each file.
+
+        Returns:
+            What is done once the device need not keep it any longer.
         """
 
-        def write(name: str) -> Path:
+        def write(name: str, fetched: Future[Saved]) -> Path:
             place.mkdir(parents=True, exist_ok=True)
-            # nothing else needs what is on the device
-            _write(place / name, _fetched(self.saved.pop(name)))
+            _write(place / name, fetched.result())
             written(place / name)
             return place / name
 
-        self._written = {name: begin(partial(write, name)) for name in tuple(self.saved)}
+        held, self.saved = self.saved, {}
+        fetched = {name: fetch(partial(_fetched, saved)) for name, saved in held.items()}
+        self._written = {name: begin(partial(write, name, copy)) for name, copy in fetched.items()}
+        return tuple(fetched.values())
 
     def wait(self) -> dict[str, Path]:
         """Where the files lie that another thread writes, once all are there."""

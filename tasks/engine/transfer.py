@@ -7,7 +7,9 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,17 +73,29 @@ class Leash:
     def __init__(self, steps: int) -> None:
         """Begin with nothing asked; ``steps`` may be asked for that the device did not reach."""
         self._steps = steps
-        self._asked: deque[torch.cuda.Event] = deque()
+        self._asked: deque[tuple[torch.cuda.Event, tuple[Future[Any], ...]]] = deque()
 
-    def ask(self, ready: torch.cuda.Event | None) -> None:
-        """Note what the device reaches at the end of a step that was asked for; CPUs are there."""
+    def ask(self, ready: torch.cuda.Event | None, fetched: tuple[Future[Any], ...] = ()) -> None:
+        """Note a step that was asked for; CPUs are through with it.
+
+        Args:
+            ready: what the device reaches at its end.
+            fetched: what is done once the device keeps nothing of it for others.
+        """
         if ready is not None:
-            self._asked.append(ready)
+            self._asked.append((ready, fetched))
 
     def wait(self) -> None:
-        """Wait until one more step may be asked for."""
+        """Wait until one more step may be asked for.
+
+        Raises:
+            Exception: something could not be fetched.
+        """
         while len(self._asked) > self._steps:
-            self._asked.popleft().synchronize()
+            ready, fetched = self._asked.popleft()
+            ready.synchronize()
+            for copy in fetched:
+                copy.result()
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ class Other:
 
         def make() -> Made:
             made = call.step.make(self.work, key, *call.args, block=call.block)
-            written = Host(self.work).begun(made, self.place / key)
+            written, _ = Host(self.work).begun(made, self.place / key)
             paths = written.draft.wait()
             return Made(Draft.written(self.place / key, paths), made.value, None)
 
@@ -261,6 +261,32 @@ def test_a_file_that_could_not_be_written_is_told_when_it_is_waited_for(
     monkeypatch.setattr(files, "_write", fails)
     job: Any = work
     made = add.make(job, "key", "", block=0)
-    begun = Host(job).begun(made, tmp_path / "key")
+    begun, _ = Host(job).begun(made, tmp_path / "key")
     with pytest.raises(OSError, match="the disk was away"):
         begun.draft.wait()
+
+
+def test_what_a_device_made_is_fetched_whatever_the_disk_is_at(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, write = threading.Event(), files._write
+
+    def slowly(path: Path, saved: Any) -> None:
+        assert go_on.wait(30)
+        write(path, saved)
+
+    monkeypatch.setattr(files, "_write", slowly)
+    job: Any = work
+    host, begun = Host(job), []
+    for block in range(COUNT):
+        key, place = f"key{block}", tmp_path / f"key{block}"
+        made, fetched = host.begun(add.make(job, key, "", block=block), place)
+        (copy,) = fetched
+        assert copy.result(10).tensors["sum"].device.type == "cpu"
+        assert not made.draft.saved, "it would be held on the device"
+        assert not place.exists() or not list(place.iterdir())
+        begun.append(made)
+    go_on.set()
+    for block, made in enumerate(begun):
+        ((_, path),) = made.draft.wait().items()
+        assert int(load_tensors(path)["sum"]) == block

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import pytest
 import torch
 
@@ -54,3 +56,26 @@ def test_a_leash_waits_for_the_oldest_steps() -> None:
     leash.wait()
     leash.wait()
     assert reached == [0, 1, 2]
+
+
+def test_a_leash_waits_for_what_is_fetched() -> None:
+    class Event:
+        def synchronize(self) -> None:
+            order.append("reached")
+
+    class Copy(Future[int]):
+        def result(self, timeout: float | None = None) -> int:
+            order.append("fetched")
+            return super().result(timeout)
+
+    order: list[str] = []
+    leash = Leash(0)
+    first, second = Copy(), Copy()
+    first.set_result(1)
+    second.set_exception(OSError("no memory to copy to"))
+    leash.ask(Event(), (first,))  # type: ignore[arg-type]
+    leash.wait()
+    assert order == ["reached", "fetched"]
+    leash.ask(Event(), (second,))  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="no memory"):
+        leash.wait()
