@@ -15,6 +15,8 @@ for the next call. Each recipe is run by this project's command line and by llm-
   and sample text, whose own seconds stand beside it.
 - disk alone: reading the source's files from their beginning to their end and writing as many bytes
   as the checkpoint has, in files of as many, with nothing between.
+- device (``--phases``): a run more with torch's profiler in the process that computes, which costs
+  about a tenth; seconds of a block but the first and the last, by what it was asked for.
 - again: the same command once more, when all steps are found in the store.
 - peaks: of the device's memory (allocated by torch) and the host's (resident), while blocks are
   quantized; and what `blockquant check` predicted for the device.
@@ -30,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +43,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from traced import by_phase
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
@@ -47,6 +51,8 @@ TOKENIZER = ROOT / "assets" / "demo-model"
 PEERS = {"awq_w4a16": "awq", "gptq_w4a16": "gptq", "rtn_w4a16": "rtn"}
 BESIDE = ("outside", "export", "verify", "evaluate", "sample_text")
 GIB = 2**30
+# of which the first and the last are not counted
+MIN_PHASED = 3
 
 console = Console(width=260)
 progress = Console(stderr=True)
@@ -81,6 +87,7 @@ class Bench:
     samples: int
     device: str
     again: bool
+    phases: bool
     overrides: tuple[str, ...]
     peer: Path | None
     peer_path: str
@@ -98,6 +105,7 @@ def main(
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     repeat: Annotated[int, typer.Option(min=1)] = 2,
     again: Annotated[bool, typer.Option(help="Run each once more, all of it found.")] = True,
+    phases: Annotated[bool, typer.Option(help="Run each once more, profiled.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key.path=value")] = None,
     peer: Annotated[Path, typer.Option(help="llm-compressor's Python.")] = (
         ROOT / ".venv-bench" / "bin" / "python"
@@ -109,6 +117,8 @@ def main(
     """Time recipes block by block, beside llm-compressor, in turn."""
     if not no_peer and not peer.is_file():
         raise typer.BadParameter(f"{peer} is not there: run `make bench-env`, or give --no-peer")
+    if phases and (device == "cpu" or blocks < MIN_PHASED):
+        raise typer.BadParameter(f"--phases asks for a GPU and {MIN_PHASED} blocks at least")
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     shape = Shape(blocks, hidden, intermediate, vocabulary, kv_share)
@@ -120,6 +130,7 @@ def main(
         samples,
         device,
         again,
+        phases,
         tuple(set_ or ()),
         None if no_peer else peer,
         peer_path,
@@ -184,11 +195,7 @@ def _ours(bench: Bench, recipe: str) -> tuple[dict[str, Any], Path | None]:
     place = bench.work / recipe.replace("/", "-")
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    command = [sys.executable, "-m", "flows.cli", "quantize", recipe, "--json"]
-    command += ["--device", bench.device, "--store", str(place / "store"), "--overwrite"]
-    command += ["--model", str(bench.model), "--output", str(place / "out")]
-    for override in (*settings(recipe, bench.text, bench.samples), *bench.overrides):
-        command += ["--set", override]
+    command = _command(bench, recipe, place, "store")
     environment = os.environ | {"BLOCKQUANT_HOME": str(bench.work / "home")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     (bench.work / "home").mkdir(exist_ok=True)
@@ -221,10 +228,33 @@ def _ours(bench: Bench, recipe: str) -> tuple[dict[str, Any], Path | None]:
         "peaks": found["peaks"] | {"predicted": predicted},
         "seconds": found["seconds"],
         "phases": found.get("phases", {}),
+        "device": _traced(bench, recipe, place, environment) if bench.phases else {},
     }
     tokens = sorted((place / "store" / "entries").glob("*/*/tokens.safetensors"))
     longest = max(tokens, key=lambda file: file.stat().st_size, default=None)
     return figures, longest
+
+
+def _command(bench: Bench, recipe: str, place: Path, store: str) -> list[str]:
+    command = [sys.executable, "-m", "flows.cli", "quantize", recipe, "--json"]
+    command += ["--device", bench.device, "--store", str(place / store), "--overwrite"]
+    command += ["--model", str(bench.model), "--output", str(place / "out")]
+    for override in (*settings(recipe, bench.text, bench.samples), *bench.overrides):
+        command += ["--set", override]
+    return command
+
+
+def _traced(
+    bench: Bench, recipe: str, place: Path, environment: Mapping[str, str]
+) -> dict[str, float]:
+    """Seconds a block by what the device was asked for, of a run from nothing."""
+    from flows.crew_start import TRACE
+
+    trace = place / "trace.json"
+    command = _command(bench, recipe, place, "store-traced")
+    traced = {**environment, TRACE: str(trace)}
+    subprocess.run(command, env=traced, stdout=subprocess.PIPE, check=True)
+    return by_phase(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"], bench.blocks)
 
 
 def _predicted(command: list[str], environment: dict[str, str]) -> int:
@@ -326,6 +356,8 @@ def _steps(report: dict[str, Any]) -> Table:
         best = min(row["ours"], key=lambda found: found["s_per_block"])
         for name, seconds in (best["phases"] | best["seconds"]).items():
             table.add_row(f"`{row['recipe']}`", name, f"{seconds / count:.4f}")
+        for name, seconds in best["device"].items():
+            table.add_row(f"`{row['recipe']}`", f"device: {name}", f"{seconds:.4f}")
     return table
 
 

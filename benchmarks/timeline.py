@@ -24,9 +24,9 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from traced import by_phase, covered, device_work, idle, inner_span
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 # in which the host waits for the device
 WAITS = ("Synchronize", "cudaMemcpyAsync", "cudaMalloc", "cudaFree", "cudaHostAlloc")
 
@@ -107,7 +107,7 @@ def tables(events: list[Mapping[str, Any]], blocks: int, rows: int) -> list[tupl
     start, end = inner_span(timed)
     count = blocks - 2
     inside = [e for e in timed if start <= e["ts"] < end]
-    work = [event for event in inside if event.get("cat") in DEVICE_WORK]
+    work = device_work(inside)
     whole = (end - start) / count / 1000
     busy = covered((e["ts"], e["ts"] + e["dur"]) for e in work) / count / 1000
     title = f"{whole:.1f} ms/block between ends of blocks, the device works in {busy:.1f} ms"
@@ -120,45 +120,20 @@ def tables(events: list[Mapping[str, Any]], blocks: int, rows: int) -> list[tupl
     named = [(f"{e['name']} ({'device' if 'gpu' in e['cat'] else 'host'})", e) for e in steps]
     return [
         (title, _summed("step", named, count, rows)),
+        ("Device, by phase", _of_phases(by_phase(events, blocks))),
         ("Device", _summed("kernel", [(e["name"][:110], e) for e in work], count, rows)),
         ("Device, idle before", _summed("kernel", idle(work), count, rows)),
         ("Host, waiting", _summed("call", [(e["name"], e) for e in waits], count, rows)),
     ]
 
 
-def inner_span(timed: list[Mapping[str, Any]]) -> tuple[float, float]:
-    """When the first block was through and when the last but one was, in microseconds.
-
-    A pass moves hidden states on after every block but the last.
-    """
-    named = [e for e in timed if e.get("cat") == "user_annotation"]
-    ends = {
-        name: sorted(e["ts"] + e["dur"] for e in named if e["name"] == name)
-        for name in ("advance", "pack")
-    }
-    if ends["advance"]:
-        return ends["advance"][0], ends["advance"][-1]
-    return ends["pack"][0], ends["pack"][-2]
-
-
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of spans."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
-
-
-def idle(work: Iterable[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Times in which the device does nothing, by what it does next."""
-    ordered = sorted(work, key=lambda e: e["ts"])
-    gaps, reached = [], ordered[0]["ts"] if ordered else 0.0
-    for event in ordered:
-        if event["ts"] > reached:
-            gaps.append((str(event["name"])[:110], {"dur": event["ts"] - reached}))
-        reached = max(reached, event["ts"] + event["dur"])
-    return gaps
+def _of_phases(found: Mapping[str, float]) -> Table:
+    table = Table(box=box.MARKDOWN)
+    for heading in ("phase", "ms/block"):
+        table.add_column(heading)
+    for name, seconds in found.items():
+        table.add_row(name, f"{1000 * seconds:.2f}")
+    return table
 
 
 def _summed(

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from quantizers.statistics import (
     InputStatistics,
@@ -199,7 +200,8 @@ def _added(
     # how inputs are rounded matters where they are
     draw = job.scheme.activation is not None
     # its products take the inputs as they are: bf16 factors, float32 sums
-    with search_products(job.device) if x.dtype == torch.bfloat16 else nullcontext():
+    products = search_products(job.device) if x.dtype == torch.bfloat16 else nullcontext()
+    with record_function("statistics"), products:
         found = add_batch(
             before,
             x,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.errors import InputError
@@ -177,7 +178,11 @@ def run_block(
     Returns:
         Hidden states (B, T, D) after the block.
     """
-    with torch.set_grad_enabled(gradients), _hooked(block, linears, on_input):
+    with (
+        record_function("forward"),
+        torch.set_grad_enabled(gradients),
+        _hooked(block, linears, on_input),
+    ):
         # strict: a weight that is missing would be read from memory that nobody wrote
         output = torch.func.functional_call(
             block, dict(weights), (hidden,), dict(arguments), strict=True
