@@ -77,7 +77,7 @@ def _depends_on(
     }
 
 
-@step(depends_on=_depends_on, kept=True)
+@step(depends_on=_depends_on, version=2, kept=True)
 def learn(
     job: Job, draft: Draft, recipe_step: ResolvedStep, streams: Streams, block: int
 ) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import record_function
 
 from tasks.engine.architectures import Architecture, architecture_of
@@ -182,12 +184,21 @@ def run_block(
         record_function("forward"),
         torch.set_grad_enabled(gradients),
         _hooked(block, linears, on_input),
+        attention_with_gradients(hidden.device.type) if gradients else contextlib.nullcontext(),
     ):
         # strict: a weight that is missing would be read from memory that nobody wrote
         output = torch.func.functional_call(
             block, dict(weights), (hidden,), dict(arguments), strict=True
         )
     return output[0] if isinstance(output, tuple) else output
+
+
+def attention_with_gradients(device: str) -> AbstractContextManager[None]:
+    """Attention whose gradients are the same each time on a type of device, to be entered.
+
+    On a GPU the fused ones add gradients in an order that changes; this one holds the scores.
+    """
+    return contextlib.nullcontext() if device == "cpu" else sdpa_kernel(SDPBackend.MATH)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,9 @@ DOUBLE = 8
 WHOLE_MODEL_BYTES = 512 * 2**20
 # an attention score, and it in float32 before and after the softmax: most, of bf16 on a CPU
 SCORE_BYTES = 2 + 4 + 4
+# of a score that has a gradient, on a GPU: it after the softmax, kept; it before, or both gradients
+KEPT_SCORE_BYTES = 4
+GRADIENT_SCORE_BYTES = 4 + 4
 # of one scale that is tried, with the range it comes from
 SCALE_BYTES = 8 * FLOAT
 # of a linear's input: what the block computes around it, its norm, its gate, its residual
@@ -158,7 +161,8 @@ def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
         found["quantize"] = stream + changed + codes + factor + others
     if isinstance(special, OmniQuantSpecial):
         # targets and the stream before rounding; a graph holds what each operation was given
-        found["learn"] = 4 * stream + before + 6 * FLOAT * sizes.block + 3 * pass_
+        graph = 3 * pass_ + _learned_score_bytes(job, special, length, windows)
+        found["learn"] = 4 * stream + before + 6 * FLOAT * sizes.block + graph
     return found
 
 
@@ -200,9 +204,23 @@ def _score_bytes(job: Job, length: int, windows: int) -> int:
     """Attention scores of a micro-batch, where attention is not torch's own, which holds none."""
     if job.plan.architecture.attention == "sdpa":
         return 0
+    return _scores(job, length, windows) * SCORE_BYTES
+
+
+def _learned_score_bytes(job: Job, special: OmniQuantSpecial, length: int, windows: int) -> int:
+    """Attention scores where gradients pass them: beside a GPU, torch's own holds them, too."""
+    if job.device == "cpu" or job.plan.architecture.attention != "sdpa":
+        return 0
+    # the outputs for both inputs are compared with one target
+    sides = 2 if special.aug_loss else 1
+    each = sides * KEPT_SCORE_BYTES + GRADIENT_SCORE_BYTES
+    return _scores(job, length, windows) * each
+
+
+def _scores(job: Job, length: int, windows: int) -> int:
+    """How many attention scores a micro-batch has."""
     config: Any = job.decoder.model.config
-    heads = int(config.num_attention_heads)
-    return _together(job, length, windows) * length * heads * SCORE_BYTES
+    return _together(job, length, windows) * length * int(config.num_attention_heads)
 
 
 def _verify(job: Job, sizes: Sizes) -> int:

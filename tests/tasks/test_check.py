@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -234,6 +235,28 @@ def test_prediction_holds_the_scores_that_attention_writes_out(
     # Gemma 2 has two norms of a block more, and both are evaluated in float32
     norms = 2 * 128 * FLOAT
     assert needed[1] - needed[0] == 4 * tokens * length * SCORE_BYTES + norms
+
+
+def test_gradients_of_attention_hold_its_scores_on_a_gpu(
+    request_for: Callable[..., Request], words: Path
+) -> None:
+    text = f"calib={{name: text, path: {words}, n_samples: 64, seq_len: 64}}"
+    held = []
+    for augmented in (False, True):
+        method = f"method: OmniQuant, special: {{aug_loss: {str(augmented).lower()}}}"
+        weight = "weight: {bit: 4, granularity: per_channel, need_pack: true}"
+        job, _ = check(request_for(recipe(text, f"quant={{{method}, {weight}}}")))
+        beside = replace(job, device="cuda")
+        # what it is built of is the same, and no GPU is here
+        beside.__dict__["decoder"] = job.decoder
+        heads = int(job.decoder.model.config.num_attention_heads)
+        held.append((stages(job)["learn"], stages(beside)["learn"]))
+    (on_cpu, plain), (augmented_on_cpu, twice) = held
+    scores = 64 * 64 * 64 * heads
+    assert augmented_on_cpu == on_cpu
+    # in float32 after the softmax, of both outputs; and before it, or their gradients
+    assert twice - plain == 4 * scores
+    assert plain > 12 * scores
 
 
 def test_text_that_the_model_writes_costs_time(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tasks.engine.decoder import (
+    attention_with_gradients,
     build_decoder,
     device_fingerprint,
     micro_batches,
@@ -231,3 +232,48 @@ def test_fingerprint_of_a_cpu() -> None:
     assert found["torch"] == torch.__version__
     assert found["transformers"] == transformers.__version__
     assert found["device"].endswith(f"threads={torch.get_num_threads()}")
+
+
+def backends() -> list[bool]:
+    known = torch.backends.cuda
+    return [
+        known.math_sdp_enabled(),
+        known.flash_sdp_enabled(),
+        known.mem_efficient_sdp_enabled(),
+        known.cudnn_sdp_enabled(),
+    ]
+
+
+def test_a_gpu_s_attention_with_gradients_is_no_fused_one() -> None:
+    before = backends()
+    with attention_with_gradients("cuda"):
+        assert backends() == [True, False, False, False]
+    assert backends() == before
+    with attention_with_gradients("cpu"):
+        assert backends() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gradients_of_a_block_are_the_same_each_time_on_a_gpu(tmp_path: Path) -> None:
+    size = {"hidden": 256, "intermediate": 512, "heads": 4, "kv_heads": 2}
+    model = make_checkpoint(tmp_path / "model", blocks=1, vocabulary=256, **size)
+    decoder = build_decoder(config_of(model), "cuda")
+    weights = {n: t.cuda().to(torch.bfloat16) for n, t in block_tensors(model, 0).items()}
+    leaves = {n: t.clone().requires_grad_() for n, t in weights.items()}
+    hidden = torch.randn(8, 1024, 256, device="cuda", generator=torch.Generator("cuda"))
+    hidden = hidden.to(torch.bfloat16)
+    arguments = decoder.embed(
+        torch.zeros(1, 256, device="cuda", dtype=torch.bfloat16),
+        torch.zeros(8, 1024, dtype=torch.int64, device="cuda"),
+    )[1][0]
+    found = []
+    for _ in range(5):
+        with torch.profiler.profile() as profiler:
+            out = run_block(decoder.blocks[0], leaves, hidden, arguments, gradients=True)
+            grads = torch.autograd.grad(out.float().square().mean(), list(leaves.values()))
+        found.append(torch.cat([grad.flatten() for grad in grads]))
+        names = [event.name.lower() for event in profiler.events()]
+        assert not any("flash" in name or "efficient_attention" in name for name in names)
+    assert all(torch.equal(grads, found[0]) for grads in found)
+    plain = run_block(decoder.blocks[0], weights, hidden, arguments)
+    torch.testing.assert_close(out.float(), plain.float(), rtol=0.02, atol=0.02)
