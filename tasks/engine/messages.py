@@ -64,10 +64,6 @@ class Journal:
         """Whether a tracking server may have the messages: no other had one of them yet."""
         return self.fact(SERVER) in (None, server_of(uri))
 
-    def add(self, kind: str, body: Mapping[str, Any]) -> None:
-        """Write a message down."""
-        self.add_all([(kind, body)])
-
     def add_all(self, messages: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """Write messages down together: all of them, or none."""
         rows = [(kind, json.dumps(body)) for kind, body in messages]

@@ -239,7 +239,7 @@ def test_a_file_that_is_gone_stops_no_other(place: Settings, tmp_path: Path) -> 
     with told_run(place, "work") as run:
         run.open("work", "a run", {}, {})
         run.flush()
-        run.journal.add("log_file", {"path": str(tmp_path / "gone"), "folder": None})
+        run.journal.add_all([("log_file", {"path": str(tmp_path / "gone"), "folder": None})])
         run.finish()
         assert told(run)["left"] == 0
 
@@ -254,7 +254,7 @@ def left_by_a_kill(place: Settings) -> Journal:
         run.flush()
         kept = run.journal.path.read_bytes()
     run.journal.path.write_bytes(kept)
-    run.journal.add("set_tags", {"tags": {"later": "yes"}})
+    run.journal.add_all([("set_tags", {"tags": {"later": "yes"}})])
     return run.journal
 
 
@@ -286,12 +286,12 @@ def test_a_database_that_is_gone_is_not_made_anew(place: Settings, home: Path) -
 
 def test_an_address_with_a_password_is_not_written_down(place: Settings, home: Path) -> None:
     kept = Journal(home / "store" / "journal" / "work.sqlite")
-    kept.add("finish", {})
+    kept.add_all([("finish", {})])
     secret = "http://me:pass@127.0.0.1:9"
     kept.sent(kept.first(), delivery.facts_of_server(secret))
     assert b"pass" not in kept.path.read_bytes()
     assert kept.is_for(secret) and not kept.is_for(place.tracking_uri)
-    kept.add("finish", {})
+    kept.add_all([("finish", {})])
     with pytest.raises(Away, match="set MLFLOW_TRACKING_URI to that"):
         deliver(kept, place)
 
@@ -319,7 +319,7 @@ def test_what_another_process_sends_is_not_taken_from_a_run(place: Settings) -> 
     held = Journal(place.store / "journal" / "work.sqlite").lock()
     with told_run(place, "work") as run:
         with held.acquire():
-            run.journal.add("open", open_body())
+            run.journal.add_all([("open", open_body())])
             # as ``blockquant sync`` does to the end: the run's id must stay known
             deliver(run.journal, place)
             assert not journal._end(run.journal) or run.journal.fact("run") is not None
@@ -339,8 +339,8 @@ def open_body() -> dict[str, object]:
 def test_all_that_earlier_runs_left_is_sent(place: Settings) -> None:
     for name in ("one", "two"):
         left = Journal(place.store / "journal" / f"{name}.sqlite")
-        left.add("open", open_body() | {"identity": name, "name": name})
-        left.add("finish", {"time_ms": 2})
+        left.add_all([("open", open_body() | {"identity": name, "name": name})])
+        left.add_all([("finish", {"time_ms": 2})])
     send_kept(place)
     assert journals(place.store) == []
     assert {run.info.run_name for run in runs_of(place)} == {"one", "two"}
@@ -351,7 +351,7 @@ def test_sending_what_is_left_is_bounded_and_never_fails(
 ) -> None:
     send_kept(place)
     left = Journal(place.store / "journal" / "work.sqlite")
-    left.add("open", open_body())
+    left.add_all([("open", open_body())])
     goes_on = threading.Event()
     monkeypatch.setattr(delivery, "_send", lambda *_: goes_on.wait(30) and {})
     began = time.monotonic()

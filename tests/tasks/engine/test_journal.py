@@ -179,7 +179,7 @@ def test_telling_again_after_a_kill_doubles_nothing(place, tmp_path):
             tell(run, tmp_path)
             # as if the process had died before the end was heard
             if not _:
-                run.journal.add("log_points", {"points": [vars(point) for point in POINTS]})
+                run.journal.add_all([("log_points", {"points": [vars(point) for point in POINTS]})])
         client = MlflowClient(place.tracking_uri)
         experiment = client.get_experiment_by_name("blockquant")
         for found in client.search_runs([experiment.experiment_id]):
@@ -234,7 +234,7 @@ def test_a_journal_of_another_server_is_not_sent_here(place, home, tmp_path):
     with told_run(place, "work") as run:
         run.open("work", "a run", {}, {})
         told(run)
-        run.journal.add("set_tags", {"tags": {"later": "yes"}})
+        run.journal.add_all([("set_tags", {"tags": {"later": "yes"}})])
         kept = run.journal
         other = replace(place, tracking_uri=f"sqlite:///{home}/other.db")
         with pytest.raises(journals_module.Away, match="belongs to another tracking server"):
@@ -246,7 +246,7 @@ def test_a_journal_that_is_being_sent_is_left_alone(place, tmp_path):
     with told_run(place, "work") as run:
         run.open("work", "a run", {}, {})
         told(run)
-        run.journal.add("set_tags", {"tags": {"later": "yes"}})
+        run.journal.add_all([("set_tags", {"tags": {"later": "yes"}})])
         assert synchronize(Journal(run.journal.path), place).reason == "a run sends it right now"
 
 

@@ -29,7 +29,7 @@ def test_what_another_process_holds_is_running(tmp_path: Path) -> None:
     entry = put_tokens(store, random_tokens(2, 8))
     busy, idle = (Journal(store.root / "journal" / f"{name}.sqlite") for name in ("busy", "idle"))
     for journal in (busy, idle):
-        journal.add("set_tags", {"tags": {}})
+        journal.add_all([("set_tags", {"tags": {}})])
         journal.lock().acquire()
         journal.lock().release(force=True)
     step = store.root / "locks" / "beef.lock"
