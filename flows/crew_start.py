@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -18,6 +18,10 @@ from pathlib import Path
 
 # a file that torch's profiler writes what a process did to, as Chrome's tracing reads it
 TRACE = "BLOCKQUANT_TRACE"
+# how torch takes memory, by its own and its older name; it reads them when it is loaded
+ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+# host memory is touched by several threads before it is locked: no launch waits while it is locked
+PINNING = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Member:
                 stdout=output,
                 stderr=output,
                 pass_fds=(saying,),
+                env=surroundings(self.device, os.environ),
                 # an interrupt is told by who is interrupted
                 start_new_session=True,
             )
@@ -89,6 +94,15 @@ class Member:
         self.close()
         self.process.kill()
         self.process.wait()
+
+
+def surroundings(device: str, own: Mapping[str, str]) -> dict[str, str]:
+    """What a member finds in its environment: torch is told how to lock host memory for a GPU.
+
+    What the user told it stands.
+    """
+    told = "cuda" not in device or any(name in own for name in ALLOCATORS)
+    return {**own} if told else {**own, ALLOCATORS[-1]: PINNING}
 
 
 class Started:

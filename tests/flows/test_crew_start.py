@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.crew_start import Started, apart, started_early, take_started
+from flows.crew_start import PINNING, Started, apart, started_early, surroundings, take_started
 from tests.crews import left_running
 from tests.operations.services import eventually
 
@@ -68,3 +68,19 @@ def test_one_whose_starter_is_gone_ends_by_itself() -> None:
     member.close()
     assert member.process.wait(60) == 1
     started.end()
+
+
+@pytest.mark.parametrize(
+    ("device", "own", "expected"),
+    [
+        ("cuda:1", {}, {"PYTORCH_CUDA_ALLOC_CONF": PINNING}),
+        ("cpu", {}, {}),
+        ("cuda", {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, {}),
+        ("cuda", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {}),
+    ],
+)
+def test_torch_is_told_how_to_lock_memory_unless_the_user_told_it(
+    device: str, own: dict[str, str], expected: dict[str, str]
+) -> None:
+    given = {"HOME": "/home/someone", **own}
+    assert surroundings(device, given) == {**given, **expected}
