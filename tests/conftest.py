@@ -62,8 +62,12 @@ def pytest_xdist_setupnodes(specs: list[Any]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests share fixtures, so one worker takes them, unless a test names a group."""
+    """A file's tests share fixtures, so one worker takes them, unless a test names a group.
+
+    Before pytest-xdist looks for groups, which it does once.
+    """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(_file(item)))

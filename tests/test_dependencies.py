@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 
 PACKAGES = ("configs", "flows", "quantizers", "tasks")
@@ -84,3 +86,10 @@ def test_every_dependency_is_pinned_where_the_checks_run() -> None:
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {normal(line.split("==")[0]) for line in pins if "==" in line and line[0] != "#"}
     assert dependencies() - pinned == set()
+
+
+def test_a_file_is_one_worker_s(request: pytest.FixtureRequest, worker_id: str) -> None:
+    """Or fixtures of files are made by each worker anew, which nothing tells."""
+    if worker_id == "master":
+        pytest.skip("no workers: run by one process")
+    assert request.node.nodeid.endswith("@test_dependencies.py")
