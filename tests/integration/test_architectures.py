@@ -116,6 +116,7 @@ def test_an_export_is_what_the_format_says(
 ) -> None:
     source = make(tmp_path, name)
     text = ["eval.name=text", f"eval.path={words}", "eval.windows=1", "eval.seq_len=32"]
+    text += ["eval.report=false"]
     text.append("serving.check_kernels=false")
     out = tmp_path / "out"
     quantize_model(recipe, model=str(source), output=str(out), overrides=text)
@@ -161,6 +162,7 @@ def test_a_searched_export_is_still_the_model(
     source = make(tmp_path, name)
     texts = [
         *("eval.name=text", f"eval.path={words}", "eval.windows=1", "eval.seq_len=32"),
+        "eval.report=false",
         *("calib.name=text", f"calib.path={words}", "calib.n_samples=4", "calib.seq_len=64"),
     ]
     out = tmp_path / "out"

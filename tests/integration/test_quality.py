@@ -39,7 +39,7 @@ SOURCE_NLL = {ALL: 3.5105, FIRST: 3.4475}
 # .0031 on one and .0042 on another, whose float32 products end in other bits
 BOUNDS = {
     ALL: {"rtn_w4a16": 0.0316, "rtn_w8a16": 0.001, "rtn_w8a8": 0.0018, "fp8/rtn_fp8": 0.0045},
-    FIRST: {"rtn_w4a16": 0.0318, "rtn_w8a16": 0.0005, "rtn_w8a8": 0.0018, "fp8/rtn_fp8": 0.0046},
+    FIRST: {"rtn_w4a16": 0.0318, "fp8/rtn_fp8": 0.0046},
 }
 # calibrated on 64 x 512 tokens of calibration.txt. NLL: what llm-compressor's AWQ loses, plus
 # .0003; GPTQ's is llm-compressor's own, the best recipe's below a prototype of AWQ, clip and GPTQ.

@@ -93,7 +93,10 @@ def w4a16(
     return make_case(tmp_path_factory.mktemp("one"), "w4a16", prepared_home)
 
 
-@pytest.fixture(scope="module", params=["awq_w4a16", "awq_fp8_static"])
+@pytest.fixture(
+    scope="module",
+    params=["awq_w4a16", pytest.param("awq_fp8_static", marks=pytest.mark.long)],
+)
 def searched(
     request: pytest.FixtureRequest,
     services: dict[str, str],
@@ -179,7 +182,7 @@ def test_kills_of_searches(searched: Case) -> None:
     kill_each(searched, points, "searched")
 
 
-@pytest.mark.ops
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 @pytest.mark.xdist_group("searches killed")
 def test_searches_killed_at_every_task_boundary(searched: Case) -> None:
@@ -195,23 +198,16 @@ def test_kills_while_an_older_output_is_replaced(w8a8: Case) -> None:
     kill_each(w8a8, points, "overwrite", old=True, overwrite=True)
 
 
-@pytest.mark.ops
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "part",
-    [
-        pytest.param(
-            n, marks=[pytest.mark.xdist_group(f"every {n}"), *[pytest.mark.long] * (n > 0)]
-        )
-        for n in range(PARTS)
-    ],
+    "part", [pytest.param(n, marks=pytest.mark.xdist_group(f"every {n}")) for n in range(PARTS)]
 )
 def test_a_kill_at_every_event(w8a8: Case, part: int) -> None:
-    """Every fourth of them where not all parts are run."""
     kill_each(w8a8, range(part, len(w8a8.undisturbed.events), PARTS), "every")
 
 
-@pytest.mark.ops
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.xdist_group("boundaries")
 def test_a_kill_at_every_task_boundary(w4a16: Case) -> None:

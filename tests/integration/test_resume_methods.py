@@ -125,7 +125,7 @@ def test_kills_after_a_rotation(rotated: Case) -> None:
     kill_each(rotated, points, "rotated")
 
 
-@pytest.mark.ops
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("method", ["gptq", "learned", "rotated"])
 def test_a_kill_at_every_task_boundary(method: str, request: pytest.FixtureRequest) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ RECIPES = {
     "tuned/best_w4a16": ["steps.0.quant.special.ratios=4"],
 }
 STEPS = ("tuned/best_w4a16",)
+# the check of every change runs those that take shares of most kinds
+MARKS = {"awq_w4a16": [], "gptq_w4a16": [], "tuned/best_w4a16": [pytest.mark.ops]}
 
 
 def overrides(recipe: str, text: Path, samples: int = SAMPLES) -> list[str]:
@@ -72,6 +75,31 @@ def quantized(
         overwrite=True,
     )
     return result
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What a run gave that nothing happened to."""
+
+    files: dict[str, bytes]
+    steps: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    services: object,
+    prepared_home: Path,
+    tiny: Path,
+    words: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Undisturbed:
+    """``awq_w4a16`` on two devices."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    shutil.copy(prepared_home / "mlflow.db", home / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLOCKQUANT_HOME", str(home))
+        result = quantized(home, tiny, words, "out", "awq_w4a16")
+    return Undisturbed(contents(home / "out"), result["steps"])
 
 
 def kill_last(shift: Shift) -> None:
@@ -122,9 +150,12 @@ def watched(
     [
         pytest.param(
             recipe,
-            marks=[pytest.mark.xdist_group(f"devices {recipe}"), *[pytest.mark.ops] * (number > 1)],
+            marks=[
+                pytest.mark.xdist_group(f"devices {recipe}"),
+                *MARKS.get(recipe, [pytest.mark.long]),
+            ],
         )
-        for number, recipe in enumerate(RECIPES)
+        for recipe in RECIPES
     ],
 )
 def test_the_same_bytes_each_time_and_what_one_device_finds(
@@ -148,19 +179,21 @@ def test_the_same_bytes_each_time_and_what_one_device_finds(
 
 
 def test_a_process_that_is_killed_costs_the_step_it_was_at(
-    home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path,
+    tiny: Path,
+    words: Path,
+    undisturbed: Undisturbed,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    undisturbed = quantized(home, tiny, words, "undisturbed", "awq_w4a16")
-
     with watched(monkeypatch, 6, kill_last, before=True) as asked:
         disturbed = quantized(home, tiny, words, "disturbed", "awq_w4a16")
-    assert contents(home / "disturbed") == contents(home / "undisturbed")
+    assert contents(home / "disturbed") == undisturbed.files
     assert asked[7] == asked[6] and len(set(asked)) == len(asked) - 1, "one step was made twice"
-    assert disturbed["steps"] == undisturbed["steps"]
+    assert disturbed["steps"] == undisturbed.steps
     assert left_running() == []
 
 
-@pytest.mark.parametrize("recipe", ["awq_w4a16", pytest.param(STEPS[0], marks=pytest.mark.ops)])
+@pytest.mark.parametrize("recipe", ["awq_w4a16", pytest.param(STEPS[0], marks=pytest.mark.long)])
 def test_results_that_are_asked_for_before_they_are_needed(
     home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
@@ -196,17 +229,19 @@ def test_results_that_are_asked_for_before_they_are_needed(
 
 
 def test_a_device_that_is_full_keeps_less_from_then_on(
-    home: Path, tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path,
+    tiny: Path,
+    words: Path,
+    undisturbed: Undisturbed,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    quantized(home, tiny, words, "roomy", "awq_w4a16")
-
     def fill(shift: Shift) -> None:
         # as a process says whose device is full
         shift._heard(Failure.of(torch.OutOfMemoryError("CUDA out of memory.")))
 
     with watched(monkeypatch, 2, fill) as asked:
         quantized(home, tiny, words, "full", "awq_w4a16")
-    assert contents(home / "full") == contents(home / "roomy")
+    assert contents(home / "full") == undisturbed.files
     leans = [lean for _, lean in asked]
     assert leans[:3] == [False] * 3 and all(leans[3:]) and leans[3:]
 
