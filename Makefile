@@ -50,7 +50,7 @@ test: $(TEST_STAMP) ## all tests but the long operations tests
 test-ops: $(TEST_STAMP) ## long operations tests: kills, databases, browsers, clusters
 	@$(PYTEST) -m 'ops and not long' --durations=25
 
-test-long: $(TEST_STAMP) ## more kills, and quality on more text, than a check of every change has time for: an hour
+test-long: $(TEST_STAMP) ## more kills, and quality on more text, than a check of every change has time for
 	@$(PYTEST) -m long --durations=25 -rP
 
 lint: $(TEST_STAMP) ## ruff, mypy and the import contracts

@@ -1,4 +1,4 @@
-"""What processes exchange; three real ones, over loopback."""
+"""What processes exchange; two and three real ones, over loopback."""
 
 from __future__ import annotations
 
@@ -6,30 +6,32 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from tasks.engine.sharing import errors_of, splits
 from tasks.engine.team import ALONE, Team
-from tests.tasks.engine.team_of_three import SCHEME, SIZE
+from tests.tasks.engine import team_of_three, team_of_two
+from tests.tasks.engine.team_of_three import SCHEME
 
 ROOT = Path(__file__).parent.parent.parent.parent
 
 
-def test_three_processes_have_what_one_would(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.tasks.engine.team_of_three"]
+@pytest.mark.parametrize("team", [team_of_two, team_of_three])
+def test_processes_have_what_one_would(team: ModuleType, tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meeting")],
+            [sys.executable, "-m", team.__name__, str(rank), str(tmp_path / "meeting")],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(SIZE)
+        for rank in range(team.SIZE)
     ]
     said = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * SIZE, "\n".join(said)
+    assert [process.returncode for process in processes] == [0] * team.SIZE, "\n".join(said)
 
 
 @pytest.mark.parametrize("things", [0, 1, 4, 11])
