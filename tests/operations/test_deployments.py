@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.ops, pytest.mark.timeout(600)]
 
 RECIPE = """
 calib: {{name: text, path: {text}, n_samples: 4, seq_len: 64}}
-eval: {{name: text, path: {text}, windows: 2, seq_len: 64, report: false}}
+eval: {{name: text, path: {text}, windows: 2, seq_len: 64}}
 quant:
   method: Identity
   quant_out: true

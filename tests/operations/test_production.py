@@ -79,9 +79,7 @@ def four(up: Up, bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> list[
     """Parameters of four runs, which begin at once and share a store; all have ended."""
     folder = tmp_path_factory.mktemp("work")
     recipe = folder / "recipe.yml"
-    # a report too, which is kept beside the artifacts
-    reported = RECIPE.replace("report: false", "report: true")
-    recipe.write_text(reported.format(text=make_text(folder / "words.txt", words=3000)))
+    recipe.write_text(RECIPE.format(text=make_text(folder / "words.txt", words=3000)))
     asked = [
         {
             "recipe": str(recipe),
