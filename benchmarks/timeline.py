@@ -3,7 +3,7 @@
     python benchmarks/timeline.py WORK --recipe awq_w4a16
 
 A model as `speed.py` makes it is quantized twice, the second time with torch's profiler in the
-process that computes (`BLOCKQUANT_TRACE`). Counted is what the device does between the end of the
+processes that compute (`BLOCKQUANT_TRACE`). Counted is what the device does between the end of the
 first block and that of the last but one, over the number of blocks. Profiling itself costs time:
 `speed.py` has the times.
 """
@@ -24,7 +24,16 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from traced import by_phase, covered, device_work, idle, inner_span
+from traced import (
+    Gap,
+    by_phase,
+    covered,
+    device_work,
+    gaps,
+    idle_before,
+    inner_span,
+    longest_gaps,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 # in which the host waits for the device
@@ -36,7 +45,7 @@ console = Console(width=200)
 def main(
     work: Annotated[Path, typer.Argument(help="A folder for the model, stores and checkpoints.")],
     recipe: Annotated[str, typer.Option()] = "awq_w4a16",
-    device: Annotated[str, typer.Option()] = "cuda",
+    device: Annotated[str, typer.Option(help="As `blockquant quantize` takes it.")] = "cuda",
     blocks: Annotated[int, typer.Option(min=4)] = 6,
     hidden: Annotated[int, typer.Option()] = 4096,
     intermediate: Annotated[int, typer.Option()] = 14336,
@@ -54,18 +63,21 @@ def main(
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     shape = speed.Shape(blocks, hidden, intermediate, vocabulary, kv_share)
-    model, text = speed.made_model(work, shape, device), speed.made_text(work, samples)
+    first, *others = device.split(",")
+    model, text = speed.made_model(work, shape, first), speed.made_text(work, samples)
     given = [*speed.settings(recipe, text, samples), *(set_ or ())]
     with _served(work), tempfile.TemporaryDirectory() as folder:
         _quantized(work, recipe, model, given, device)
         trace = Path(folder) / "trace.json"
         os.environ[TRACE] = str(trace)
         result = _quantized(work, recipe, model, given, device)
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+        files = [trace, *(Path(f"{trace}.{rank}") for rank, _ in enumerate(others, start=1))]
+        traces = [json.loads(file.read_text(encoding="utf-8"))["traceEvents"] for file in files]
     console.print(f"{recipe}, phases of the whole run: {result['phases']}")
-    for title, table in tables(events, blocks, rows):
-        console.print(f"\n{title}\n")
-        console.print(table)
+    for rank, events in enumerate(traces):
+        for title, table in tables(events, blocks, rows):
+            console.print(f"\n{title}{f', process {rank}' if others else ''}\n")
+            console.print(table)
 
 
 @contextmanager
@@ -117,12 +129,15 @@ def tables(events: list[Mapping[str, Any]], blocks: int, rows: int) -> list[tupl
         for e in inside
         if e.get("cat") == "cuda_runtime" and any(part in e["name"] for part in WAITS)
     ]
+    idle = [(str(gap.after["name"])[:110], {"dur": gap.end - gap.start}) for gap in gaps(work)]
     named = [(f"{e['name']} ({'device' if 'gpu' in e['cat'] else 'host'})", e) for e in steps]
     return [
         (title, _summed("step", named, count, rows)),
         ("Device, by phase", _of_phases(by_phase(events, blocks))),
+        ("Device, idle before what is asked of a phase", _of_phases(idle_before(events, blocks))),
+        ("Device, longest idle", _of_gaps(longest_gaps(events, rows), start)),
         ("Device", _summed("kernel", [(e["name"][:110], e) for e in work], count, rows)),
-        ("Device, idle before", _summed("kernel", idle(work), count, rows)),
+        ("Device, idle before", _summed("kernel", idle, count, rows)),
         ("Host, waiting", _summed("call", [(e["name"], e) for e in waits], count, rows)),
     ]
 
@@ -133,6 +148,17 @@ def _of_phases(found: Mapping[str, float]) -> Table:
         table.add_column(heading)
     for name, seconds in found.items():
         table.add_row(name, f"{1000 * seconds:.2f}")
+    return table
+
+
+def _of_gaps(found: Iterable[tuple[Gap, str]], start: float) -> Table:
+    table = Table(box=box.MARKDOWN)
+    for heading in ("ms", "at, ms", "after", "before", "the host's longest call"):
+        table.add_column(heading)
+    for gap, call in found:
+        last = "" if gap.before is None else str(gap.before["name"])[:50]
+        times = f"{(gap.end - gap.start) / 1000:.2f}", f"{(gap.start - start) / 1000:.0f}"
+        table.add_row(*times, last, str(gap.after["name"])[:50], call[:50])
     return table
 
 

@@ -97,3 +97,27 @@ def test_each_phase_has_what_it_asked_for(traced: ModuleType) -> None:
         "other": 50,
         traced.NOTHING: 300,
     }
+
+
+def test_what_it_waited_for(traced: ModuleType) -> None:
+    numbers = count()
+    events = [e for n in range(BLOCKS) for e in block_of(1000.0 * n, numbers)]
+    found = {name: round(1e6 * s) for name, s in traced.idle_before(events, 5).items()}
+    # the first that counts begins with the round at 500, after what was idle before
+    assert found == {"other": 100, "forward": 50, traced.READ: 50, "round": 67}
+    events.append(span("waits", "cuda_runtime", MAIN, 1390, 1495))
+    events.append(span("asks", "cpu_op", MAIN, 1380, 1520))
+    (first, call), (_, other) = traced.longest_gaps(events, 2)
+    assert (first.start, first.end, first.after["name"]) == (800.0, 900.0, "left alone")
+    assert first.before["name"] == "gemm" and call == ""
+    assert other == "asks"
+
+
+def test_the_innermost_call_is_told(traced: ModuleType) -> None:
+    gap = traced.Gap(100.0, 200.0, None, {"name": "kernel"})
+    calls = [
+        span("outer", "cpu_op", MAIN, 50, 300),
+        span("inner", "cuda_runtime", MAIN, 90, 210),
+        span("short", "cuda_runtime", MAIN, 120, 150),
+    ]
+    assert traced._longest_call(calls, gap) == "inner"
