@@ -9,11 +9,11 @@ from typing import Any
 from safetensors import safe_open
 
 from tasks.engine.draft import Draft
+from tasks.engine.encoding import TOKENIZER_FILES, files_digest
 from tasks.engine.export_format import export_dtype, quantization_config
 from tasks.engine.job import Job, require
 from tasks.engine.source import INDEX, SINGLE
 from tasks.engine.step import step
-from tasks.engine.text import TOKENIZER_FILES, files_digest
 from tasks.engine.version import SOURCE, Version
 
 # small files that a checkpoint carries beside its weights

@@ -12,12 +12,12 @@ from configs.schema import Evaluation
 from tasks.engine.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
 from tasks.engine.decoder import build_decoder
 from tasks.engine.draft import Draft
+from tasks.engine.encoding import files_digest, load_tokenizer
 from tasks.engine.errors import InputError
 from tasks.engine.job import Job, require
 from tasks.engine.memo import Memo
 from tasks.engine.source import Source
 from tasks.engine.step import step
-from tasks.engine.text import files_digest, load_tokenizer
 from tasks.engine.weights import weights_of
 from tasks.engine.windows import read_tokens
 from tasks.evaluate import computing_dtype, likeliest

@@ -81,7 +81,7 @@ def remote_code(_: str, tree: ast.Module) -> Iterator[str]:
 def loaders(path: str, tree: ast.Module) -> Iterator[str]:
     allowed = {
         "tasks/verify.py": {"AutoModelForCausalLM.from_pretrained"},
-        "tasks/engine/text.py": {"AutoTokenizer.from_pretrained"},
+        "tasks/engine/encoding.py": {"AutoTokenizer.from_pretrained"},
     }
     for name, given, _ in calls(tree):
         if not name.endswith("from_pretrained"):

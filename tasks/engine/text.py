@@ -1,42 +1,23 @@
-"""Calibration and evaluation text: where it comes from and how it becomes token windows."""
+"""Calibration and evaluation text: where it comes from."""
 
 from __future__ import annotations
 
 import os
-import random
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from configs.schema import Calibration, Evaluation
 from tasks.engine.errors import InputError
-from tasks.engine.source import Source
 from tasks.engine.store import checksum
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-)
 # documents of C4's validation file that its published perplexities are measured on
 _C4_EVALUATED = 1100
 LOCAL_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # what a section of a recipe and the command line call the same
 COMMAND_LINE = "--text"
 _OPTIONS = {"path": COMMAND_LINE, "seq_len": "--window"}
-_PROBE_CHARACTERS_PER_TOKEN = 64
 
 
 @dataclass(frozen=True)
@@ -93,42 +74,6 @@ HUB = {
     ),
 }
 Document = str | list[dict[str, Any]]
-
-
-class Cut(Enum):
-    """What windows are cut from: documents joined as text, their tokens packed, or one of them."""
-
-    JOINED = "joined"
-    PACKED = "packed"
-    ONE = "one"
-
-
-def load_tokenizer(source: Source) -> Any:
-    """Load the checkpoint's tokenizer, from local files only.
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
-    if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
-        raise InputError(
-            f"model {source.path}: no tokenizer files, but the recipe needs text; copy "
-            "tokenizer.json and tokenizer_config.json beside the weights"
-        )
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            source.path, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"model {source.path}: the tokenizer cannot be read ({reason})") from error
-
-
-def files_digest(source: Source, names: Sequence[str] = TOKENIZER_FILES) -> str:
-    """Digest of those of the source's small files that are there; by default the tokenizer's."""
-    files = [n for n in names if (source.path / n).is_file()]
-    return ";".join(f"{name}={checksum(source.path / name)}" for name in files)
 
 
 def text_digest(text: TextSource) -> str:
@@ -189,196 +134,6 @@ def read_documents(text: TextSource, blank: bool = False) -> list[Document]:
     if not documents:
         raise InputError(f"{text.key('path')}: {text.path or text.name} holds no text")
     return documents
-
-
-def check_text(text: TextSource, source: Source, seq_len: int, cut: Cut = Cut.JOINED) -> list[int]:
-    """Check, without the whole work, that at least one window of ``seq_len`` can be cut.
-
-    Args:
-        text: the text.
-        source: the checkpoint whose tokenizer counts.
-        seq_len: tokens of a window.
-        cut: what a window is cut from.
-
-    Returns:
-        The token ids that were looked at.
-
-    Raises:
-        InputError: as :func:`read_documents` and the cutting functions would raise it.
-    """
-    tokenizer = load_tokenizer(source)
-    enough = seq_len * _PROBE_CHARACTERS_PER_TOKEN
-    documents = read_documents(text, blank=cut is Cut.JOINED)
-    if cut is Cut.ONE:
-        return _longest_document(text, tokenizer, documents, seq_len)
-    encode = encode_joined if cut is Cut.JOINED else _encode_packed
-    sample: list[Document] = []
-    for document in documents:
-        sample.append(document[:enough] if isinstance(document, str) else document)
-        if sum(len(str(d)) for d in sample) >= enough:
-            break
-    ids = encode(text, tokenizer, sample)
-    if len(ids) < seq_len:
-        ids = encode(text, tokenizer, documents)
-    _require_window(text, len(ids), seq_len)
-    return ids
-
-
-def _encode_packed(text: TextSource, tokenizer: Any, documents: Sequence[Document]) -> list[int]:
-    return [token for ids in encode_documents(text, tokenizer, documents) for token in ids]
-
-
-def _longest_document(
-    text: TextSource, tokenizer: Any, documents: Sequence[Document], seq_len: int
-) -> list[int]:
-    """Return the first document found that fills a window, the likeliest looked at first."""
-    longest = 0
-    for document in sorted(documents, key=lambda d: len(str(d)), reverse=True):
-        (ids,) = encode_documents(text, tokenizer, [document])
-        if len(ids) >= seq_len:
-            return ids
-        longest = max(longest, len(ids))
-    _require_window(text, longest, seq_len)
-    raise AssertionError("a document was too short and was not refused")
-
-
-def encode_documents(
-    text: TextSource, tokenizer: Any, documents: Sequence[Document]
-) -> list[list[int]]:
-    """Token ids of each document, with one BOS in front where the tokenizer has one.
-
-    Conversations go through the model's chat template, which writes its own special tokens.
-    """
-    plain = [d for d in documents if isinstance(d, str)]
-    if len(plain) == len(documents):
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        encoded = tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
-        return [bos + ids for ids in encoded]
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            f"{text.section}: the file holds conversations, but the model's tokenizer has no chat "
-            f"template; give plain text, or {text.column_mend}"
-        )
-    return [
-        list(tokenizer.apply_chat_template(d, tokenize=True, return_dict=False)) for d in documents
-    ]
-
-
-@dataclass(frozen=True)
-class EncodedDocuments(Sequence[list[int]]):
-    """Documents whose token ids are made when they are asked for: few of a large text are."""
-
-    text: TextSource
-    tokenizer: Any
-    documents: Sequence[Document]
-
-    def __len__(self) -> int:
-        """How many documents there are."""
-        return len(self.documents)
-
-    def __getitem__(self, number: Any) -> Any:
-        """Token ids of one document."""
-        return encode_documents(self.text, self.tokenizer, [self.documents[number]])[0]
-
-
-def encode_joined(text: TextSource, tokenizer: Any, documents: Sequence[Document]) -> list[int]:
-    """Token ids of the documents as one stretch: plain texts joined by blank lines, one BOS."""
-    plain = [d for d in documents if isinstance(d, str)]
-    whole: Sequence[Document] = ["\n\n".join(plain)] if len(plain) == len(documents) else documents
-    return [token for ids in encode_documents(text, tokenizer, whole) for token in ids]
-
-
-def consecutive_windows(
-    text: TextSource, ids: Sequence[int], seq_len: int, windows: int | None
-) -> Tensor:
-    """Cut ``ids`` into non-overlapping windows from the start: int64 (W, seq_len).
-
-    Raises:
-        InputError: shorter than one window.
-    """
-    _require_window(text, len(ids), seq_len)
-    count = len(ids) // seq_len
-    count = count if windows is None else min(windows, count)
-    return torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
-
-
-def packed_windows(
-    text: TextSource, encoded: Sequence[Sequence[int]], seq_len: int, samples: int, seed: int
-) -> Tensor:
-    """Pack documents into windows and choose ``samples`` of them, seeded, in text order."""
-    ids = [token for document in encoded for token in document]
-    windows = consecutive_windows(text, ids, seq_len, None)
-    if len(windows) <= samples:
-        return windows
-    chosen = sorted(random.Random(seed).sample(range(len(windows)), samples))
-    return windows[chosen]
-
-
-def truncated_windows(
-    text: TextSource, encoded: Sequence[Sequence[int]], seq_len: int, samples: int, seed: int
-) -> Tensor:
-    """Shuffle documents, drop those shorter than a window, cut the others to one.
-
-    Documents are looked at one by one until there are enough.
-    """
-    order = list(range(len(encoded)))
-    random.Random(seed).shuffle(order)
-    windows: list[Sequence[int]] = []
-    longest = 0
-    for number in order:
-        if len(windows) == samples:
-            break
-        ids = encoded[number]
-        longest = max(longest, len(ids))
-        if len(ids) >= seq_len:
-            windows.append(ids[:seq_len])
-    if not windows:
-        _require_window(text, longest, seq_len)
-    return torch.tensor(windows, dtype=torch.int64)
-
-
-def random_crops(
-    text: TextSource, ids: Sequence[int], seq_len: int, samples: int, seed: int
-) -> Tensor:
-    """Crop ``samples`` windows at random places of one stretch: (samples, seq_len)."""
-    _require_window(text, len(ids), seq_len)
-    draw = random.Random(seed)
-    starts = [draw.randint(0, len(ids) - seq_len) for _ in range(samples)]
-    return torch.tensor([ids[start : start + seq_len] for start in starts], dtype=torch.int64)
-
-
-def random_document_crops(
-    text: TextSource, encoded: Sequence[Sequence[int]], seq_len: int, samples: int, seed: int
-) -> Tensor:
-    """Crop one window from each of ``samples`` randomly drawn long documents.
-
-    Documents are looked at when they are drawn; those that are too short are not drawn again.
-    """
-    draw = random.Random(seed)
-    numbers = list(range(len(encoded)))
-    crops: list[Sequence[int]] = []
-    longest = 0
-    while len(crops) < samples and numbers:
-        place = draw.randrange(len(numbers))
-        ids = encoded[numbers[place]]
-        longest = max(longest, len(ids))
-        if len(ids) < seq_len:
-            numbers[place] = numbers[-1]
-            numbers.pop()
-            continue
-        start = draw.randint(0, len(ids) - seq_len)
-        crops.append(ids[start : start + seq_len])
-    if not crops:
-        _require_window(text, longest, seq_len)
-    return torch.tensor(crops, dtype=torch.int64)
-
-
-def _require_window(text: TextSource, length: int, seq_len: int) -> None:
-    if length < seq_len:
-        raise InputError(
-            f"{text.key('path')}: {text.path or text.name} gives {length} tokens, fewer than one "
-            f"window of {seq_len}; give more text or set {text.key('seq_len')}"
-        )
 
 
 def _local_path(text: TextSource) -> Path:

@@ -11,30 +11,29 @@ from torch import Tensor
 from configs.fields import effective
 from configs.schema import Calibration, Evaluation
 from configs.vocabulary import DataName
+from tasks.engine.cutting import (
+    Cut,
+    check_text,
+    consecutive_windows,
+    packed_windows,
+    random_crops,
+    random_document_crops,
+    truncated_windows,
+)
 from tasks.engine.draft import Draft
+from tasks.engine.encoding import (
+    EncodedDocuments,
+    encode_documents,
+    encode_joined,
+    files_digest,
+    load_tokenizer,
+)
 from tasks.engine.errors import InputError
 from tasks.engine.generate import BATCH, sample_windows
 from tasks.engine.job import Job
 from tasks.engine.source import Source
 from tasks.engine.store import Entry, load_tensors
-from tasks.engine.text import (
-    Cut,
-    EncodedDocuments,
-    TextSource,
-    check_text,
-    consecutive_windows,
-    encode_documents,
-    encode_joined,
-    files_digest,
-    load_tokenizer,
-    packed_windows,
-    random_crops,
-    random_document_crops,
-    read_documents,
-    text_digest,
-    text_of,
-    truncated_windows,
-)
+from tasks.engine.text import TextSource, read_documents, text_digest, text_of
 
 TOKENS = "tokens.safetensors"
 # what the windows of each preset are cut from

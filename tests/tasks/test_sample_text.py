@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks.engine import text
 from tasks.engine.checkpoint import open_checkpoint
+from tasks.engine.encoding import TOKENIZER_FILES
 from tasks.sample_text import continued, sample_text
 from tests.tasks.conftest import JobOf, export_of, make_entry, put_tokens, random_tokens
 
@@ -71,7 +71,7 @@ def test_both_models_continue_the_first_windows(job_of: JobOf, demo_model: Path)
 
 def test_short_windows_and_no_tokenizer(job_of: JobOf, tmp_path: Path, tiny: Path) -> None:
     model = Path(shutil.copytree(tiny, tmp_path / "model"))
-    for name in text.TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         (model / name).unlink(missing_ok=True)
     job = job_of(model, "rtn_w8a16", "eval.name=self_generated")
     folder, _ = export_of(job)

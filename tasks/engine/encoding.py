@@ -1,0 +1,103 @@
+"""How documents become token ids: by the checkpoint's own tokenizer, from local files only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.engine.errors import InputError
+from tasks.engine.source import Source
+from tasks.engine.store import checksum
+from tasks.engine.text import Document, TextSource
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """Load the checkpoint's tokenizer, from local files only.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(
+            f"model {source.path}: no tokenizer files, but the recipe needs text; copy "
+            "tokenizer.json and tokenizer_config.json beside the weights"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model {source.path}: the tokenizer cannot be read ({reason})") from error
+
+
+def files_digest(source: Source, names: Sequence[str] = TOKENIZER_FILES) -> str:
+    """Digest of those of the source's small files that are there; by default the tokenizer's."""
+    files = [n for n in names if (source.path / n).is_file()]
+    return ";".join(f"{name}={checksum(source.path / name)}" for name in files)
+
+
+def encode_documents(
+    text: TextSource, tokenizer: Any, documents: Sequence[Document]
+) -> list[list[int]]:
+    """Token ids of each document, with one BOS in front where the tokenizer has one.
+
+    Conversations go through the model's chat template, which writes its own special tokens.
+    """
+    plain = [d for d in documents if isinstance(d, str)]
+    if len(plain) == len(documents):
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        encoded = tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
+        return [bos + ids for ids in encoded]
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"{text.section}: the file holds conversations, but the model's tokenizer has no chat "
+            f"template; give plain text, or {text.column_mend}"
+        )
+    return [
+        list(tokenizer.apply_chat_template(d, tokenize=True, return_dict=False)) for d in documents
+    ]
+
+
+@dataclass(frozen=True)
+class EncodedDocuments(Sequence[list[int]]):
+    """Documents whose token ids are made when they are asked for: few of a large text are."""
+
+    text: TextSource
+    tokenizer: Any
+    documents: Sequence[Document]
+
+    def __len__(self) -> int:
+        """How many documents there are."""
+        return len(self.documents)
+
+    def __getitem__(self, number: Any) -> Any:
+        """Token ids of one document."""
+        return encode_documents(self.text, self.tokenizer, [self.documents[number]])[0]
+
+
+def encode_joined(text: TextSource, tokenizer: Any, documents: Sequence[Document]) -> list[int]:
+    """Token ids of the documents as one stretch: plain texts joined by blank lines, one BOS."""
+    plain = [d for d in documents if isinstance(d, str)]
+    whole: Sequence[Document] = ["\n\n".join(plain)] if len(plain) == len(documents) else documents
+    return [token for ids in encode_documents(text, tokenizer, whole) for token in ids]
+
+
+def encode_packed(text: TextSource, tokenizer: Any, documents: Sequence[Document]) -> list[int]:
+    """Token ids of the documents one after the other, as they are packed into windows."""
+    return [token for ids in encode_documents(text, tokenizer, documents) for token in ids]

@@ -1,0 +1,97 @@
+"""Text is read in all its forms, to the letter, and nothing of it is left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tasks.engine.text import TextSource, read_documents, text_digest
+from tests.tasks.engine.texts import DOCUMENTS, save_rows
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "folder", "splits", "jsonl.gz"])
+def test_rows_of_every_kind_of_file(tmp_path: Path, kind: str) -> None:
+    text = save_rows(tmp_path, kind, [{"text": document} for document in DOCUMENTS])
+    assert not text.remote
+    assert read_documents(text) == DOCUMENTS
+
+
+def test_the_name_decides_before_the_ending(tmp_path: Path) -> None:
+    path = tmp_path / "rows.data"
+    path.write_text("\n".join(json.dumps({"text": document}) for document in DOCUMENTS))
+    assert read_documents(TextSource("calib", "jsonl", str(path))) == DOCUMENTS
+
+
+@pytest.mark.parametrize("text", ["\n\n one \n\n\n two\n", "no end of line", "a\n", "é ü 中文\nx"])
+def test_a_plain_file_is_one_document_to_the_letter(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "some.txt"
+    path.write_bytes(text.encode())
+    assert read_documents(TextSource("eval", "text", str(path))) == [text]
+
+
+def test_large_plain_file_is_one_document(tmp_path: Path) -> None:
+    """Larger than what the loader reads at once."""
+    path = tmp_path / "large.txt"
+    path.write_text("0123456789abcde\n" * (1 << 20))
+    (document,) = read_documents(TextSource("eval", "text", str(path)))
+    assert document == path.read_text()
+
+
+@pytest.mark.shared
+def test_wikitext_as_rows_and_as_a_file_is_one_string(shared: Path, tmp_path: Path) -> None:
+    """The protocol's string: every row, blank ones too, joined by blank lines."""
+    path = shared / "text" / "wikitext-2-raw-test.txt"
+    head = path.read_text()[:20000].rsplit("\n\n", 1)[0]
+    rows = [{"text": row} for row in head.split("\n\n")]
+    text = save_rows(tmp_path, "parquet", rows)
+    documents = read_documents(text, blank=True)
+    assert "\n\n".join(str(document) for document in documents) == head
+
+
+def test_blank_rows(tmp_path: Path) -> None:
+    rows = [{"text": ""}, {"text": " = Title = \n"}, {"text": ""}, {"text": None}, {"text": "End."}]
+    text = save_rows(tmp_path, "parquet", rows)
+    assert read_documents(text) == [" = Title = \n", "End."]
+    assert read_documents(text, blank=True) == ["", " = Title = \n", "", "End."]
+
+
+def test_another_column(tmp_path: Path) -> None:
+    rows = [{"text": "not this", "content": document} for document in DOCUMENTS]
+    path = save_rows(tmp_path, "jsonl", rows).path
+    assert read_documents(TextSource("calib", "jsonl", path, None, "content")) == DOCUMENTS
+
+
+def test_digest_is_of_the_bytes(tmp_path: Path) -> None:
+    texts = []
+    for name, content in (("a.txt", "one"), ("b.txt", "one"), ("c.txt", "two")):
+        (tmp_path / name).write_text(content)
+        texts.append(text_digest(TextSource("calib", "text", str(tmp_path / name))))
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_text_wins_over_messages(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "Where?"}], "text": "Here."}]
+    assert read_documents(save_rows(tmp_path, "jsonl", rows)) == ["Here."]
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "jsonl.gz"])
+def test_reading_a_file_leaves_no_copy(
+    tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    import datasets
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    rows = [{"text": document} for document in DOCUMENTS]
+    text = (
+        TextSource("eval", "text", str(words))
+        if kind == "text"
+        else save_rows(tmp_path, kind, rows)
+    )
+    assert read_documents(text)
+    assert not cache.exists()
+    assert list((tmp_path / "temporary").iterdir()) == []
