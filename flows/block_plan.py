@@ -52,8 +52,10 @@ class Pass:
         return self.tokens is not None
 
     def job(self, job: Job) -> Job:
-        """The job as it computes this pass: alone where nothing is shared."""
-        return job if self.calibrated or job.team.size == 1 else replace(job, team=ALONE)
+        """The job as it computes this pass: alone where nothing is shared, each its own blocks."""
+        if self.calibrated or job.team.size == 1:
+            return job
+        return replace(job, team=ALONE, stride=job.team.size)
 
     def plan(self, job: Job) -> BlockPlan:
         """What it asks for."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from bisect import insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -89,7 +89,8 @@ class Crew:
     def _begun(self, job: Job, call: Call, key: str) -> Asked:
         assert self._round is not None and self._found is not None
         asked = Asked(self, job, call.block, self._round.planned(call, key))
-        if self.ahead and not self._found.take(asked, key):
+        # those that keep less read what they need from the store, where it is in its turn
+        if self.ahead and not self._found.take(asked, key) and not self.lean:
             # in their order: what comes after a result is not asked for before it
             for damaged in self._found.damaged():
                 damaged.ask()
@@ -205,17 +206,14 @@ class Asked:
 
 
 @contextlib.contextmanager
-def crew_of(
-    job: Job, request: Request, recipe: str, overrides: Sequence[str]
-) -> Iterator[Crew | None]:
+def crew_of(job: Job, request: Request) -> Iterator[Crew | None]:
     """The processes on a job's devices; None where it has one CPU, which the flow computes on."""
     if job.team.size == 1 and not job.on_gpu:
         yield None
         return
     assignment = Assignment(
         torch.get_num_threads(),
-        recipe,
-        tuple(overrides),
+        job.recipe.model_dump(mode="json", exclude_unset=True),
         str(job.source.path),
         str(request.store),
         job.memory,

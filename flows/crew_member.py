@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from configs.loading import load_recipe
+from configs.loading import parse_recipe
 from flows.block_plan import Pass
 from flows.crew_process import Failure
 from flows.crew_start import TRACE, Seat
@@ -55,7 +56,7 @@ AHEAD_STEPS = 2
 def job_of(given: Assignment, rank: int, devices: Sequence[str]) -> Job:
     """The flow's job, on this process's device."""
     request = Request(
-        load_recipe(given.recipe, given.overrides),
+        parse_recipe(given.recipe, "the recipe"),
         given.model,
         None,
         Path(given.store),
@@ -244,8 +245,12 @@ def work(job: Job, told: Iterator[dict[str, Any]], say: Saying) -> None:
         current.end()
 
 
-def messages() -> Iterator[dict[str, Any]]:
-    """What the flow's process says; once that is gone this one ends, whatever it waits for."""
+def messages(folder: Path) -> Iterator[dict[str, Any]]:
+    """What the flow's process says; once that is gone this one ends, whatever it waits for.
+
+    Args:
+        folder: of the crew's files, which nobody else removes then.
+    """
     heard: SimpleQueue[dict[str, Any]] = SimpleQueue()
 
     def read() -> None:
@@ -257,6 +262,8 @@ def messages() -> Iterator[dict[str, Any]]:
                 heard.put(message)
         if "end" in message:
             time.sleep(END_S)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=read, daemon=True).start()
@@ -279,7 +286,8 @@ def _or_fail(say: Saying, do: Callable[[], None]) -> None:
     """Do something; where it fails that is told, and this process ends."""
     try:
         do()
-    except Exception as error:
+    except BaseException as error:
+        # also what libraries raise that panic: nobody else would hear of it
         say({"failed": asdict(Failure.of(error))})
         os._exit(1)
 
@@ -290,7 +298,7 @@ def main() -> None:
     sys.setswitchinterval(0.0005)
     given = json.loads(sys.argv[1])
     seat, say = Seat(**(given | {"devices": tuple(given["devices"])})), Saying(int(sys.argv[2]))
-    told = messages()
+    told = messages(Path(seat.meeting).parent)
 
     def run() -> None:
         devices = [check_device(name) for name in seat.devices]
@@ -309,8 +317,7 @@ def main() -> None:
         message = next(told)
         if "job" not in message:
             return
-        given = message["job"]
-        assignment = Assignment(**(given | {"overrides": tuple(given["overrides"])}))
+        assignment = Assignment(**message["job"])
         torch.set_num_threads(assignment.threads)
         job = job_of(assignment, seat.rank, devices)
         log.setLevel(logging.INFO)

@@ -102,7 +102,11 @@ class Process:
         failed = False
         with os.fdopen(self._member.said, "rb") as lines:
             for line in lines:
-                said = json.loads(line)
+                try:
+                    said = json.loads(line)
+                except ValueError:
+                    # it was killed as it said it
+                    break
                 failed = failed or "failed" in said
                 self._heard(Failure(**said["failed"]) if "failed" in said else said)
         status = self._member.process.wait()

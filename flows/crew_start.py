@@ -91,8 +91,9 @@ class Member:
 
     def kill(self) -> None:
         """End it now, if it did not end."""
-        self.close()
+        # before it hears that there is no more, and takes its files for nobody's
         self.process.kill()
+        self.close()
         self.process.wait()
 
 

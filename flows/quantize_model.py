@@ -66,7 +66,7 @@ def quantize_model(
         model: a checkpoint folder or a hub id; the recipe's ``model.path`` where it is not given.
         output: the folder to publish; the recipe's ``save.save_path`` where it is not given.
         overrides: ``key.path=value`` each, over the recipe.
-        device: cpu, cuda or cuda:N.
+        device: cpu, cuda or cuda:N; several with commas between.
         memory: bytes that may be used on the device.
         store: the folder of results; the user's own where it is not given.
         keep_incompatible: leave linears unquantized whose sizes do not fit, instead of refusing.
@@ -95,14 +95,12 @@ def quantize_model(
         upload,
     )
     with started_early(device, loaded.calibrated):
-        return _checked(request, place, recipe, overrides, log_file, parent, name)
+        return _checked(request, place, log_file, parent, name)
 
 
 def _checked(
     request: Request,
     place: Settings,
-    recipe: str,
-    overrides: Sequence[str],
     log_file: str | None,
     parent: str | None,
     name: str | None,
@@ -115,7 +113,7 @@ def _checked(
     with alone(job.store, request.output or identity), told_run(place, identity) as run:
         open_tracked(job, run, request, parent, name)
         kept = Path(log_file) if log_file else None
-        crewed = crew_of(job, request, recipe, overrides)
+        crewed = crew_of(job, request)
         # after a failure the devices end first, and then the thread is waited for
         with failure_kept(run, kept), _outside_aside(job) as aside, crewed as crew:
             result = _quantize(job, run, request, kept, crew, aside)

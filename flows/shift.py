@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -42,8 +42,7 @@ class Assignment:
 
     Attributes:
         threads: to compute with.
-        recipe: its file or name.
-        overrides: over the recipe.
+        recipe: as it was read, whatever its file says by now.
         model: the source's folder.
         store: the folder of results.
         memory: bytes that may be used on a device.
@@ -53,8 +52,7 @@ class Assignment:
     """
 
     threads: int
-    recipe: str
-    overrides: tuple[str, ...]
+    recipe: Mapping[str, Any]
     model: str
     store: str
     memory: int
@@ -118,7 +116,10 @@ class Shift:
         self._ending = self._settled = self._raised = False
         # of each process, the round it is at and how many of its calls it knows
         self._told: dict[int, tuple[Round, int]] = {}
-        self.processes = [Process(member, logs, self._heard) for member in self._started.members]
+        self.processes: list[Process] = []
+        for member in self._started.members:
+            # one that failed already is heard at once
+            self.processes.append(Process(member, logs, self._heard))
         for process in self.processes:
             process.tell([json.dumps({"job": asdict(assignment)})])
 

@@ -182,6 +182,9 @@ def _open_model(request: Request) -> Source:
     return look_up(named, digests) if is_hub_id(named) else open_source(Path(named), digests)
 
 
+_DEVICES = "cpu, cuda or cuda:N, or several with commas between"
+
+
 def check_device(device: str) -> str:
     """Return the device's full name.
 
@@ -191,9 +194,9 @@ def check_device(device: str) -> str:
     try:
         where = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"--device {device}: not a device; use cpu, cuda or cuda:N") from error
+        raise InputError(f"--device {device}: not a device; use {_DEVICES}") from error
     if where.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {device}: not supported; use cpu, cuda or cuda:N")
+        raise InputError(f"--device {device}: not supported; use {_DEVICES}")
     if where.type == "cpu":
         return "cpu"
     count = torch.cuda.device_count()

@@ -54,6 +54,7 @@ class Job:
         doubts: what the device has still to say of the steps that were computed.
         phases: where the time of its steps goes.
         team: the processes that compute it together, of which this is one.
+        stride: from a block to the next that this process computes.
     """
 
     recipe: Recipe
@@ -73,6 +74,7 @@ class Job:
     doubts: Doubts = field(default_factory=Doubts)
     phases: Phases = field(default_factory=Phases)
     team: Team = field(default_factory=Team)
+    stride: int = 1
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -222,7 +224,7 @@ class Job:
         def read() -> Mapping[str, torch.Tensor]:
             place = "cpu" if self.lean else self.device
             stored = self._taken_ahead(block) or self.source.read(plan.full(plan.tensors), place)
-            self._load_ahead(block + 1)
+            self._load_ahead(block + self.stride)
             return self.resident({n.removeprefix(plan.prefix): t for n, t in stored.items()})
 
         return self.memo.get("source block", f"{self.source.path} {block}", read)

@@ -297,8 +297,13 @@ def keep_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
         def write() -> None:
             with beside(job.device, ready):
                 # the device keeps it no longer: a disk may take longer than the next blocks
-                on_host = to_host(held.pop())
-            _write_boundary(job, stream, on_host)
+                kept = held.pop()
+                # its step fails, and the next try is not to find it
+                finite = bool(torch.linalg.vector_norm(kept, torch.inf).isfinite())
+                on_host = to_host(kept)
+                del kept
+            if finite:
+                _write_boundary(job, stream, on_host)
 
         job.behind[stream.kind].offer(place, write)
 
@@ -320,10 +325,15 @@ def _write_boundary(job: Job, stream: Stream, hidden: Tensor) -> None:
 
 
 def drop_boundaries(job: Job, stream: Stream) -> None:
-    """Drop all boundaries of a chain: its last block is done."""
+    """Drop all boundaries of a chain: its last block is done.
+
+    The first process drops those of all: the others may be gone.
+    """
     job.behind[stream.kind].wait()
+    ranks = range(job.team.size) if job.team.rank == 0 else (job.team.rank,)
     while stream.links:
-        job.store.remove(boundary_key(stream, job.team.rank))
+        for rank in ranks:
+            job.store.remove(boundary_key(stream, rank))
         stream = stream.back()
 
 

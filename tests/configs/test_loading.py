@@ -1,5 +1,6 @@
 """Files, shipped names, overrides and YAML's own features."""
 
+import json
 import subprocess
 import sys
 
@@ -196,3 +197,12 @@ def test_empty_sections_are_sections_without_keys():
     assert parse_recipe(data, "x").canonical() == parse_recipe(
         {"quant": {"method": "RTN", "weight": {"bit": 8, "granularity": "per_channel"}}}, "x"
     ).canonical()  # fmt: skip
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_a_recipe_is_the_same_after_it_was_told_as_json(name):
+    recipe = load_recipe(name, ["eval.windows=3", "serving.tensor_parallel=2"])
+    told = json.dumps(recipe.model_dump(mode="json", exclude_unset=True))
+    heard = parse_recipe(json.loads(told), "x")
+    assert heard == recipe and heard.model_fields_set == recipe.model_fields_set
+    assert heard.canonical() == recipe.canonical()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tasks.engine.job import Job
 from tasks.engine.memo import Memo
 from tasks.engine.source import open_source
 from tasks.engine.store import Store
+from tasks.engine.team import ALONE, Team
 from tasks.engine.version import SOURCE
 from tests.models import make_checkpoint
 
@@ -45,3 +47,14 @@ def test_no_result_is_asked_for_twice(given: tuple[str, ...], tmp_path: Path) ->
     asked = Counter((call.block, call.step.name) for call, _ in found)
     assert {name: asked[1, name] for block, name in asked if block == 1} == ASKED[given]
     assert not asked[2, "advance"], "nothing comes after the last block"
+
+
+@pytest.mark.parametrize(("size", "tokens", "stride"), [(1, None, 1), (3, None, 3), (3, "t", 1)])
+def test_a_pass_that_shares_nothing_gives_each_its_own_blocks(
+    size: int, tokens: str | None, stride: int, tmp_path: Path
+) -> None:
+    model = open_source(make_checkpoint(tmp_path / "model", "llama", blocks=2))
+    job = Job(load_recipe("rtn_w4a16"), model, Store(tmp_path / "store"), Memo(), "cpu", 1 << 30)
+    team = Team(1, size) if size > 1 else ALONE
+    own = Pass(0, tokens, SOURCE, (), True).job(replace(job, team=team))
+    assert (own.stride, own.team) == (stride, team if tokens else ALONE)

@@ -82,7 +82,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pretended:
     monkeypatch.setattr(module, "Shift", begun)
     made: Callable[..., Any] = lambda self, job, said: said["made"]  # noqa: E731
     monkeypatch.setattr(Crew, "made", made)
-    assignment = Assignment(1, "rtn_w4a16", (), "model", "store", 0, False, False)
+    assignment = Assignment(1, {}, "model", "store", 0, False, False)
     crew = Crew("cuda:0", assignment, tmp_path)
     crew._round = Round(Pass(0, None, SOURCE, (), True), tmp_path)
     job: Any = None

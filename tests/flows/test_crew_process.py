@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def test_the_cause_is_told_and_not_what_it_led_to() -> None:
 # as a member of the crew does, in the file whose number it is given last
 SAYING = "import os, sys\nsay = lambda line: os.write(int(sys.argv[-1]), line)\n"
 
+LISTENERS: list[threading.Thread] = []
+
 
 @pytest.fixture
 def heard() -> list[Any]:
@@ -64,12 +67,23 @@ def heard() -> list[Any]:
 
 def process(script: str, heard: list[Any], logs: Path, patch: pytest.MonkeyPatch) -> Process:
     """A process that runs a script in place of a member of the crew."""
+    before = set(threading.enumerate())
     # `python -m flows.crew_member SEAT` with another program
     patch.setattr(flows.crew_start.sys, "executable", str(script))
     folder = logs.with_name("crew")
     folder.mkdir()
     member = Member(Seat(1, ("cuda", "cpu"), str(folder / "meeting"), True), folder)
-    return Process(member, logs, heard.append)
+    found = Process(member, logs, heard.append)
+    LISTENERS.extend(set(threading.enumerate()) - before)
+    return found
+
+
+def all_is_heard() -> None:
+    """Wait until the threads that listen to processes are through."""
+    while LISTENERS:
+        listener = LISTENERS.pop()
+        listener.join(30)
+        assert not listener.is_alive()
 
 
 @pytest.fixture
@@ -102,9 +116,23 @@ def test_what_a_process_says_is_heard(
     script.write_text(f"#!{sys.executable}\n{SAYING}{body}\n")
     running = process(str(script), heard, tmp_path / "logs", monkeypatch)
     assert running.ended(30)
-    eventually(lambda: heard == expected or None, "what it said", 10)
+    all_is_heard()
+    assert heard == expected
     running.kill()
     assert not (tmp_path / "logs").exists(), "kept though nothing was lost"
+
+
+def test_one_that_is_killed_as_it_says_something_is_lost(
+    tmp_path: Path, script: Path, heard: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = 'say(b\'{"made": "k"}\\n{"made": "an\'); os.kill(os.getpid(), 9)'
+    script.write_text(f"#!{sys.executable}\n{SAYING}{body}\n")
+    running = process(str(script), heard, tmp_path / "logs", monkeypatch)
+    all_is_heard()
+    said, failure = heard
+    assert said == {"made": "k"}
+    assert failure.kind == LOST and "ended (-9)" in failure.said
+    running.kill()
 
 
 def test_the_last_words_of_a_process_that_died(

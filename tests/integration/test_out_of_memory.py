@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+import flows.crew
 import tasks.quantize
 from flows.quantize_model import quantize_model
+from flows.shift import Shift
 from tasks.engine.residency import DeviceMemoryError
 from tests.crews import beside_a_gpu, left_running
 from tests.integration.resuming import contents
@@ -106,6 +108,13 @@ def test_the_same_bytes_where_the_device_of_another_process_is_full_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     undisturbed = quantized(home, tiny, words, "roomy", "awq_w4a16")
+    # what comes after the one that fails is planned when that failed
+    monkeypatch.setattr(flows.crew, "DEPTH", 2)
+    started: list[Shift] = []
+    shift = flows.crew.Shift
+    monkeypatch.setattr(
+        flows.crew, "Shift", lambda *given: started.append(shift(*given)) or started[-1]
+    )
     beside_a_gpu(FULL_ONCE.format(once=home / "was-full"), home / "pretended", monkeypatch)
     with caplog.at_level("WARNING", "blockquant"):
         disturbed = quantized(home, tiny, words, "full", "awq_w4a16")
@@ -115,6 +124,7 @@ def test_the_same_bytes_where_the_device_of_another_process_is_full_once(
     leans = [line.endswith("True") for line in said if line.startswith("rounds, lean")]
     assert leans[0] is False and len(leans) > 2 and all(leans[1:])
     assert any("is full; tried again with less kept on it" in line for line in said)
+    assert len(started) == 2, "those that keep less failed at what the flow had not stored"
     assert left_running() == []
 
 

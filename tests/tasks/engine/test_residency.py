@@ -12,8 +12,10 @@ from torch import Tensor
 
 from quantizers.statistics import InputStatistics, add_batch, empty_statistics
 from tasks.engine.collect import block_statistics
+from tasks.engine.job import Job
 from tasks.engine.residency import Computed, OnHost, moved, one_by_one, ran_out_of_memory
 from tasks.engine.streams import start_stream
+from tests.models import make_checkpoint
 from tests.tasks.conftest import JobOf, put_tokens, random_tokens
 
 # what torch says where a device or the host has no room
@@ -119,3 +121,21 @@ def test_a_lean_job_lets_go_of_what_was_kept(job_of: JobOf, tiny: Path) -> None:
 )
 def test_a_lack_of_memory_is_told_from_other_faults(error: Exception, memory: bool) -> None:
     assert ran_out_of_memory(error) is memory
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_the_block_that_this_process_has_next_is_read_ahead(
+    tmp_path: Path, job_of: JobOf, monkeypatch: pytest.MonkeyPatch, stride: int
+) -> None:
+    monkeypatch.setattr(Job, "on_gpu", True)
+    model = make_checkpoint(tmp_path / "model", blocks=4)
+    job = job_of(model, "rtn_w4a16", stride=stride)
+    job.read_block(0)
+    job.loading.wait()
+    assert list(job._loaded) == [stride]
+    monkeypatch.setattr(type(job.source), "read", lambda *_: pytest.fail("it was read ahead"))
+    found = job.read_block(stride)
+    monkeypatch.undo()
+    plan = job.plan.blocks[stride]
+    for name, tensor in job.source.read(plan.full(plan.tensors), "cpu").items():
+        assert torch.equal(found[name.removeprefix(plan.prefix)], tensor)

@@ -29,6 +29,7 @@ from tasks.engine.streams import (
     keep_boundary,
     require_finite,
 )
+from tasks.engine.team import Team
 from tasks.pack import pack
 from tasks.quantize import Origin
 from tests.models import make_checkpoint
@@ -316,3 +317,30 @@ def test_a_device_s_hidden_states_are_kept_now_and_then(
     for behind in job.behind.values():
         behind.wait()
     assert written == {rounded, unrounded}, "a moment after"
+
+
+def test_what_is_not_finite_is_not_kept_for_the_next_try(
+    model: Path, job_of: JobOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(model, "rtn_w4a16", GROUPS)
+    monkeypatch.setattr(Job, "on_gpu", True)
+    hidden = torch.ones(2, 4, 32)
+    for number, (value, kept) in enumerate(((torch.nan, False), (torch.inf, False), (1.0, True))):
+        stream = Stream(f"tokens {number}").after("block", "key")
+        hidden[1, 2, 3] = value
+        keep_boundary(job, stream, hidden.clone())
+        job.behind.pop(stream.kind).wait()
+        assert (job.store.get(boundary_key(stream)) is not None) == kept
+
+
+def test_the_first_process_drops_what_all_have_kept(model: Path, job_of: JobOf) -> None:
+    streams = Stream("tokens").after("block", "key")
+    jobs = [job_of(model, "rtn_w4a16", GROUPS, team=Team(rank, 3)) for rank in range(3)]
+    for job in jobs:
+        keep_boundary(job, streams, torch.ones(2, 4, 32))
+    keys = [boundary_key(streams, rank) for rank in range(3)]
+    assert all(jobs[0].store.get(key) for key in keys)
+    drop_boundaries(jobs[2], streams)
+    assert [jobs[0].store.get(key) is not None for key in keys] == [True, True, False]
+    drop_boundaries(jobs[0], streams)
+    assert not any(jobs[0].store.get(key) for key in keys)
