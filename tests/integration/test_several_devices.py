@@ -221,7 +221,7 @@ def test_results_that_are_asked_for_before_they_are_needed(
     made = [step["step"] for step in mended["steps"] if not step["cached"]]
     assert made == ["pack[block 0]", "quantize[block 1]"]
     # one is killed while others wait to be made: what was made stays, the rest is made by new ones
-    with watched(monkeypatch, 4, kill_last) as asked:
+    with watched(monkeypatch, 4, kill_last, before=True) as asked:
         quantized(home, tiny, words, "killed", recipe)
     assert contents(home / "killed") == contents(home / "in-turn")
     assert len(asked) > len(set(asked))
