@@ -28,10 +28,10 @@ from traced import (
     Gap,
     by_phase,
     covered,
-    device_work,
     gaps,
     idle_before,
     inner_span,
+    inner_work,
     longest_gaps,
 )
 
@@ -58,25 +58,24 @@ def main(
     """Profile the blocks of a recipe."""
     import speed
 
-    from flows.crew_start import TRACE
+    from flows.crew_start import TRACE, trace_of
 
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     shape = speed.Shape(blocks, hidden, intermediate, vocabulary, kv_share)
-    first, *others = device.split(",")
-    model, text = speed.made_model(work, shape, first), speed.made_text(work, samples)
+    devices = device.split(",")
+    model, text = speed.made_model(work, shape, devices[0]), speed.made_text(work, samples)
     given = [*speed.settings(recipe, text, samples), *(set_ or ())]
     with _served(work), tempfile.TemporaryDirectory() as folder:
         _quantized(work, recipe, model, given, device)
-        trace = Path(folder) / "trace.json"
-        os.environ[TRACE] = str(trace)
+        os.environ[TRACE] = f"{folder}/trace.json"
         result = _quantized(work, recipe, model, given, device)
-        files = [trace, *(Path(f"{trace}.{rank}") for rank, _ in enumerate(others, start=1))]
+        files = [trace_of(os.environ[TRACE], rank) for rank, _ in enumerate(devices)]
         traces = [json.loads(file.read_text(encoding="utf-8"))["traceEvents"] for file in files]
     console.print(f"{recipe}, phases of the whole run: {result['phases']}")
     for rank, events in enumerate(traces):
         for title, table in tables(events, blocks, rows):
-            console.print(f"\n{title}{f', process {rank}' if others else ''}\n")
+            console.print(f"\n{title}{f', process {rank}' if devices[1:] else ''}\n")
             console.print(table)
 
 
@@ -119,7 +118,7 @@ def tables(events: list[Mapping[str, Any]], blocks: int, rows: int) -> list[tupl
     start, end = inner_span(timed)
     count = blocks - 2
     inside = [e for e in timed if start <= e["ts"] < end]
-    work = device_work(inside)
+    work = inner_work(timed)
     whole = (end - start) / count / 1000
     busy = covered((e["ts"], e["ts"] + e["dur"]) for e in work) / count / 1000
     title = f"{whole:.1f} ms/block between ends of blocks, the device works in {busy:.1f} ms"
@@ -156,9 +155,9 @@ def _of_gaps(found: Iterable[tuple[Gap, str]], start: float) -> Table:
     for heading in ("ms", "at, ms", "after", "before", "the host's longest call"):
         table.add_column(heading)
     for gap, call in found:
-        last = "" if gap.before is None else str(gap.before["name"])[:50]
         times = f"{(gap.end - gap.start) / 1000:.2f}", f"{(gap.start - start) / 1000:.0f}"
-        table.add_row(*times, last, str(gap.after["name"])[:50], call[:50])
+        beside = (str(event["name"])[:50] for event in (gap.before, gap.after))
+        table.add_row(*times, *beside, call[:50])
     return table
 
 

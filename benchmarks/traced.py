@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -31,13 +32,13 @@ class Gap(NamedTuple):
     Attributes:
         start: in microseconds of the trace.
         end: likewise.
-        before: what the device did last, where it did something.
+        before: what the device did last.
         after: what it does next.
     """
 
     start: float
     end: float
-    before: Mapping[str, Any] | None
+    before: Mapping[str, Any]
     after: Mapping[str, Any]
 
 
@@ -45,7 +46,7 @@ def by_phase(events: Iterable[Mapping[str, Any]], blocks: int) -> dict[str, floa
     """Seconds a block of what the device does, by what it was asked for; copies run beside that."""
     timed = [event for event in events if event.get("ph") == "X"]
     start, end = inner_span(timed)
-    work = device_work(e for e in timed if start <= e["ts"] < end)
+    work = inner_work(timed)
     asked = _asked_in(timed)
     found = dict.fromkeys([READ, *PHASES.values(), WRITE, "other"], 0.0)
     for event in work:
@@ -105,24 +106,32 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 def gaps(work: Iterable[Mapping[str, Any]]) -> list[Gap]:
     """Times in which a device does nothing, between the first and the last that it does."""
+    ordered = sorted(work, key=lambda e: e["ts"])
     found: list[Gap] = []
-    last: Mapping[str, Any] | None = None
-    reached = float("inf")
-    for event in sorted(work, key=lambda e: e["ts"]):
+    for event, last in zip(ordered[1:], itertools.accumulate(ordered, _later), strict=False):
+        reached = last["ts"] + last["dur"]
         if event["ts"] > reached:
             found.append(Gap(reached, event["ts"], last, event))
-        if last is None or event["ts"] + event["dur"] > reached:
-            reached, last = event["ts"] + event["dur"], event
     return found
+
+
+def _later(one: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The one that ends later; the first of equals."""
+    return max(one, other, key=lambda e: e["ts"] + e["dur"])
+
+
+def inner_work(timed: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What a device does between the end of the first block and that of the last but one."""
+    start, end = inner_span(timed)
+    return device_work(e for e in timed if start <= e["ts"] < end)
 
 
 def idle_before(events: Iterable[Mapping[str, Any]], blocks: int) -> dict[str, float]:
     """Seconds a block in which a device does nothing, by the phase of what it does next."""
     timed = [event for event in events if event.get("ph") == "X"]
-    start, end = inner_span(timed)
     asked = _asked_in(timed)
     found: dict[str, float] = defaultdict(float)
-    for gap in gaps(device_work(e for e in timed if start <= e["ts"] < end)):
+    for gap in gaps(inner_work(timed)):
         found[_phase(gap.after, asked)] += (gap.end - gap.start) / (blocks - 2) / 1e6
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
@@ -130,8 +139,7 @@ def idle_before(events: Iterable[Mapping[str, Any]], blocks: int) -> dict[str, f
 def longest_gaps(events: Iterable[Mapping[str, Any]], count: int) -> list[tuple[Gap, str]]:
     """The longest times in which a device does nothing, and the host's longest call in each."""
     timed = [event for event in events if event.get("ph") == "X"]
-    start, end = inner_span(timed)
-    found = gaps(device_work(e for e in timed if start <= e["ts"] < end))
+    found = gaps(inner_work(timed))
     calls = [event for event in timed if event.get("cat") in HOST_WORK]
     return [
         (gap, _longest_call(calls, gap))

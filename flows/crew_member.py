@@ -29,7 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from configs.loading import parse_recipe
 from flows.block_plan import Pass
 from flows.crew_process import Failure
-from flows.crew_start import TRACE, Seat
+from flows.crew_start import TRACE, Seat, trace_of
 from flows.loading import load
 from flows.shift import END_S, Assignment, meet
 from quantizers.statistics import add_batch, empty_statistics
@@ -279,7 +279,7 @@ def _traced(rank: int) -> Iterator[None]:
     every = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     with torch.profiler.profile(experimental_config=every) as profiler:
         yield
-    profiler.export_chrome_trace(f"{path}.{rank}" if rank else path)
+    profiler.export_chrome_trace(str(trace_of(path, rank)))
 
 
 def _or_fail(say: Saying, do: Callable[[], None]) -> None:

@@ -97,6 +97,11 @@ class Member:
         self.process.wait()
 
 
+def trace_of(path: str, rank: int) -> Path:
+    """The file that a member's trace goes to: the one that TRACE names, of others beside it."""
+    return Path(f"{path}.{rank}" if rank else path)
+
+
 def surroundings(device: str, own: Mapping[str, str]) -> dict[str, str]:
     """What a member finds in its environment: torch is told how to lock host memory for a GPU.
 

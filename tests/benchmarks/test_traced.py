@@ -114,7 +114,7 @@ def test_what_it_waited_for(traced: ModuleType) -> None:
 
 
 def test_the_innermost_call_is_told(traced: ModuleType) -> None:
-    gap = traced.Gap(100.0, 200.0, None, {"name": "kernel"})
+    gap = traced.Gap(100.0, 200.0, {"name": "last"}, {"name": "kernel"})
     calls = [
         span("outer", "cpu_op", MAIN, 50, 300),
         span("inner", "cuda_runtime", MAIN, 90, 210),

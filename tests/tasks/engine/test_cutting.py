@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from tasks.engine.cutting import (
     Cut,
@@ -21,23 +20,12 @@ from tasks.engine.cutting import (
     truncated_windows,
 )
 from tasks.engine.errors import InputError
-from tasks.engine.source import Source, open_source
+from tasks.engine.source import Source
 from tasks.engine.text import TextSource
-from tests.models import DEMO_MODEL
 from tests.tasks.engine.texts import ANY, DOCUMENTS, plain, save_rows
 
 # the numbers stand for tokens
 LONG = [list(range(100 * n, 100 * n + length)) for n, length in enumerate([9, 3, 25, 10, 40, 7])]
-
-
-@pytest.fixture(scope="module")
-def source() -> Source:
-    return open_source(DEMO_MODEL)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(DEMO_MODEL)
 
 
 def test_consecutive_windows() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from tasks.engine.encoding import encode_documents, encode_joined, files_digest, load_tokenizer
 from tasks.engine.errors import InputError
@@ -21,16 +20,6 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     "{{ eos_token }}"
 )
-
-
-@pytest.fixture(scope="module")
-def source() -> Source:
-    return open_source(DEMO_MODEL)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(DEMO_MODEL)
 
 
 @pytest.fixture
