@@ -140,7 +140,7 @@ def test_the_last_words_of_a_process_that_died(
 ) -> None:
     script.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('driver: no such device')\n")
     running = process(str(script), heard, tmp_path / "logs", monkeypatch)
-    eventually(lambda: heard or None, "its end", 30)
+    eventually(lambda: heard, "its end", 30)
     (failure,) = heard
     assert failure.kind == LOST
     assert "the process on cpu ended (1): driver: no such device; see " in failure.said

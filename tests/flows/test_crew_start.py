@@ -13,7 +13,7 @@ from tests.operations.services import eventually
 
 def are_running(count: int) -> bool:
     """Whether so many processes of crews live; one shows its name a moment after it began."""
-    return eventually(lambda: len(left_running()) == count or None, f"{count} processes", 10)
+    return eventually(lambda: len(left_running()) == count, f"{count} processes", 10)
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(home: Path, tiny: Path, words: P
     assert undisturbed.exitcode == 0, undisturbed.result
     assert run(work("killed", "clip[block 1]: committed")).exitcode == -signal.SIGKILL
     # they end with the flow's process, whatever they are at
-    eventually(lambda: not of_home(home / "killed") or None, "the end of the others", 20)
+    eventually(lambda: not of_home(home / "killed"), "the end of the others", 20)
     resumed = run(work("killed", None))
     assert resumed.exitcode == 0, resumed.result
     assert resumed.made[0] == "quantize[block 1]"

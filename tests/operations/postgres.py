@@ -71,12 +71,12 @@ def _as(account: tuple[int, int]) -> list[str]:
     return []
 
 
-def _create(port: int, databases: tuple[str, ...]) -> bool | None:
+def _create(port: int, databases: tuple[str, ...]) -> bool:
     place = {"host": "127.0.0.1", "port": port, "user": "blockquant", "password": PASSWORD}
     try:
         connection = psycopg2.connect(**place, dbname="postgres")
     except psycopg2.OperationalError:
-        return None
+        return False
     connection.autocommit = True
     with connection.cursor() as cursor:
         for name in databases:

@@ -77,10 +77,10 @@ def services_of(process: psutil.Process) -> str | None:
 
 
 def eventually(look: Callable[[], Found | None], what: str, limit: float = 120) -> Found:
-    """Wait for something that comes from elsewhere."""
+    """Wait until a look finds something: what is neither None nor False nor empty."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
-        if (found := look()) is not None:
+        if found := look():
             return found
         time.sleep(0.2)
     raise TimeoutError(f"{what}: not within {limit} s")

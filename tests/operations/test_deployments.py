@@ -157,7 +157,7 @@ def named(up: Up, deployment: dict[str, Any], state: str) -> dict[str, Any] | No
 
 def assert_logged(up: Up, run: dict[str, Any], words: str) -> None:
     """Prefect sends logs in batches, some after the run's end."""
-    eventually(lambda: any(words in line for line in up.log(run["id"])) or None, words, 20)
+    eventually(lambda: any(words in line for line in up.log(run["id"])), words, 20)
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:

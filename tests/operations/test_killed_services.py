@@ -59,7 +59,7 @@ class Round:
                 found.append(process)
         return found
 
-    def over(self) -> bool | None:
+    def over(self) -> bool:
         """Look, as an operator does: whether all is done; retry what failed or was abandoned."""
         try:
             state = self.up.api("GET", f"flow_runs/{self.run}")["state"]["type"]
@@ -76,7 +76,7 @@ class Round:
         except httpx.HTTPError:
             # supervisor starts the server again
             pass
-        return None
+        return False
 
     def _idle(self) -> bool:
         """Whether nobody has worked at the run for long enough."""
@@ -87,10 +87,10 @@ class Round:
     def works(self) -> bool:
         """Wait until a process works at the run; false where it was over before."""
 
-        def looked() -> bool | None:
-            return True if self.victims("run") else False if self.over() else None
+        def looked() -> str | None:
+            return "at work" if self.victims("run") else "over" if self.over() else None
 
-        return eventually(looked, "a process of the run", 240)
+        return eventually(looked, "a process of the run", 240) == "at work"
 
     def kill(self, kind: str) -> bool:
         """Kill what there is of a kind; whether there was anything that had not ended by itself."""
@@ -132,9 +132,9 @@ def submitted(up: Up, parameters: dict[str, str]) -> str | None:
 def require_told_once(up: Up, parameters: dict[str, str]) -> None:
     """One finished run, each metric with one point for each step."""
 
-    def synced() -> bool | None:
+    def synced() -> bool:
         asked = ("sync", "--store", parameters["store"])
-        return up.run(*asked, module="flows.cli").returncode == 0 or None
+        return up.run(*asked, module="flows.cli").returncode == 0
 
     eventually(synced, "MLflow to be told of all", 240)
     client = MlflowClient(up.mlflow)
@@ -182,6 +182,6 @@ def test_kills_of_runs_workers_and_servers(
         assert sorted(path.name for path in folder.iterdir()) == ["out", "store"]
         require_told_once(up, killing.parameters)
         # supervisor, two servers, a worker: nothing else is left running
-        eventually(lambda: len(up.processes()) == 4 or None, "the services, and no more", 60)
+        eventually(lambda: len(up.processes()) == 4, "the services, and no more", 60)
     assert killed == dict.fromkeys(KINDS, of_each)
     print(f"{killed.total()} kills in {rounds} rounds, {duration:.1f} s undisturbed")
