@@ -56,7 +56,7 @@ test-long: $(TEST_STAMP) ## more kills, and quality on more text, than a check o
 lint: $(TEST_STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers auto
 	$(BIN)/lint-imports
 
 # The tests say what is missing; installing needs root and Debian's apt-get.
@@ -92,9 +92,10 @@ $(RUNTIME_STAMP): pyproject.toml constraints.txt | $(PYTHON_STAMP)
 	$(BIN)/python -m pip install $(INSTALL_FLAGS) -c constraints.txt -e .
 	@touch $@
 
-$(TEST_STAMP): $(RUNTIME_STAMP)
+$(TEST_STAMP): pyproject.toml constraints.txt | $(PYTHON_STAMP)
+	@echo "Installing blockquant and its tests' needs into $(VENV): about 3 GB and some minutes the first time."
 	$(BIN)/python -m pip install $(INSTALL_FLAGS) -c constraints.txt -e '.[test]'
-	@touch $@
+	@touch $(RUNTIME_STAMP) $@
 
 $(BENCH_STAMP):
 	$(PYTHON) -m venv $(BENCH_VENV)

@@ -24,6 +24,7 @@ from tasks.engine.errors import InputError
 
 # of servers that start in one home at the same time, each waits until those before it are up
 START_LIMIT_S = 600.0
+API_URL = "PREFECT_API_URL"
 NEVER_PROXIED = ("127.0.0.1", "localhost")
 # what a server that serves one command has no use for, and what it may do in batches: on few cores
 # it takes time from the quantization
@@ -103,7 +104,7 @@ def waiting_server() -> Iterator[Waiting | None]:
     It writes no file before it begins, and ends with this process, however that dies. None where
     ``PREFECT_API_URL`` names another one.
     """
-    if os.environ.get("PREFECT_API_URL"):
+    if os.environ.get(API_URL):
         yield None
         return
     # the port is taken here: while the server waits for its turn, nobody else can have it
@@ -177,11 +178,33 @@ def prefect_api(
                 server.process.kill()
                 raise
         # a flow waits up to a second for its heart to stop, and this server looks at none
-        with temporary_settings({PREFECT_API_URL: url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        own = {PREFECT_API_URL: url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        with _known_to_all_threads(url), temporary_settings(own):
             try:
                 yield url
             finally:
-                _flush()
+                flush()
+
+
+@contextmanager
+def _known_to_all_threads(url: str) -> Iterator[None]:
+    """Have threads that Prefect begins speak to this API: they begin without temporary settings.
+
+    Else what forwards events of child processes starts a server of its own.
+    """
+    from prefect.context import refresh_global_settings_context
+
+    before = os.environ.get(API_URL)
+    os.environ[API_URL] = url
+    refresh_global_settings_context()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[API_URL]
+        else:
+            os.environ[API_URL] = before
+        refresh_global_settings_context()
 
 
 def _drop_empty(log: Path) -> None:
@@ -199,8 +222,11 @@ def _require_server(url: str) -> None:
         ) from error
 
 
-def _flush() -> None:
-    """Send what Prefect still holds, while the server is there to take it."""
+def flush() -> None:
+    """Send what Prefect still holds, while the server is there to take it.
+
+    What sends events speaks to the server that it began with, until it is flushed.
+    """
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 

@@ -129,14 +129,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
     quiet_defaults(folder)
     # what Prefect read before is the user's own, which all workers would share
     with temporary_settings({PREFECT_HOME: folder}), prefect_api(folder / "server.log") as url:
-        before = os.environ.get("PREFECT_API_URL")
-        os.environ["PREFECT_API_URL"] = url
-        try:
-            yield {"PREFECT_API_URL": url, "PREFECT_HOME": str(folder)}
-        finally:
-            os.environ.pop("PREFECT_API_URL")
-            if before is not None:
-                os.environ["PREFECT_API_URL"] = before
+        yield {"PREFECT_API_URL": url, "PREFECT_HOME": str(folder)}
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from tasks.engine.errors import InputError
@@ -25,25 +27,34 @@ TOKENIZER_FILES = (
 
 
 def load_tokenizer(source: Source) -> Any:
-    """Load the checkpoint's tokenizer, from local files only.
+    """Load the checkpoint's tokenizer, from local files only; the last one is kept.
 
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
+    found = [file for name in TOKENIZER_FILES if (file := source.path / name).is_file()]
+    if not found:
         raise InputError(
             f"model {source.path}: no tokenizer files, but the recipe needs text; copy "
             "tokenizer.json and tokenizer_config.json beside the weights"
         )
-    from transformers import AutoTokenizer
-
+    # the model's type is the configuration's
+    states = [file.stat() for file in (*found, source.path / "config.json")]
     try:
-        return AutoTokenizer.from_pretrained(
-            source.path, local_files_only=True, trust_remote_code=False
-        )
+        return _loaded(source.path, tuple((state.st_ino, state.st_mtime_ns) for state in states))
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"model {source.path}: the tokenizer cannot be read ({reason})") from error
+
+
+# a large one takes a second, and a run asks for it six times
+@lru_cache(maxsize=1)
+def _loaded(folder: Path, states: tuple[tuple[int, int], ...]) -> Any:
+    """The tokenizer of a folder whose files have these inodes and times of change."""
+    del states
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def files_digest(source: Source, names: Sequence[str] = TOKENIZER_FILES) -> str:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -129,6 +130,14 @@ def test_a_server_ends_where_what_is_done_meanwhile_fails(tmp_path: Path) -> Non
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "failed -9\n", "")
+
+
+def test_every_thread_knows_the_local_server(services: dict[str, str]) -> None:
+    """Those that begin without the settings of the one that began them."""
+    from prefect.settings import PREFECT_API_URL
+
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(PREFECT_API_URL.value).result() == services["PREFECT_API_URL"]
 
 
 def test_no_server_waits_where_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from prefect import flow
@@ -249,6 +250,9 @@ def test_a_child_that_kills_its_process_stops_no_other_one(
     ran = Counter((tmp_path / "ran").read_text().split())
     # of the others, only the one beside it was begun again
     assert ran["killer"] == 2 and sum(ran.values()) <= 2 + 3 + 1
+    # what children tell of themselves goes to the server that there is
+    others = [process.cmdline() for process in psutil.Process().children()]
+    assert not [command for command in others if "prefect.server.api.server:create_app" in command]
 
 
 @pytest.mark.parametrize(

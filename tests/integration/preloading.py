@@ -6,6 +6,8 @@ import gc
 import importlib
 import sys
 
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
 from tasks.engine.lineage import code_digest, quantizer_imports
 from tasks.engine.step import Step
 
@@ -42,6 +44,8 @@ def digest_steps() -> None:
 for name in MODULES:
     importlib.import_module(name)
 digest_steps()
+# transformers makes all of them when it loads its first model
+get_checkpoint_conversion_mapping("llama")
 # a child's collector would touch, and so copy, all that was imported here
 gc.collect()
 gc.freeze()

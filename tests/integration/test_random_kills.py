@@ -80,7 +80,7 @@ def launch(arguments: list[str], home: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.ops
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.long)])
 def test_kills_at_random_moments(prepared_home: Path, tmp_path: Path, kills: int) -> None:
     model = make_checkpoint(tmp_path / "tiny", blocks=BLOCKS)
     recipe = tmp_path / "recipe.yml"

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 
+from flows.prefect_api import flush
+
 ROOT = Path(__file__).parent.parent.parent
 PORTS = ("BLOCKQUANT_PREFECT_PORT", "BLOCKQUANT_MLFLOW_PORT")
 Found = TypeVar("Found")
@@ -100,6 +102,17 @@ def free_ports() -> dict[str, str]:
         socket.create_server(("127.0.0.1", 0)) as other,
     ):
         return dict(zip(PORTS, (str(s.getsockname()[1]) for s in (one, other)), strict=True))
+
+
+@contextmanager
+def telling(up: Up) -> Iterator[None]:
+    """Flows of this process tell these services of themselves, and nobody else afterwards."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    flush()
+    with temporary_settings({PREFECT_API_URL: f"{up.prefect}/api"}):
+        yield
+        flush()
 
 
 @contextmanager

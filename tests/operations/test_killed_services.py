@@ -149,7 +149,7 @@ def require_told_once(up: Up, parameters: dict[str, str]) -> None:
         assert sorted(steps) == list(range(BLOCKS if several else 1)), name
 
 
-@pytest.mark.parametrize("of_each", [2, pytest.param(5, marks=pytest.mark.long)])
+@pytest.mark.parametrize("of_each", [1, pytest.param(5, marks=pytest.mark.long)])
 def test_kills_of_runs_workers_and_servers(
     up: Up, given: dict[str, str], tmp_path: Path, of_each: int
 ) -> None:

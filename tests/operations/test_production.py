@@ -19,7 +19,7 @@ from tasks.upload import MANIFEST
 from tests.integration.resuming import contents
 from tests.models import make_checkpoint, make_text
 from tests.operations.postgres import PASSWORD, postgres
-from tests.operations.services import Up, brought_up, eventually
+from tests.operations.services import Up, brought_up, eventually, telling
 from tests.operations.test_deployments import RECIPE
 
 pytestmark = [pytest.mark.ops, pytest.mark.timeout(600)]
@@ -128,14 +128,12 @@ def worker_of(up: Up, run: dict[str, Any]) -> str:
 
 def test_four_checkpoints_are_right(up: Up, four: list[dict[str, str]], tmp_path: Path) -> None:
     """Each has the bytes of a run of this process, alone, with a store of its own."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
     from flows.quantize_model import quantize_model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BLOCKQUANT_HOME", str(tmp_path / "home"))
         patch.setenv("MLFLOW_TRACKING_URI", up.mlflow)
-        with temporary_settings({PREFECT_API_URL: f"{up.prefect}/api"}):
+        with telling(up):
             for number, given in enumerate(four):
                 own = {"output": str(tmp_path / f"{number}"), "store": str(tmp_path / "store")}
                 quantize_model(**(given | own | {"upload": None}))

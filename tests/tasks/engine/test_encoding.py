@@ -55,6 +55,19 @@ def test_one_bos_before_joined_documents(source: Source, tokenizer: Any) -> None
     assert ids.count(0) == 1
 
 
+def test_a_tokenizer_is_read_once_for_files_that_stay_as_they_are(
+    model_with: Callable[..., Source],
+) -> None:
+    model = model_with()
+    loaded = load_tokenizer(model)
+    assert load_tokenizer(model) is loaded
+    described = model.path / "tokenizer_config.json"
+    written = described.with_suffix(".new")
+    written.write_text(json.dumps(json.loads(described.read_text()) | {"chat_template": TEMPLATE}))
+    written.replace(described)
+    assert load_tokenizer(model).chat_template == TEMPLATE != loaded.chat_template
+
+
 def test_tokenizer_without_bos(model_with: Callable[..., Source], tokenizer: Any) -> None:
     loaded = load_tokenizer(model_with(bos_token=None))
     assert loaded.bos_token_id is None
