@@ -28,7 +28,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo up down test test-ops test-long ops-packages lint bench-env sglang-env clean
+.PHONY: help venv demo up down test test-ops test-all test-long ops-packages lint bench-env sglang-env clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +49,9 @@ test: $(TEST_STAMP) ## all tests but the long operations tests
 
 test-ops: $(TEST_STAMP) ## long operations tests: kills, databases, browsers, clusters
 	@$(PYTEST) -m 'ops and not long' --durations=25
+
+test-all: $(TEST_STAMP) ## both: what is run for every change
+	@$(PYTEST) -m 'not long' --durations=25
 
 test-long: $(TEST_STAMP) ## more kills, and quality on more text, than a check of every change has time for
 	@$(PYTEST) -m long --durations=25 -rP
