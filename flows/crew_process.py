@@ -23,6 +23,8 @@ from tasks.engine.residency import ran_out_of_memory
 MEMORY, RUN, INPUT, DISK = "memory", "run", "input", "disk"
 # of a process that said nothing, and of one that failed otherwise, maybe as another was gone
 LOST, OTHER = "lost", "other"
+# what threads are called that hear what processes say
+LISTENER = "blockquant-hears"
 _ORDER = (MEMORY, RUN, INPUT, DISK, LOST, OTHER)
 
 
@@ -86,7 +88,8 @@ class Process:
         self._member = member
         self._logs = logs
         self._heard = heard
-        threading.Thread(target=self._listen, daemon=True).start()
+        name = f"{LISTENER} {self.device}"
+        threading.Thread(target=self._listen, name=name, daemon=True).start()
 
     @property
     def device(self) -> str:

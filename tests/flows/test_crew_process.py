@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 import flows.crew_start
-from flows.crew_process import LOST, OTHER, Failure, Process, worst_of
+from flows.crew_process import LISTENER, LOST, OTHER, Failure, Process, worst_of
 from flows.crew_start import Member, Seat
 from tasks.engine.disk import is_full
 from tasks.engine.errors import InputError, RunError
@@ -57,8 +57,6 @@ def test_the_cause_is_told_and_not_what_it_led_to() -> None:
 # as a member of the crew does, in the file whose number it is given last
 SAYING = "import os, sys\nsay = lambda line: os.write(int(sys.argv[-1]), line)\n"
 
-LISTENERS: list[threading.Thread] = []
-
 
 @pytest.fixture
 def heard() -> list[Any]:
@@ -67,21 +65,17 @@ def heard() -> list[Any]:
 
 def process(script: str, heard: list[Any], logs: Path, patch: pytest.MonkeyPatch) -> Process:
     """A process that runs a script in place of a member of the crew."""
-    before = set(threading.enumerate())
     # `python -m flows.crew_member SEAT` with another program
     patch.setattr(flows.crew_start.sys, "executable", str(script))
     folder = logs.with_name("crew")
     folder.mkdir()
     member = Member(Seat(1, ("cuda", "cpu"), str(folder / "meeting"), True), folder)
-    found = Process(member, logs, heard.append)
-    LISTENERS.extend(set(threading.enumerate()) - before)
-    return found
+    return Process(member, logs, heard.append)
 
 
 def all_is_heard() -> None:
     """Wait until the threads that listen to processes are through."""
-    while LISTENERS:
-        listener = LISTENERS.pop()
+    for listener in [each for each in threading.enumerate() if each.name.startswith(LISTENER)]:
         listener.join(30)
         assert not listener.is_alive()
 
