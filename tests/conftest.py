@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import pytest
 
 from tests.models import DEMO_MODEL, make_checkpoint, make_text
+from tests.places import new_home
 from tests.replaying import processes_of, recording, replayed
 
 # fixtures
@@ -148,9 +149,7 @@ def prepared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def home(tmp_path: Path, prepared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home of the test's own: store, MLflow database and artifacts."""
-    folder = tmp_path / "home"
-    folder.mkdir()
-    shutil.copy(prepared_home / "mlflow.db", folder / "mlflow.db")
+    folder = new_home(tmp_path / "home", prepared_home)
     monkeypatch.setenv("BLOCKQUANT_HOME", str(folder))
     monkeypatch.delenv("BLOCKQUANT_STORE", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

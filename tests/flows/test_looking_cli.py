@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +13,7 @@ from flows.looking_cli import FLOW_RUNS
 from tasks.engine.settings import settings
 from tasks.engine.tracking import Point, Run, open_run
 from tests.conftest import Outcome
+from tests.places import new_home
 
 Here = Callable[..., Outcome]
 
@@ -21,8 +21,7 @@ Here = Callable[..., Outcome]
 @pytest.fixture
 def tracked(here: Here, tmp_path: Path, prepared_home: Path) -> list[Run]:
     """Three runs: two of one name, the third failed."""
-    (tmp_path / "home").mkdir()
-    shutil.copy(prepared_home / "mlflow.db", tmp_path / "home" / "mlflow.db")
+    new_home(tmp_path / "home", prepared_home)
     runs = []
     for number, name in enumerate(("model W4A16", "model W4A16", "model W8A8")):
         parameters = {"quant.method": "RTN", "quant.weight.bit": 4 * (1 + number // 2)}

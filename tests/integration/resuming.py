@@ -14,6 +14,7 @@ from typing import Any
 from tasks.engine.publication import REPORT
 from tests.integration.crashing import Ran, Work, run
 from tests.models import make_checkpoint, make_text
+from tests.places import new_home
 
 BLOCKS = 2
 LINEARS = 7
@@ -60,7 +61,7 @@ def make_case(
     recipe.write_text((evaluation + body).replace("TEXT", str(text)))
     empty = Case(folder, prepared, recipe, model, Ran(0, [], {}, {}), {}, {})
     output = folder / "undisturbed" / "out"
-    home = new_home(empty, "undisturbed")
+    home = case_home(empty, "undisturbed")
     ran = run(Work(home, empty.parameters(output), folder / "trace"))
     assert ran.exitcode == 0, ran.result
     assert ran.made == ran.committed == list(steps)
@@ -69,11 +70,8 @@ def make_case(
     return Case(folder, prepared, recipe, model, ran, contents(output), curves)
 
 
-def new_home(case: Case, name: str) -> Path:
-    home = case.folder / name / "home"
-    home.mkdir(parents=True)
-    shutil.copy(case.prepared / "mlflow.db", home / "mlflow.db")
-    return home
+def case_home(case: Case, name: str) -> Path:
+    return new_home(case.folder / name / "home", case.prepared)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -140,7 +138,7 @@ def kill_and_resume(
     case: Case, at: int | str, place: str, old: bool = False, **more: Any
 ) -> list[str]:
     """Kill at one event, run the same again, check all; return the events up to the kill."""
-    home = new_home(case, place)
+    home = case_home(case, place)
     output = case.folder / place / "published" / "out"
     if old:
         output.mkdir(parents=True)

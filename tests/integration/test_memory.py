@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from configs.loading import load_recipe
 from tasks.check import Request, check
 from tests.models import edit_config, make_checkpoint, make_text
+from tests.places import new_home
 
 ROOT = Path(__file__).parent.parent.parent
 FEW, MANY = 8, 48
@@ -121,9 +121,7 @@ def written_recipe(folder: Path, name: str, method: str, sampled: int = 16) -> P
 
 def begin(folder: Path, model: Path, recipe: Path, prepared: Path) -> subprocess.Popen[str]:
     """Start a run in a home of its own, in a process that samples itself."""
-    home = folder / f"home-{model.name}"
-    home.mkdir()
-    shutil.copy(prepared / "mlflow.db", home / "mlflow.db")
+    home = new_home(folder / f"home-{model.name}", prepared)
     output = folder / f"out-{model.name}"
     given = {"recipe": str(recipe), "model": str(model), "output": str(output)}
     return subprocess.Popen(

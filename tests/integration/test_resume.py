@@ -23,9 +23,9 @@ from tests.integration.resuming import (
     assert_published,
     assert_tracked,
     boundaries,
+    case_home,
     entries,
     kill_each,
-    new_home,
 )
 
 # of the longest test, for any worker to take
@@ -293,7 +293,7 @@ def test_damaged_payload_is_computed_again(w8a8: Case, damage: Callable[[Path], 
 
 
 def test_damage_that_reaches_the_export_through_its_link(w8a8: Case) -> None:
-    home = new_home(w8a8, "linked")
+    home = case_home(w8a8, "linked")
     again(w8a8, home, "first")
     shard = entries(home, "pack")[1] / "block.safetensors"
     assert shard.stat().st_nlink == 3, "in the store, in the export, published"
@@ -366,7 +366,7 @@ def test_kills_while_a_damaged_entry_is_replaced(w8a8: Case) -> None:
 
 
 def test_locks_of_a_killed_process_are_free(w8a8: Case) -> None:
-    home = new_home(w8a8, "locks")
+    home = case_home(w8a8, "locks")
     work = w8a8.parameters(home.parent / "published" / "out")
     killed = run(
         Work(home, work, home.parent / "killed", "advance[block 0]: hidden.safetensors torn")
@@ -382,7 +382,7 @@ def test_locks_of_a_killed_process_are_free(w8a8: Case) -> None:
 def test_a_failed_run_is_kept_beside_that_of_mended_weights(w8a8: Case) -> None:
     from mlflow import MlflowClient
 
-    home = new_home(w8a8, "failed")
+    home = case_home(w8a8, "failed")
     model = home.parent / w8a8.model.name
     shutil.copytree(w8a8.model, model)
     weights = model / "model.safetensors"
@@ -413,7 +413,7 @@ def test_a_failed_run_is_kept_beside_that_of_mended_weights(w8a8: Case) -> None:
 
 
 def test_two_processes_share_the_work(w8a8: Case) -> None:
-    home = new_home(w8a8, "company")
+    home = case_home(w8a8, "company")
     works = [
         Work(home, w8a8.parameters(home.parent / name / "out"), home.parent / f"{name}.trace")
         for name in ("one", "other")
@@ -428,7 +428,7 @@ def test_two_processes_share_the_work(w8a8: Case) -> None:
 
 
 def test_two_processes_with_one_output(w8a8: Case) -> None:
-    home = new_home(w8a8, "rivals")
+    home = case_home(w8a8, "rivals")
     output = home.parent / "published" / "out"
     works = [
         Work(home, w8a8.parameters(output), home.parent / f"{name}.trace") for name in ("a", "b")

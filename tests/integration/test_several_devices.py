@@ -34,6 +34,7 @@ from tests.crews import PRETENDED, left_running, made_to_run
 from tests.integration.crashing import Work, run
 from tests.integration.resuming import contents
 from tests.operations.services import eventually
+from tests.places import new_home
 
 pytestmark = pytest.mark.usefixtures("services")
 SAMPLES = 5
@@ -94,8 +95,7 @@ def undisturbed(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Undisturbed:
     """``awq_w4a16`` on two devices."""
-    home = tmp_path_factory.mktemp("undisturbed")
-    shutil.copy(prepared_home / "mlflow.db", home / "mlflow.db")
+    home = new_home(tmp_path_factory.mktemp("undisturbed") / "home", prepared_home)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BLOCKQUANT_HOME", str(home))
         result = quantized(home, tiny, words, "out", "awq_w4a16")

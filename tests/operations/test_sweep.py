@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ROOT
 from tests.integration.resuming import contents
 from tests.models import make_checkpoint, make_text
+from tests.places import new_home
 
 pytestmark = [pytest.mark.ops, pytest.mark.timeout(600)]
 
@@ -65,9 +65,7 @@ def place(
     recipe, sweep = folder / "recipe.yml", folder / "mine.yml"
     recipe.write_text(RECIPE.format(text=make_text(folder / "words.txt", words=3000)))
     sweep.write_text(SWEEP.format(model=model, recipe=recipe))
-    home = folder / "home"
-    home.mkdir()
-    shutil.copy(prepared_home / "mlflow.db", home / "mlflow.db")
+    home = new_home(folder / "home", prepared_home)
     given = {"BLOCKQUANT_HOME": str(home), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     before = {name: os.environ.get(name) for name in given}
     os.environ.update(given)
