@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -20,10 +22,14 @@ import httpx
 from filelock import FileLock
 
 from flows.loading import end_without_collecting, load
-from tasks.engine.errors import InputError
+from tasks.engine.errors import InputError, one_line
+
+log = logging.getLogger("blockquant")
 
 # of servers that start in one home at the same time, each waits until those before it are up
 START_LIMIT_S = 600.0
+# how often a local server that dies is started again
+RESTARTS = 3
 API_URL = "PREFECT_API_URL"
 NEVER_PROXIED = ("127.0.0.1", "localhost")
 # what a server that serves one command has no use for, and what it may do in batches: on few cores
@@ -82,19 +88,49 @@ class Waiting:
     port: int
     begun: bool = False
 
-    def begin(self, log: Path, home: Path) -> str:
-        """Have it serve, its output, if any, kept in ``log``; its API's URL."""
-        for folder in (log.parent, home):
+    @classmethod
+    def on(cls, port: int = 0) -> Waiting:
+        """Start one; by default on a port that is free."""
+        # the port is taken here: while the server waits for its turn, nobody else can have it
+        with socket.create_server(("127.0.0.1", port)) as listening:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flows.prefect_api", str(listening.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                # what it asks of itself it does not ask through its port
+                env=LEAN_SERVER | {k: v for k, v in os.environ.items() if k != API_URL},
+                pass_fds=(listening.fileno(),),
+            )
+            return cls(process, listening.getsockname()[1])
+
+    def begin(self, said: Path, home: Path) -> str:
+        """Have it serve, its output, if any, kept in ``said``; its API's URL."""
+        for folder in (said.parent, home):
             folder.mkdir(parents=True, exist_ok=True)
-        log.touch()
+        said.touch()
         self.begun = True
-        given = {"lock": str(home / "server-start.lock"), "log": str(log)}
+        given = {"lock": str(home / "server-start.lock"), "log": str(said)}
         assert self.process.stdin is not None
         # one that is gone is found out when it does not answer
         with suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(given).encode() + b"\n")
             self.process.stdin.flush()
         return f"http://127.0.0.1:{self.port}/api"
+
+    def end(self) -> None:
+        """Have it end; one that did not begin is killed, for it has nothing to end."""
+        assert self.process.stdin is not None
+        if not self.begun:
+            self.process.kill()
+        # the server ends when its standard input does
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 @contextmanager
@@ -107,44 +143,22 @@ def waiting_server() -> Iterator[Waiting | None]:
     if os.environ.get(API_URL):
         yield None
         return
-    # the port is taken here: while the server waits for its turn, nobody else can have it
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows.prefect_api", str(listening.fileno())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=LEAN_SERVER | dict(os.environ),
-            pass_fds=(listening.fileno(),),
-        )
-        port = listening.getsockname()[1]
-    waiting = Waiting(process, port)
+    waiting = Waiting.on()
     try:
         yield waiting
     finally:
-        assert process.stdin is not None
-        if not waiting.begun:
-            # it has nothing to end
-            process.kill()
-        # the server ends when its standard input does
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        waiting.end()
 
 
 @contextmanager
 def prefect_api(
-    log: Path, waiting: Waiting | None = None, meanwhile: Callable[[], None] = lambda: None
+    said: Path, waiting: Waiting | None = None, meanwhile: Callable[[], None] = lambda: None
 ) -> Iterator[str]:
     """Give the URL of a Prefect API; ``meanwhile`` is called while a local server begins.
 
     Where ``PREFECT_API_URL`` (or the active profile) names a server, that one is used. Otherwise a
-    server on loopback begins, its output, if any, kept in ``log``: the one that is ``waiting``, or
-    a new one; it ends when this process does, however that dies.
+    server on loopback begins, its output, if any, kept in ``said``: the one that is ``waiting``, or
+    a new one; it ends when this process does, however that dies, and is started again if it dies.
 
     Raises:
         RuntimeError: the local server did not start.
@@ -166,10 +180,10 @@ def prefect_api(
     with ExitStack() as stack:
         server = waiting or stack.enter_context(waiting_server())
         assert server is not None
-        url = server.begin(log, Path(PREFECT_HOME.value()))
-        stack.callback(_drop_empty, log)
+        url = server.begin(said, Path(PREFECT_HOME.value()))
+        stack.callback(_drop_empty, said)
         with ThreadPoolExecutor(1) as beside:
-            answered = beside.submit(_wait_until_healthy, url, server.process, log)
+            answered = beside.submit(_wait_until_healthy, url, server.process, said)
             try:
                 meanwhile()
                 answered.result()
@@ -179,11 +193,42 @@ def prefect_api(
                 raise
         # a flow waits up to a second for its heart to stop, and this server looks at none
         own = {PREFECT_API_URL: url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
-        with _known_to_all_threads(url), temporary_settings(own):
+        home = Path(PREFECT_HOME.value())
+        with _kept_up(server, said, home), _known_to_all_threads(url), temporary_settings(own):
             try:
                 yield url
             finally:
                 flush()
+
+
+@contextmanager
+def _kept_up(server: Waiting, said: Path, home: Path) -> Iterator[None]:
+    """Start the server again where it dies, as for want of memory: its clients wait for it."""
+    changing, over = threading.Lock(), threading.Event()
+
+    def keep() -> None:
+        for died in itertools.count(1):
+            status = server.process.wait()
+            with changing:
+                if over.is_set():
+                    return
+                if died > RESTARTS:
+                    log.warning("the local Prefect server died %d times; is memory short?", died)
+                    return
+                log.warning("the local Prefect server died (%d) and is started again", status)
+                try:
+                    server.process = Waiting.on(server.port).process
+                except OSError as error:
+                    log.warning("it cannot be started again: %s", one_line(error))
+                    return
+                server.begin(said, home)
+
+    threading.Thread(target=keep, name="keeps Prefect up", daemon=True).start()
+    try:
+        yield
+    finally:
+        with changing:
+            over.set()
 
 
 @contextmanager
@@ -207,9 +252,9 @@ def _known_to_all_threads(url: str) -> Iterator[None]:
         refresh_global_settings_context()
 
 
-def _drop_empty(log: Path) -> None:
-    if not log.stat().st_size:
-        log.unlink()
+def _drop_empty(said: Path) -> None:
+    if not said.stat().st_size:
+        said.unlink()
 
 
 def _require_server(url: str) -> None:
@@ -234,7 +279,7 @@ def flush() -> None:
     EventsWorker.drain_all()
 
 
-def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], said: Path) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
@@ -248,7 +293,7 @@ def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) ->
             pass
         time.sleep(0.1)
     server.kill()
-    raise RuntimeError(f"the local Prefect server did not start; its last words are in {log}")
+    raise RuntimeError(f"the local Prefect server did not start; its last words are in {said}")
 
 
 def _lock_before_reading() -> None:
@@ -319,9 +364,9 @@ def main() -> None:
             return
         said += read
     given = json.loads(said)
-    log = os.open(given["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    output = os.open(given["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
-        os.dup2(log, stream)
+        os.dup2(output, stream)
     listening = socket.socket(fileno=int(sys.argv[1]))
     serve_until_told(listening, Path(given["lock"]), watched=True)
 

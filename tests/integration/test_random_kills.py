@@ -17,10 +17,11 @@ from typing import Any
 import psutil
 import pytest
 
-from tasks.engine.publication import begun
+from tasks.engine.publication import REPORT, begun
 from tasks.engine.store import Store
 from tests.integration.resuming import assert_tracked, contents
 from tests.models import make_checkpoint, make_text
+from tests.operations.services import eventually
 
 BLOCKS = 2
 ROOT = Path(__file__).parent.parent.parent
@@ -126,6 +127,26 @@ def test_kills_at_random_moments(prepared_home: Path, tmp_path: Path, kills: int
         assert_tracked(home)
         wait_until_gone(home)
     print(f"{killed} kills in {rounds} rounds, {duration:.1f} s undisturbed")
+
+
+@pytest.mark.ops
+@pytest.mark.timeout(600)
+def test_a_run_outlives_its_local_server(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "tiny", blocks=BLOCKS)
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(RECIPE.format(text=make_text(tmp_path / "words.txt", words=3000)))
+    home, output = tmp_path / "home", tmp_path / "published" / "out"
+    home.mkdir()
+    process = launch(command(recipe, model, output), home)
+    eventually(lambda: whole(home)["load_model"], "the first result")
+    (server,) = servers(home)
+    os.kill(server, signal.SIGKILL)
+    said, complaint = process.communicate(timeout=240)
+    assert process.returncode == 0, complaint
+    assert "the local Prefect server died (-9) and is started again" in complaint
+    assert not any(step["cached"] for step in json.loads(said)["steps"])
+    assert (output / REPORT).is_file()
+    wait_until_gone(home)
 
 
 def whole(home: Path) -> Counter[str]:
