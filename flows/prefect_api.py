@@ -101,6 +101,8 @@ class Waiting:
                 # what it asks of itself it does not ask through its port
                 env=LEAN_SERVER | {k: v for k, v in os.environ.items() if k != API_URL},
                 pass_fds=(listening.fileno(),),
+                # an interrupt at the terminal is for the command, which tells of it
+                start_new_session=True,
             )
             return cls(process, listening.getsockname()[1])
 
@@ -180,7 +182,8 @@ def prefect_api(
     with ExitStack() as stack:
         server = waiting or stack.enter_context(waiting_server())
         assert server is not None
-        url = server.begin(said, Path(PREFECT_HOME.value()))
+        home = Path(PREFECT_HOME.value())
+        url = server.begin(said, home)
         stack.callback(_drop_empty, said)
         with ThreadPoolExecutor(1) as beside:
             answered = beside.submit(_wait_until_healthy, url, server.process, said)
@@ -193,7 +196,6 @@ def prefect_api(
                 raise
         # a flow waits up to a second for its heart to stop, and this server looks at none
         own = {PREFECT_API_URL: url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
-        home = Path(PREFECT_HOME.value())
         with _kept_up(server, said, home), _known_to_all_threads(url), temporary_settings(own):
             try:
                 yield url

@@ -6,10 +6,12 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -75,7 +77,13 @@ def wait_until_gone(home: Path) -> float:
 def launch(arguments: list[str], home: Path) -> subprocess.Popen[str]:
     pipe: Any = subprocess.PIPE
     return subprocess.Popen(
-        arguments, env=environment(home), stdout=pipe, stderr=pipe, text=True, cwd=home
+        arguments,
+        env=environment(home),
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        cwd=home,
+        start_new_session=True,
     )
 
 
@@ -129,16 +137,37 @@ def test_kills_at_random_moments(prepared_home: Path, tmp_path: Path, kills: int
     print(f"{killed} kills in {rounds} rounds, {duration:.1f} s undisturbed")
 
 
-@pytest.mark.ops
-@pytest.mark.timeout(600)
-def test_a_run_outlives_its_local_server(tmp_path: Path) -> None:
-    model = make_checkpoint(tmp_path / "tiny", blocks=BLOCKS)
-    recipe = tmp_path / "recipe.yml"
-    recipe.write_text(RECIPE.format(text=make_text(tmp_path / "words.txt", words=3000)))
-    home, output = tmp_path / "home", tmp_path / "published" / "out"
+def begun_run(folder: Path) -> tuple[subprocess.Popen[str], Path, Path]:
+    """A run that has its first result, its home, and where it will publish."""
+    model = make_checkpoint(folder / "tiny", blocks=BLOCKS)
+    recipe = folder / "recipe.yml"
+    recipe.write_text(RECIPE.format(text=make_text(folder / "words.txt", words=3000)))
+    home, output = folder / "home", folder / "published" / "out"
     home.mkdir()
     process = launch(command(recipe, model, output), home)
     eventually(lambda: whole(home)["load_model"], "the first result")
+    return process, home, output
+
+
+@pytest.mark.ops
+@pytest.mark.timeout(600)
+def test_an_interrupted_run_ends_and_says_so(tmp_path: Path) -> None:
+    process, home, output = begun_run(tmp_path)
+    # as a terminal does: all that belong to the command hear it
+    os.killpg(process.pid, signal.SIGINT)
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "" and "server" not in complaint and "Traceback" not in complaint
+    assert not output.exists()
+    wait_until_gone(home)
+    with closing(sqlite3.connect(home / "prefect" / "prefect.db")) as database:
+        assert database.execute("SELECT state_type FROM flow_run").fetchall() == [("CRASHED",)]
+
+
+@pytest.mark.ops
+@pytest.mark.timeout(600)
+def test_a_run_outlives_its_local_server(tmp_path: Path) -> None:
+    process, home, output = begun_run(tmp_path)
     (server,) = servers(home)
     os.kill(server, signal.SIGKILL)
     said, complaint = process.communicate(timeout=240)
