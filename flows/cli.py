@@ -23,6 +23,7 @@ from flows.options import (
     BAD_INPUT,
     DONE,
     FAILED,
+    INTERRUPTED,
     CheckpointArgument,
     DeviceOption,
     JsonOption,
@@ -78,10 +79,9 @@ def _guarded(run: Callable[[], Any]) -> int:
     try:
         status = run()
     except typer.Exit as stop:
-        return int(stop.exit_code)
+        status = stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        _say("interrupted; the same command goes on from what is done")
-        return FAILED
+        status = INTERRUPTED
     except typer.TyperException as error:
         said = " ".join(error.format_message().split()).removesuffix(".")
         _say(f"{said}; blockquant --help shows what there is")
@@ -96,6 +96,8 @@ def _guarded(run: Callable[[], Any]) -> int:
         _say(one_line(error))
         logging.getLogger("blockquant").debug("failed", exc_info=error)
         return BAD_INPUT if isinstance(error, InputError) else FAILED
+    if status == INTERRUPTED:
+        _say("interrupted; the same command goes on from what is done")
     return int(status) if isinstance(status, int) else DONE
 
 

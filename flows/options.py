@@ -11,6 +11,8 @@ from rich.console import Console
 from tasks.engine.errors import InputError
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
+# as shells and Typer say it
+INTERRUPTED = 130
 
 out = Console()
 err = Console(stderr=True)
