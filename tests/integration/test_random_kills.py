@@ -43,7 +43,9 @@ quant:
 
 def command(recipe: Path, model: Path, output: Path) -> list[str]:
     options = ["--model", str(model), "--output", str(output), "--json"]
-    return [sys.executable, "-m", "flows.cli", "quantize", str(recipe), *options]
+    # what a shell begins in the background ignores an interrupt, and so do its children
+    heard = ["env", "--default-signal=INT"]
+    return [*heard, sys.executable, "-m", "flows.cli", "quantize", str(recipe), *options]
 
 
 def environment(home: Path) -> dict[str, str]:
