@@ -11,11 +11,14 @@ import functools
 import hashlib
 import importlib.util
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 PACKAGE = "quantizers"
+# CPython 3.11 counts how deep the trees are that it builds for all threads together, and fails
+_PARSING = threading.Lock()
 
 
 def lineage_key(task: str, code: str, depends_on: Mapping[str, Any]) -> str:
@@ -54,7 +57,7 @@ def _closure(modules: tuple[str, ...]) -> set[str]:
 def quantizer_imports(name: str) -> tuple[str, ...]:
     """Modules of ``quantizers/`` that module ``name`` imports itself."""
     found: list[str] = []
-    for node in ast.walk(ast.parse(_text(name))):
+    for node in ast.walk(_tree(_text(name))):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -95,10 +98,15 @@ def _home(module: str) -> str:
     return (spec.parent if spec is not None else None) or PACKAGE
 
 
+def _tree(text: str) -> ast.Module:
+    with _PARSING:
+        return ast.parse(text)
+
+
 # each step asks for its own set of modules, and most of them are the same
 @functools.cache
 def _normalised(text: str) -> str:
-    tree = ast.parse(text)
+    tree = _tree(text)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if (

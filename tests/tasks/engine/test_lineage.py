@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import gc
 import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -238,3 +241,33 @@ def test_the_order_of_modules_is_no_input() -> None:
     one = code_digest(ROUNDING, "quantizers.packing")
     assert one == code_digest("quantizers.packing", ROUNDING)
     assert one != code_digest(ROUNDING)
+
+
+class Cycle:
+    """What only the collector finds; its end gives other threads their turn."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        time.sleep(0)
+
+
+def test_threads_digest_at_the_same_time(request: pytest.FixtureRequest) -> None:
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    request.addfinalizer(lambda: (sys.setswitchinterval(interval), gc.set_threshold(*thresholds)))
+    # they take turns in the middle of a tree
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(50, 2, 2)
+    texts = [path.read_text() for path in sorted(Path(lineage.__file__).parent.glob("*.py"))]
+
+    def digest(_: int) -> list[str]:
+        found = []
+        for text in texts:
+            Cycle()
+            found.append(lineage._normalised.__wrapped__(text))
+        return found
+
+    with ThreadPoolExecutor(4) as threads:
+        one, *others = threads.map(digest, range(4))
+    assert others == [one] * 3
