@@ -10,7 +10,7 @@ from typing import Any
 
 from tasks.engine.errors import InputError
 from tasks.engine.source import Source
-from tasks.engine.store import checksum
+from tasks.engine.store import checksum, mark_of
 from tasks.engine.text import Document, TextSource
 
 TOKENIZER_FILES = (
@@ -39,9 +39,9 @@ def load_tokenizer(source: Source) -> Any:
             "tokenizer.json and tokenizer_config.json beside the weights"
         )
     # the model's type is the configuration's
-    states = [file.stat() for file in (*found, source.path / "config.json")]
+    marks = tuple(mark_of(file) for file in (*found, source.path / "config.json"))
     try:
-        return _loaded(source.path, tuple((state.st_ino, state.st_mtime_ns) for state in states))
+        return _loaded(source.path, marks)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"model {source.path}: the tokenizer cannot be read ({reason})") from error
@@ -49,9 +49,9 @@ def load_tokenizer(source: Source) -> Any:
 
 # a large one takes a second, and a run asks for it six times
 @lru_cache(maxsize=1)
-def _loaded(folder: Path, states: tuple[tuple[int, int], ...]) -> Any:
-    """The tokenizer of a folder whose files have these inodes and times of change."""
-    del states
+def _loaded(folder: Path, marks: tuple[tuple[int, ...], ...]) -> Any:
+    """The tokenizer of a folder whose files have these marks."""
+    del marks
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -183,7 +183,7 @@ class Store:
 
     def describe(self, path: Path) -> StoredFile:
         """Size and checksum of a file, which is read once: a hard link to it is the same file."""
-        mark = _mark(path)
+        mark = mark_of(path)
         # another thread that asks meanwhile waits for this one
         with self._taking.setdefault(mark, threading.Lock()):
             if mark not in self._checksums:
@@ -193,7 +193,7 @@ class Store:
 
     def note(self, path: Path, found: str) -> None:
         """Remember the checksum of a file that another process of ours has taken."""
-        self._checksums[_mark(path)] = found
+        self._checksums[mark_of(path)] = found
 
     def entries(self) -> list[Entry]:
         """List the entries that have a readable manifest, oldest first."""
@@ -332,7 +332,7 @@ def _has_its_size(entry: Entry, name: str) -> bool:
         return False
 
 
-def _mark(path: Path) -> tuple[int, ...]:
+def mark_of(path: Path) -> tuple[int, ...]:
     """What changes when a file does."""
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

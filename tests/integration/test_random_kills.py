@@ -55,6 +55,13 @@ def environment(home: Path) -> dict[str, str]:
     return kept | {"BLOCKQUANT_HOME": str(home)} | more
 
 
+def given(folder: Path) -> tuple[Path, Path]:
+    """A recipe and a model to quantize with it."""
+    recipe = folder / "recipe.yml"
+    recipe.write_text(RECIPE.format(text=make_text(folder / "words.txt", words=3000)))
+    return recipe, make_checkpoint(folder / "tiny", blocks=BLOCKS)
+
+
 def servers(home: Path) -> list[int]:
     """Prefect servers of this home that still live."""
     found = []
@@ -95,9 +102,7 @@ def launch(arguments: list[str], home: Path) -> subprocess.Popen[str]:
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.long)])
 def test_kills_at_random_moments(prepared_home: Path, tmp_path: Path, kills: int) -> None:
-    model = make_checkpoint(tmp_path / "tiny", blocks=BLOCKS)
-    recipe = tmp_path / "recipe.yml"
-    recipe.write_text(RECIPE.format(text=make_text(tmp_path / "words.txt", words=3000)))
+    recipe, model = given(tmp_path)
 
     calm = tmp_path / "calm"
     calm.mkdir()
@@ -143,9 +148,7 @@ def test_kills_at_random_moments(prepared_home: Path, tmp_path: Path, kills: int
 
 def begun_run(folder: Path, prepared: Path) -> tuple[subprocess.Popen[str], Path, Path]:
     """A run that has its first result, its home, and where it will publish."""
-    model = make_checkpoint(folder / "tiny", blocks=BLOCKS)
-    recipe = folder / "recipe.yml"
-    recipe.write_text(RECIPE.format(text=make_text(folder / "words.txt", words=3000)))
+    recipe, model = given(folder)
     home, output = new_home(folder / "home", prepared), folder / "published" / "out"
     process = launch(command(recipe, model, output), home)
     eventually(lambda: whole(home)["load_model"], "the first result")
