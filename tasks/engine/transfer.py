@@ -54,7 +54,8 @@ def reached(device: str) -> torch.cuda.Event | None:
     """What a GPU reaches once it is through with all that it was given; None for a CPU."""
     if torch.device(device).type != "cuda":
         return None
-    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
+    event = torch.cuda.Event(enable_timing=True, blocking=True)
+    return torch.cuda.current_stream(device).record_event(event)
 
 
 def idle_s(ended: torch.cuda.Event | None, began: torch.cuda.Event | None) -> float:
@@ -104,8 +105,9 @@ def beside(device: str, ready: torch.cuda.Event | None) -> Iterator[None]:
     if ready is None:
         yield
         return
+    # were a copy to memory that is not pinned to wait in the driver, nobody could ask for a kernel
+    ready.synchronize()
     stream = _side_stream(torch.device(device), threading.get_ident())
-    stream.wait_event(ready)
     with torch.cuda.stream(stream):
         yield
         stream.synchronize()

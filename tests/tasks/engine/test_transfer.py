@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
 
-from tasks.engine.transfer import Leash, host_memory, to_host
+from tasks.engine.transfer import Leash, beside, host_memory, reached, to_host
 
 
 def test_what_is_on_the_host_is_not_copied() -> None:
@@ -35,6 +36,31 @@ def test_from_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         found = to_host(tensor)
         assert not found.is_cuda and found.is_contiguous()
         assert torch.equal(found.view(torch.uint8), tensor.cpu().contiguous().view(torch.uint8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_who_waits_for_a_gpu_keeps_nobody_from_asking_it() -> None:
+    few = torch.zeros(3, device="cuda")
+    # a kernel that is asked for the first time waits for all before it
+    assert to_host(few + 1).sum() == 3
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call]
+    few += 1
+    ready = reached("cuda")
+    assert ready is not None
+
+    def fetch() -> torch.Tensor:
+        with beside("cuda", ready):
+            return to_host(few)
+
+    with ThreadPoolExecutor(1) as thread:
+        fetched = thread.submit(fetch)
+        time.sleep(0.2)
+        for _ in range(10):
+            _ = few + 1
+        working = not ready.query()  # type: ignore[no-untyped-call]
+        assert working, "asked while the GPU was at what came before"
+        assert fetched.result().tolist() == [1, 1, 1]
 
 
 def test_a_leash_waits_for_the_oldest_steps() -> None:
