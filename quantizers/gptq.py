@@ -53,7 +53,13 @@ class GramFactor:
     damping: float
 
 
-def factorize(gram: Tensor, *, percdamp: float = 0.01, actorder: bool = False) -> GramFactor | None:
+def factorize(
+    gram: Tensor,
+    *,
+    percdamp: float = 0.01,
+    actorder: bool = False,
+    holds: Callable[[Tensor], bool] = bool,
+) -> GramFactor | None:
     """Damp a Gram matrix and factorize it; None where no damping makes it positive definite.
 
     A column that was always zero gets the diagonal entry 1: it is rounded to nearest, and neither
@@ -63,6 +69,8 @@ def factorize(gram: Tensor, *, percdamp: float = 0.01, actorder: bool = False) -
         gram: (K, K), the inputs' Gram matrix, of any scale.
         percdamp: share of the mean diagonal of the columns that were not always zero.
         actorder: largest diagonal first (the first of equals), else as they stand.
+        holds: says whether a factor is one, given that as a bool (). To read it a device is waited
+            for; who goes on with it at once says yes, and reads it later.
     """
     diagonal = gram.diagonal().to(torch.float64)
     dead = diagonal <= 0
@@ -79,7 +87,7 @@ def factorize(gram: Tensor, *, percdamp: float = 0.01, actorder: bool = False) -
         damped = torch.where(dead, live, live + percdamp * times * mean)
         reversed_gram.diagonal().copy_(damped[backwards])
         lower, failed = torch.linalg.cholesky_ex(reversed_gram)
-        if not bool(failed) and bool(lower.diagonal().isfinite().all()):
+        if holds((failed == 0) & lower.diagonal().isfinite().all()):
             del reversed_gram
             return GramFactor(lower.to(torch.float32).flip(0, 1), order, percdamp * times)
     return None

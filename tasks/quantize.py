@@ -174,7 +174,7 @@ def rounded_block(job: Job, origin: Origin, block: int) -> RoundedBlock:
         if isinstance(special, GptqSpecial):
             assert origin.stream is not None
             streams = Streams(origin.stream, origin.floats or origin.stream)
-            return feed_back(job, special, streams, block, tensors, clips)
+            return feed_back(job, special, streams, block, tensors, clips, hopes=job.on_gpu)
         codes: dict[str, QuantizedWeight] = {}
         for group in quantized_groups(job, block):
             for linears in scaled_together(job, group.linears):

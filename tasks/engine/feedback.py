@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from tasks.engine.job import Job
 from tasks.engine.precision import search_products
 from tasks.engine.sharing import errors_of_all, own_energies, rounded_by_rows, splits
 from tasks.engine.streams import Streams, activation_hook
+from tasks.engine.transfer import Asked, asked_for
 
 log = logging.getLogger("blockquant")
 
@@ -46,6 +47,8 @@ def feed_back(
     block: int,
     tensors: Mapping[str, Tensor],
     clips: Mapping[str, ClipRange],
+    *,
+    hopes: bool = False,
 ) -> RoundedBlock:
     """Round a block's linears with GPTQ.
 
@@ -59,7 +62,39 @@ def feed_back(
         block: its number.
         tensors: of the block, before rounding.
         clips: factors on the ranges that scales come from, by linear.
+        hopes: to ask the device only in the end whether the least damping was enough, and to do
+            all again where it was not: a device is waited for once, and has work meanwhile.
     """
+    given = (job, special, streams, block, tensors, clips)
+    if hopes:
+        asked: list[Asked] = []
+
+        def hoped(whole: Tensor) -> bool:
+            asked.append(asked_for(whole))
+            return True
+
+        rounded = _fed_back(*given, hoped)
+        if all(bool(whole.told()) for whole in asked):
+            return rounded
+        del rounded
+
+    def sure(whole: Tensor) -> bool:
+        settle(job.doubts.take())
+        return bool(whole)
+
+    return _fed_back(*given, sure)
+
+
+def _fed_back(
+    job: Job,
+    special: GptqSpecial,
+    streams: Streams,
+    block: int,
+    tensors: Mapping[str, Tensor],
+    clips: Mapping[str, ClipRange],
+    holds: Callable[[Tensor], bool],
+) -> RoundedBlock:
+    """feed_back, with what says whether a factor is one."""
     codes: dict[str, QuantizedWeight] = {}
     notes: dict[str, dict[str, Any]] = {}
     current = dict(tensors)
@@ -79,10 +114,8 @@ def feed_back(
         else:
             statistics = block_statistics(job, streams.quantized, block)[group.name]
             targets = weights
-        # a factor is waited for in any case
-        settle(job.doubts.take())
         gram = statistics.gram_mean()
-        factor = factorize(gram, percdamp=special.percdamp, actorder=special.actorder)
+        factor = factorize(gram, percdamp=special.percdamp, actorder=special.actorder, holds=holds)
         clipped = [clips.get(linear) for linear in group.linears]
         _warn(job, block, group, factor, special)
         if factor is None:

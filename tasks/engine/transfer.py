@@ -50,6 +50,34 @@ def pinned(tensor: Tensor) -> Tensor:
     return host.copy_(tensor)
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A small tensor on its way to the host.
+
+    Attributes:
+        there: it, on the host, whole once ``done`` is reached.
+        done: None where it was there before.
+    """
+
+    there: Tensor
+    done: torch.cuda.Event | None
+
+    def told(self) -> Tensor:
+        """The tensor; waits for what the device was asked before it, and no more."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.there
+
+
+def asked_for(tensor: Tensor) -> Asked:
+    """Have a tensor copied to the host, which does not wait for it."""
+    if not tensor.is_cuda:
+        return Asked(tensor, None)
+    there = host_memory(tensor.shape, tensor.dtype, pinned=True)
+    there.copy_(tensor, non_blocking=True)
+    return Asked(there, reached(str(tensor.device)))
+
+
 def reached(device: str) -> torch.cuda.Event | None:
     """What a GPU reaches once it is through with all that it was given; None for a CPU."""
     if torch.device(device).type != "cuda":

@@ -187,6 +187,24 @@ def test_damping_is_raised_until_the_matrix_is_positive_definite():
     assert factorize(torch.full((4, 4), torch.nan)) is None
 
 
+def test_a_factor_is_used_before_it_is_known_to_hold(device):
+    asked = []
+
+    def hope(whole):
+        asked.append(whole)
+        return True
+
+    gram = gram_of(correlated(400, 64)).to(device)
+    hoped, sure = (factorize(gram, actorder=True, holds=holds) for holds in (hope, bool))
+    assert torch.equal(hoped.upper, sure.upper) and torch.equal(hoped.order, sure.order)
+    gram[0, 1] = gram[1, 0] = 9 * gram.diagonal().max()
+    assert factorize(gram, holds=hope).damping == 0.01
+    assert [(whole.shape, whole.dtype, bool(whole)) for whole in asked] == [
+        ((), torch.bool, True),
+        ((), torch.bool, False),
+    ]
+
+
 def test_a_singular_matrix_needs_no_more_than_its_damping():
     x = torch.ones(50, 8)
     assert factorize(gram_of(x)).damping == 0.01

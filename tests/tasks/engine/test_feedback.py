@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantizers.gptq import factorize, gptq
+from configs.special_keys import GptqSpecial
+from quantizers.gptq import GramFactor, factorize, gptq
 from quantizers.rounding import dequantize
 from quantizers.scales import weight_scales
 from tasks.advance import advance
 from tasks.engine import feedback
 from tasks.engine.collect import block_statistics
 from tasks.engine.decoder import run_block
-from tasks.engine.feedback import RoundedBlock
+from tasks.engine.feedback import RoundedBlock, feed_back
 from tasks.engine.job import Job
-from tasks.engine.streams import block_arguments, hidden_states, pass_block, start_stream
+from tasks.engine.streams import (
+    Streams,
+    block_arguments,
+    hidden_states,
+    pass_block,
+    start_stream,
+)
 from tasks.pack import pack
 from tasks.quantize import Origin, quantize, rounded_block
 from tests.models import make_checkpoint
@@ -187,6 +195,41 @@ def test_a_matrix_that_cannot_be_mended_leaves_rounding_to_nearest(
         assert torch.equal(codes.codes, nearest.codes[linear].codes)
         assert rounded.notes[linear]["damping"] is None
     assert sum("rounded to nearest" in record.message for record in caplog.records) == 4
+
+
+@pytest.mark.parametrize("sequential", ["true", "false"])
+@pytest.mark.parametrize(("taken_off", "damping"), [(0.0, 0.01), (0.05, 0.1), (math.nan, None)])
+def test_hope_changes_nothing(
+    taken_off: float,
+    damping: float | None,
+    sequential: str,
+    model: Path,
+    job_of: JobOf,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def less_regular(gram: Tensor, **keys: Any) -> GramFactor | None:
+        # by so much its least eigenvalue is below zero
+        less = torch.linalg.eigvalsh(gram)[0] + taken_off * gram.diagonal().mean()
+        return factorize(gram - less * torch.eye(len(gram)) if taken_off else gram, **keys)
+
+    monkeypatch.setattr(feedback, "factorize", less_regular)
+    job = job_of(model, "gptq_w4a16", GROUPS, f"quant.special.true_sequential={sequential}")
+    origin, special = origin_of(job), job.steps[-1].quant.special
+    assert isinstance(special, GptqSpecial) and origin.stream is not None
+    streams = Streams(origin.stream, origin.stream)
+    tensors = {name: tensor.float() for name, tensor in job.read_block(0).items()}
+    with caplog.at_level(logging.WARNING, "blockquant"):
+        sure, hoped = (
+            feed_back(job, special, streams, 0, tensors, {}, hopes=hopes) for hopes in (False, True)
+        )
+    # told once by each, not by what was hoped
+    assert len(caplog.records) == (0 if damping == 0.01 else 2 * 4)
+    for linear, codes in sure.codes.items():
+        assert torch.equal(codes.codes, hoped.codes[linear].codes)
+        assert torch.equal(codes.scale, hoped.codes[linear].scale)
+        found = [of.notes[linear]["damping"] for of in (sure, hoped)]
+        assert found == [damping and pytest.approx(damping)] * 2
 
 
 @pytest.mark.parametrize("recipe", ["fp8/gptq_fp8", "w8a8_gptq", "fp8_static"])

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 import torch
 
-from tasks.engine.transfer import Leash, beside, host_memory, reached, to_host
+from tasks.engine.transfer import Leash, asked_for, beside, host_memory, reached, to_host
 
 
 def test_what_is_on_the_host_is_not_copied() -> None:
@@ -61,6 +61,22 @@ def test_who_waits_for_a_gpu_keeps_nobody_from_asking_it() -> None:
         working = not ready.query()  # type: ignore[no-untyped-call]
         assert working, "asked while the GPU was at what came before"
         assert fetched.result().tolist() == [1, 1, 1]
+
+
+def test_what_is_on_the_host_is_told_at_once() -> None:
+    assert asked_for(torch.tensor(True)).told().item() is True
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_an_answer_waits_for_nothing_that_was_asked_later() -> None:
+    number = torch.tensor(3.0, device="cuda")
+    assert (number + 1).item() == 4
+    asked = asked_for(number + 2)
+    torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call]
+    later = reached("cuda")
+    assert later is not None
+    assert asked.told().item() == 5
+    assert not later.query()  # type: ignore[no-untyped-call]
 
 
 def test_a_leash_waits_for_the_oldest_steps() -> None:
