@@ -45,6 +45,10 @@ class Doubts:
         else:
             settle([doubt])
 
+    def put_back(self, doubts: Iterable[Doubt]) -> None:
+        """Have settled later what was taken, before what was added since."""
+        self._open[:0] = doubts
+
     def take(self) -> tuple[Doubt, ...]:
         """All that were added since they were last taken."""
         taken, self._open = tuple(self._open), []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from quantizers.scales import weight_scales
 from quantizers.schemes import Granularity, WeightScheme
 from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics, observe, observe_beside
-from tasks.engine.doubts import settle
+from tasks.engine.doubts import Doubt, settle
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job
 from tasks.engine.precision import search_products
@@ -67,22 +69,37 @@ def feed_back(
     """
     given = (job, special, streams, block, tensors, clips)
     if hopes:
-        asked: list[Asked] = []
-
-        def hoped(whole: Tensor) -> bool:
-            asked.append(asked_for(whole))
-            return True
-
-        rounded = _fed_back(*given, hoped)
-        if all(bool(whole.told()) for whole in asked):
+        rounded = _hoped_for(job, partial(_fed_back, *given))
+        if rounded is not None:
             return rounded
-        del rounded
 
     def sure(whole: Tensor) -> bool:
         settle(job.doubts.take())
         return bool(whole)
 
     return _fed_back(*given, sure)
+
+
+def _hoped_for(
+    job: Job, fed_back: Callable[[Callable[[Tensor], bool]], RoundedBlock]
+) -> RoundedBlock | None:
+    """A block rounded with the first factor of each group; None where one is none."""
+    # with each, what was doubted before it was used
+    asked: list[tuple[Asked, tuple[Doubt, ...]]] = []
+
+    def hoped(whole: Tensor) -> bool:
+        asked.append((asked_for(whole), job.doubts.take()))
+        return True
+
+    rounded = fed_back(hoped)
+    held = list(itertools.takewhile(lambda one: bool(one[0].told()), asked))
+    if len(held) == len(asked):
+        job.doubts.put_back(doubt for _, doubts in asked for doubt in doubts)
+        return rounded
+    # what came of a factor that is none says nothing of the inputs
+    job.doubts.take()
+    settle(doubt for _, doubts in asked[: len(held) + 1] for doubt in doubts)
+    return None
 
 
 def _fed_back(

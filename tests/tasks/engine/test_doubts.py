@@ -49,3 +49,13 @@ def test_a_device_is_asked_when_they_are_settled() -> None:
         settle(taken[2:])
     settle(())
     settle([Doubt(torch.zeros(2, 3, dtype=torch.bfloat16), never)])
+
+
+def test_what_was_taken_is_put_back_first() -> None:
+    doubts = Doubts()
+    for number in (1, 2):
+        doubts.add(on_device(math.nan), lambda number=number: ValueError(f"number {number}"))  # type: ignore[misc]
+    first, second = doubts.take()
+    doubts.put_back([second])
+    doubts.put_back([first])
+    assert doubts.take() == (first, second)

@@ -20,6 +20,8 @@ from tasks.advance import advance
 from tasks.engine import feedback
 from tasks.engine.collect import block_statistics
 from tasks.engine.decoder import run_block
+from tasks.engine.doubts import Doubt
+from tasks.engine.errors import RunError
 from tasks.engine.feedback import RoundedBlock, feed_back
 from tasks.engine.job import Job
 from tasks.engine.streams import (
@@ -230,6 +232,51 @@ def test_hope_changes_nothing(
         assert torch.equal(codes.scale, hoped.codes[linear].scale)
         found = [of.notes[linear]["damping"] for of in (sure, hoped)]
         assert found == [damping and pytest.approx(damping)] * 2
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_doubts_that_came_of_a_factor_that_is_none_are_dropped(
+    before: bool, model: Path, job_of: JobOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(model, "gptq_w4a16", GROUPS)
+    doubt = Doubt(torch.tensor([math.nan]), lambda: RunError("its inputs hold NaN"))
+    calls: list[int] = []
+
+    def fails_once(gram: Tensor, **keys: Any) -> GramFactor | None:
+        calls.append(len(gram))
+        if len(calls) > 1:
+            return factorize(gram, **keys)
+        if before:
+            job.doubts.put_back([doubt])
+        keys["holds"](torch.tensor(False))
+        if not before:
+            job.doubts.put_back([doubt])
+        return factorize(gram, **keys | {"holds": bool})
+
+    monkeypatch.setattr(feedback, "factorize", fails_once)
+    origin, special = origin_of(job), job.steps[-1].quant.special
+    assert isinstance(special, GptqSpecial) and origin.stream is not None
+    given = (job, special, Streams(origin.stream, origin.stream), 0)
+    tensors = {name: tensor.float() for name, tensor in job.read_block(0).items()}
+    if before:
+        with pytest.raises(RunError, match="its inputs hold NaN"):
+            feed_back(*given, tensors, {}, hopes=True)
+    else:
+        feed_back(*given, tensors, {}, hopes=True)
+        assert len(calls) == 2 * len(job.plan.architecture.groups) and not job.doubts.take()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_hope_keeps_what_is_doubted(kept: bool, model: Path, job_of: JobOf) -> None:
+    job = job_of(model, "gptq_w4a16", GROUPS)
+    origin, special = origin_of(job), job.steps[-1].quant.special
+    assert isinstance(special, GptqSpecial) and origin.stream is not None
+    doubt = Doubt(torch.ones(1), lambda: RunError("no number"))
+    job.doubts.put_back([doubt])
+    tensors = {name: tensor.float() for name, tensor in job.read_block(0).items()}
+    feed_back(job, special, Streams(origin.stream, origin.stream), 0, tensors, {}, hopes=kept)
+    # settled before where it is not hoped
+    assert job.doubts.take() == ((doubt,) if kept else ())
 
 
 @pytest.mark.parametrize("recipe", ["fp8/gptq_fp8", "w8a8_gptq", "fp8_static"])
