@@ -22,7 +22,7 @@ from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics
 from tasks.engine.draft import Draft
 from tasks.engine.errors import RunError
-from tasks.engine.feedback import RoundedBlock, feed_back
+from tasks.engine.feedback import RoundedBlock, asked_once, feed_back
 from tasks.engine.folding import quantized_groups, scaled_together
 from tasks.engine.job import Job, activation_lineage, result_tensors, scheme_lineage
 from tasks.engine.lineage import code_digest
@@ -174,7 +174,8 @@ def rounded_block(job: Job, origin: Origin, block: int) -> RoundedBlock:
         if isinstance(special, GptqSpecial):
             assert origin.stream is not None
             streams = Streams(origin.stream, origin.floats or origin.stream)
-            return feed_back(job, special, streams, block, tensors, clips, hopes=job.on_gpu)
+            fed_back = partial(feed_back, job, special, streams, block, tensors, clips)
+            return asked_once(job, fed_back, hopes=job.on_gpu)
         codes: dict[str, QuantizedWeight] = {}
         for group in quantized_groups(job, block):
             for linears in scaled_together(job, group.linears):

@@ -6,7 +6,6 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from tasks.engine.transfer import Asked, asked_for
 log = logging.getLogger("blockquant")
 
 Parameters = tuple[Tensor, Tensor | None]
+Holds = Callable[[Tensor], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,34 +42,17 @@ class RoundedBlock:
     notes: Mapping[str, dict[str, Any]]
 
 
-def feed_back(
-    job: Job,
-    special: GptqSpecial,
-    streams: Streams,
-    block: int,
-    tensors: Mapping[str, Tensor],
-    clips: Mapping[str, ClipRange],
-    *,
-    hopes: bool = False,
-) -> RoundedBlock:
-    """Round a block's linears with GPTQ.
-
-    A matrix that no damping makes positive definite leaves its linears rounded to nearest.
+def asked_once(job: Job, fed_back: Callable[[Holds], RoundedBlock], *, hopes: bool) -> RoundedBlock:
+    """A block rounded by feed_back, which is given what says whether a factor is one.
 
     Args:
         job: the run.
-        special: GPTQ's keys.
-        streams: the hidden states that enter the block, and those that would were nothing
-            rounded.
-        block: its number.
-        tensors: of the block, before rounding.
-        clips: factors on the ranges that scales come from, by linear.
+        fed_back: rounds it.
         hopes: to ask the device only in the end whether the least damping was enough, and to do
             all again where it was not: a device is waited for once, and has work meanwhile.
     """
-    given = (job, special, streams, block, tensors, clips)
     if hopes:
-        rounded = _hoped_for(job, partial(_fed_back, *given))
+        rounded = _hoped_for(job, fed_back)
         if rounded is not None:
             return rounded
 
@@ -77,12 +60,10 @@ def feed_back(
         settle(job.doubts.take())
         return bool(whole)
 
-    return _fed_back(*given, sure)
+    return fed_back(sure)
 
 
-def _hoped_for(
-    job: Job, fed_back: Callable[[Callable[[Tensor], bool]], RoundedBlock]
-) -> RoundedBlock | None:
+def _hoped_for(job: Job, fed_back: Callable[[Holds], RoundedBlock]) -> RoundedBlock | None:
     """A block rounded with the first factor of each group; None where one is none."""
     # with each, what was doubted before it was used
     asked: list[tuple[Asked, tuple[Doubt, ...]]] = []
@@ -102,16 +83,29 @@ def _hoped_for(
     return None
 
 
-def _fed_back(
+def feed_back(
     job: Job,
     special: GptqSpecial,
     streams: Streams,
     block: int,
     tensors: Mapping[str, Tensor],
     clips: Mapping[str, ClipRange],
-    holds: Callable[[Tensor], bool],
+    holds: Holds,
 ) -> RoundedBlock:
-    """feed_back, with what says whether a factor is one."""
+    """Round a block's linears with GPTQ.
+
+    A matrix that no damping makes positive definite leaves its linears rounded to nearest.
+
+    Args:
+        job: the run.
+        special: GPTQ's keys.
+        streams: the hidden states that enter the block, and those that would were nothing
+            rounded.
+        block: its number.
+        tensors: of the block, before rounding.
+        clips: factors on the ranges that scales come from, by linear.
+        holds: says whether a factor is one, as factorize asks it.
+    """
     codes: dict[str, QuantizedWeight] = {}
     notes: dict[str, dict[str, Any]] = {}
     current = dict(tensors)

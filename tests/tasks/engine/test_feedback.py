@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from tasks.engine.collect import block_statistics
 from tasks.engine.decoder import run_block
 from tasks.engine.doubts import Doubt
 from tasks.engine.errors import RunError
-from tasks.engine.feedback import RoundedBlock, feed_back
+from tasks.engine.feedback import Holds, RoundedBlock, asked_once, feed_back
 from tasks.engine.job import Job
 from tasks.engine.streams import (
     Streams,
@@ -50,6 +52,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def origin_of(job: Job, tokens: Tensor = TOKENS) -> Origin:
     stream = start_stream(job, put_tokens(job.store, tokens).key)
     return Origin(job.steps[-1], stream, None)
+
+
+def fed_back_of(job: Job) -> Callable[[Holds], RoundedBlock]:
+    """Rounds the first block, given what says whether a factor is one."""
+    stream, special = origin_of(job).stream, job.steps[-1].quant.special
+    assert isinstance(special, GptqSpecial) and stream is not None
+    tensors = {name: tensor.float() for name, tensor in job.read_block(0).items()}
+    return partial(feed_back, job, special, Streams(stream, stream), 0, tensors, {})
 
 
 def literal_inputs(job: Job, origin: Origin, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -217,14 +227,9 @@ def test_hope_changes_nothing(
 
     monkeypatch.setattr(feedback, "factorize", less_regular)
     job = job_of(model, "gptq_w4a16", GROUPS, f"quant.special.true_sequential={sequential}")
-    origin, special = origin_of(job), job.steps[-1].quant.special
-    assert isinstance(special, GptqSpecial) and origin.stream is not None
-    streams = Streams(origin.stream, origin.stream)
-    tensors = {name: tensor.float() for name, tensor in job.read_block(0).items()}
+    fed_back = fed_back_of(job)
     with caplog.at_level(logging.WARNING, "blockquant"):
-        sure, hoped = (
-            feed_back(job, special, streams, 0, tensors, {}, hopes=hopes) for hopes in (False, True)
-        )
+        sure, hoped = (asked_once(job, fed_back, hopes=hopes) for hopes in (False, True))
     # told once by each, not by what was hoped
     assert len(caplog.records) == (0 if damping == 0.01 else 2 * 4)
     for linear, codes in sure.codes.items():
@@ -254,27 +259,22 @@ def test_doubts_that_came_of_a_factor_that_is_none_are_dropped(
         return factorize(gram, **keys | {"holds": bool})
 
     monkeypatch.setattr(feedback, "factorize", fails_once)
-    origin, special = origin_of(job), job.steps[-1].quant.special
-    assert isinstance(special, GptqSpecial) and origin.stream is not None
-    given = (job, special, Streams(origin.stream, origin.stream), 0)
-    tensors = {name: tensor.float() for name, tensor in job.read_block(0).items()}
+    fed_back = fed_back_of(job)
     if before:
         with pytest.raises(RunError, match="its inputs hold NaN"):
-            feed_back(*given, tensors, {}, hopes=True)
+            asked_once(job, fed_back, hopes=True)
     else:
-        feed_back(*given, tensors, {}, hopes=True)
+        asked_once(job, fed_back, hopes=True)
         assert len(calls) == 2 * len(job.plan.architecture.groups) and not job.doubts.take()
 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_hope_keeps_what_is_doubted(kept: bool, model: Path, job_of: JobOf) -> None:
     job = job_of(model, "gptq_w4a16", GROUPS)
-    origin, special = origin_of(job), job.steps[-1].quant.special
-    assert isinstance(special, GptqSpecial) and origin.stream is not None
+    fed_back = fed_back_of(job)
     doubt = Doubt(torch.ones(1), lambda: RunError("no number"))
     job.doubts.put_back([doubt])
-    tensors = {name: tensor.float() for name, tensor in job.read_block(0).items()}
-    feed_back(job, special, Streams(origin.stream, origin.stream), 0, tensors, {}, hopes=kept)
+    asked_once(job, fed_back, hopes=kept)
     # settled before where it is not hoped
     assert job.doubts.take() == ((doubt,) if kept else ())
 
