@@ -54,6 +54,8 @@ class Architecture:
     attention: str = "sdpa"
     # key of config.json that caps the logits, where the model type has one
     logit_cap: str | None = None
+    # whether norms, rotary embeddings and gates are Llama's, which are computed in one pass each
+    fused: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -81,7 +83,10 @@ def _dense_groups(mlp_norm: str = "post_attention_layernorm") -> tuple[LinearGro
 ARCHITECTURES: Mapping[str, Architecture] = {
     known.model_type: known
     for known in (
-        *(Architecture(name, _dense_groups()) for name in ("llama", "mistral", "qwen2", "qwen3")),
+        *(
+            Architecture(name, _dense_groups(), fused=True)
+            for name in ("llama", "mistral", "qwen2", "qwen3")
+        ),
         Architecture("gemma", _dense_groups(), norm_offset=1.0),
         Architecture(
             "gemma2",

@@ -21,6 +21,8 @@ from torch.profiler import record_function
 
 from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.errors import InputError
+from tasks.engine.fused import CODE, fuse
+from tasks.engine.lineage import code_digest
 from tasks.engine.precision import has_fast_bf16
 
 # hidden states of a whole micro-batch pass a block at once; part of every lineage key
@@ -108,6 +110,9 @@ def build_decoder(config: Mapping[str, Any], device: str = "cpu") -> Decoder:
     blocks, final_norm = tuple(model.layers), model.norm
     model.layers = nn.ModuleList(_Recorder(block) for block in blocks)
     model.norm = nn.Identity()
+    if architecture.fused:
+        for module in (*blocks, final_norm):
+            fuse(module)
     # not the file's own: a key that is missing there has transformers' default
     key = architecture.logit_cap
     cap = None if key is None else getattr(causal_lm.config, key)
@@ -251,4 +256,7 @@ def device_fingerprint(device: str) -> dict[str, str]:
         return facts | {"device": f"cpu {capability} {tiles}threads={torch.get_num_threads()}"}
     name = torch.cuda.get_device_name(where)
     major, minor = torch.cuda.get_device_capability(where)
-    return facts | {"device": f"cuda {name} sm{major}{minor} {torch.version.cuda}"}
+    return facts | {
+        "device": f"cuda {name} sm{major}{minor} {torch.version.cuda}",
+        "between products": code_digest(*CODE),
+    }
