@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from quantizers.gptq import round_columns
+from quantizers.gptq import round_columns, scales_by_group
 from quantizers.number_formats import codes_in_float32
-from quantizers.rounding import QuantizedWeight, dequantize, expand_scale
+from quantizers.rounding import QuantizedWeight, dequantize
 from quantizers.scale_refit import better_rows
 from quantizers.schemes import WeightScheme
 
@@ -50,10 +50,11 @@ def descend(
     # columns as rows: what is rounded together lies together
     work = weight.to(torch.float32).t().contiguous()
     scale, zero = (
-        None if p is None else expand_scale(p.float(), scheme, rows, columns).t().contiguous()
+        None if p is None else scales_by_group(p, scheme, rows)
         for p in (quantized.scale, quantized.zero_point)
     )
     assert scale is not None
+    groups = torch.arange(columns, device=weight.device) // scheme.width(columns)
     codes = codes_in_float32(quantized.codes).t().contiguous()
     error = work - dequantize(quantized, scheme).t()
     for _ in range(sweeps):
@@ -66,8 +67,9 @@ def descend(
                 work[part],
                 carried,
                 inside,
-                scale[part],
-                None if zero is None else zero[part],
+                scale,
+                zero,
+                groups[part],
                 scheme.number_format,
             )
         if torch.equal(codes, before):

@@ -21,21 +21,16 @@ from quantizers.schemes import Granularity, WeightScheme
 
 __all__ = [
     "GramFactor",
-    "RoundColumns",
     "factorize",
     "gptq",
     "made_up_target",
     "round_columns",
     "round_columns_plainly",
+    "scales_by_group",
 ]
 
 # what damping is multiplied with, one after the other, until H is positive definite
 _RAISES = (1.0, 10.0, 100.0)
-
-# weight, carried, unit, scale, zero_point, format -> codes, error: see round_columns
-RoundColumns = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor | None, NumberFormat], tuple[Tensor, Tensor]
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +95,6 @@ def gptq(
     parameters: tuple[Tensor, Tensor | None] | None = None,
     *,
     block_size: int = 128,
-    rounding: RoundColumns | None = None,
 ) -> QuantizedWeight:
     """Quantize a weight with error feedback.
 
@@ -113,7 +107,6 @@ def gptq(
             are found from its weights when it is reached, after all errors so far; without groups
             from the weight itself.
         block_size: columns between two products that pass errors on. It changes the last bits.
-        rounding: what rounds a block of columns; round_columns by default.
 
     Raises:
         ValueError: groups whose scales are found on the way, and columns out of their order.
@@ -124,7 +117,7 @@ def gptq(
     if on_the_way and not torch.equal(order, torch.arange(columns, device=order.device)):
         raise ValueError("columns out of their order need scales that are found before")
     given = parameters or weight_scales(weight, scheme)
-    scale, zero = (None if p is None else _by_group(p, scheme, rows) for p in given)
+    scale, zero = (None if p is None else scales_by_group(p, scheme, rows) for p in given)
     assert scale is not None
     # columns as rows: what is rounded together lies together
     work = weight.to(torch.float32).t()[order].contiguous()
@@ -139,13 +132,13 @@ def gptq(
             scale[part.start // width] = found[:, 0]
             if zero is not None and found_zero is not None:
                 zero[part.start // width] = found_zero[:, 0]
-        groups = order[part] // width
-        codes[part], error[part] = (rounding or round_columns)(
+        codes[part], error[part] = round_columns(
             work[part],
             unit[before, part].t() @ error[before],
             unit[part, part],
-            scale[groups],
-            None if zero is None else zero[groups],
+            scale,
+            zero,
+            order[part] // width,
             scheme.number_format,
         )
     restored = torch.empty_like(codes)
@@ -191,14 +184,15 @@ def round_columns(
     unit: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
+    groups: Tensor,
     number: NumberFormat,
 ) -> tuple[Tensor, Tensor]:
     """round_columns_plainly, on a GPU with a compiler as one kernel, whose last bits differ."""
     if compiles_kernels(weight, number):
         from quantizers.gptq_kernel import round_columns_at_once
 
-        return round_columns_at_once(weight, carried, unit, scale, zero_point, number)
-    return round_columns_plainly(weight, carried, unit, scale, zero_point, number)
+        return round_columns_at_once(weight, carried, unit, scale, zero_point, groups, number)
+    return round_columns_plainly(weight, carried, unit, scale, zero_point, groups, number)
 
 
 def round_columns_plainly(
@@ -207,6 +201,7 @@ def round_columns_plainly(
     unit: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
+    groups: Tensor,
     number: NumberFormat,
 ) -> tuple[Tensor, Tensor]:
     """Round b columns one after the other, each carrying the error of those before.
@@ -215,8 +210,9 @@ def round_columns_plainly(
         weight: (b, N) float32, columns as rows.
         carried: (b, N) float32, what the columns before this block hand on.
         unit: (b, b) float32, R_kj / R_jj of the block.
-        scale: (b, N) float32.
-        zero_point: (b, N) float32, None if symmetric.
+        scale: (G, N) float32, contiguous, a row for each group of columns.
+        zero_point: likewise, None if symmetric.
+        groups: (b,) int64, each column's group.
         number: format of the codes.
 
     Returns:
@@ -224,6 +220,7 @@ def round_columns_plainly(
     """
     codes, error = torch.empty_like(weight), torch.empty_like(weight)
     target = weight + carried
+    scale, zero_point = scale[groups], None if zero_point is None else zero_point[groups]
     for column in range(len(weight)):
         wanted = target[column]
         if column:
@@ -256,11 +253,20 @@ def _parts(columns: int, block_size: int, width: int) -> list[slice]:
     return [slice(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
-def _by_group(parameter: Tensor, scheme: WeightScheme, rows: int) -> Tensor:
-    """Scales or zero points with a row for each group of columns, (groups, N) float32."""
+def scales_by_group(parameter: Tensor, scheme: WeightScheme, rows: int) -> Tensor:
+    """Scales or zero points with a row for each group of columns.
+
+    Args:
+        parameter: of scheme.scale_shape(N, K).
+        scheme: the scheme.
+        rows: N.
+
+    Returns:
+        (G, N) float32, contiguous, a copy; column k of the weight is in group k // width.
+    """
     if scheme.granularity is Granularity.TENSOR:
-        return parameter.to(torch.float32).reshape(1, 1).expand(1, rows)
+        return parameter.to(torch.float32).repeat(1, rows)
     if scheme.granularity is Granularity.BLOCK:
         assert scheme.block_shape is not None
         parameter = parameter.repeat_interleave(scheme.block_shape[0], dim=0)[:rows]
-    return parameter.to(torch.float32, copy=True).mT
+    return parameter.to(torch.float32).mT.clone(memory_format=torch.contiguous_format)

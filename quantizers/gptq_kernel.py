@@ -25,6 +25,7 @@ def round_columns_at_once(
     unit: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
+    groups: Tensor,
     number: NumberFormat,
 ) -> tuple[Tensor, Tensor]:
     """quantizers.gptq.round_columns without a step of Python per column.
@@ -39,6 +40,7 @@ def round_columns_at_once(
         unit.contiguous(),
         scale.contiguous(),
         scale if zero_point is None else zero_point.contiguous(),
+        groups,
         codes,
         error,
         columns,
@@ -61,6 +63,7 @@ def _round_columns(
     unit,
     scale,
     zero_point,
+    groups,
     codes,
     error,
     columns,
@@ -82,10 +85,11 @@ def _round_columns(
         # adding zeros changes nothing: this is row j itself
         wanted = tl.sum(tl.where(column[:, None] == j, target, 0.0), 0)
         own = tl.load(weight + j * rows + lane, on, 0.0)
-        step = tl.load(scale + j * rows + lane, on, 1.0)
+        group = tl.load(groups + j) * rows
+        step = tl.load(scale + group + lane, on, 1.0)
         zero = step
         if not SYMMETRIC:
-            zero = tl.load(zero_point + j * rows + lane, on, 0.0)
+            zero = tl.load(zero_point + group + lane, on, 0.0)
         code = level_of(wanted, step, zero, qmin, qmax, FORMAT, SYMMETRIC)
         level = code if SYMMETRIC else code - zero
         lost = own - level * step

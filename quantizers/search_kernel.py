@@ -20,7 +20,7 @@ __all__ = ["add_row_dots_", "clip_errors", "rounding_loss", "window_sums"]
 _TILE = 8192
 _ROWS = 32
 # columns of inputs that one program sums, and rows it takes at a time
-_SUM_COLUMNS, _SUM_ROWS = 64, 64
+_SUM_COLUMNS, _SUM_ROWS = 128, 16
 
 
 def rounding_loss(
@@ -283,21 +283,22 @@ def _window_sums(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     window = tl.program_id(1)
     own = column < columns
-    summed = tl.zeros((COLUMNS,), tl.float32)
-    size = tl.zeros((COLUMNS,), tl.float32)
-    least = tl.full((COLUMNS,), float("inf"), tl.float32)
-    most = tl.full((COLUMNS,), float("-inf"), tl.float32)
+    # row by row of a tile: what lies below one another meets once, at the end
+    summed = tl.zeros((ROWS, COLUMNS), tl.float32)
+    size = tl.zeros((ROWS, COLUMNS), tl.float32)
+    least = tl.full((ROWS, COLUMNS), float("inf"), tl.float32)
+    most = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     for start in range(0, length, ROWS):
         row = start + tl.arange(0, ROWS)
         on = (row < length)[:, None] & own[None, :]
         place = (window.to(tl.int64) * length + row[:, None]) * columns + column[None, :]
         value = tl.load(windows + place, on, 0.0).to(tl.float32)
-        summed += tl.sum(value, 0)
-        size += tl.sum(tl.abs(value), 0)
-        least = tl.minimum(least, tl.min(tl.where(on, value, float("inf")), 0))
-        most = tl.maximum(most, tl.max(tl.where(on, value, float("-inf")), 0))
+        summed += value
+        size += tl.abs(value)
+        least = tl.minimum(least, tl.where(on, value, float("inf")))
+        most = tl.maximum(most, tl.where(on, value, float("-inf")))
     place = window * columns + column
-    tl.store(total + place, summed, own)
-    tl.store(absolute + place, size, own)
-    tl.store(low + place, least, own)
-    tl.store(high + place, most, own)
+    tl.store(total + place, tl.sum(summed, 0), own)
+    tl.store(absolute + place, tl.sum(size, 0), own)
+    tl.store(low + place, tl.min(least, 0), own)
+    tl.store(high + place, tl.max(most, 0), own)

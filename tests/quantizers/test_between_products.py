@@ -70,16 +70,17 @@ def kernel(function, *given):
         return function(*given)
 
 
-def require_close(found: Tensor, wanted: Tensor, share: float) -> None:
-    """One bit of the dtype apart at most, and that in a share of the entries."""
+def require_close(found: Tensor, wanted: Tensor) -> None:
+    """In few entries, as a value before the last product was rounded the other way, apart."""
     assert found.shape == wanted.shape and found.dtype == wanted.dtype
-    one_bit = torch.finfo(wanted.dtype).eps * wanted.abs().float()
-    gap = (found.float() - wanted.float()).abs()
+    limits = torch.finfo(wanted.dtype)
+    gap, size = (found.float() - wanted.float()).abs(), wanted.float().abs()
     if wanted.dtype == torch.float32:
-        one_bit = 4 * one_bit
-    else:
-        assert (gap > 0).float().mean() <= share
-    assert (gap <= one_bit + torch.finfo(wanted.dtype).smallest_normal).all()
+        # an exponential's error grows with its argument
+        assert (gap <= 32 * limits.eps * size + limits.tiny).all()
+        return
+    assert (gap > 0).float().mean() <= 0.002
+    assert (gap <= 2 * limits.eps * size + limits.smallest_normal).all()
 
 
 @on_gpu
@@ -90,7 +91,7 @@ def require_close(found: Tensor, wanted: Tensor, share: float) -> None:
 def test_the_norms_kernel(shape, dtype):
     x, weight = (drawn(*s, dtype=dtype, device="cuda") for s in (shape, shape[-1:]))
     found = kernel(rms_norm, x, weight, EPSILON)
-    require_close(found, plain(rms_norm, x, weight, EPSILON), share=0.002)
+    require_close(found, plain(rms_norm, x, weight, EPSILON))
     assert torch.equal(found, kernel(rms_norm, x, weight, EPSILON))
 
 
@@ -121,7 +122,7 @@ def test_the_gates_kernel(shape, dtype):
     up = up.permute(*reversed(range(up.ndim)))
     gate.view(-1)[0] = -200.0
     found = kernel(swiglu, gate, up)
-    require_close(found, plain(swiglu, gate, up), share=0.002)
+    require_close(found, plain(swiglu, gate, up))
 
 
 @on_gpu

@@ -17,11 +17,13 @@ def problem(columns, rows, number, symmetric, device):
     weight = 0.05 * torch.randn(columns, rows, generator=draw)
     carried = 0.005 * torch.randn(columns, rows, generator=draw)
     unit = torch.eye(columns) + 0.1 * torch.randn(columns, columns, generator=draw).triu(1)
-    scale = 0.15 / number.qmax * (0.5 + torch.rand(columns, rows, generator=draw))
+    scale = 0.15 / number.qmax * (0.5 + torch.rand(9, rows, generator=draw))
     zero = None
     if not symmetric:
-        zero = torch.randint(-3, 4, (columns, rows), generator=draw).float()
-    return [None if t is None else t.to(device) for t in (weight, carried, unit, scale, zero)]
+        zero = torch.randint(-3, 4, (9, rows), generator=draw).float()
+    groups = torch.randint(9, (columns,), generator=draw)
+    given = (weight, carried, unit, scale, zero, groups)
+    return [None if t is None else t.to(device) for t in given]
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(128, 512), (96, 33), (1, 7), (17, 1), (64, 100)])
