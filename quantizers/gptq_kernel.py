@@ -81,20 +81,31 @@ def _round_columns(
     place = column[:, None] * rows + lane[None, :]
     inside = (column[:, None] < columns) & on[None, :]
     target = tl.load(weight + place, inside, 0.0) + tl.load(carried + place, inside, 0.0)
+    # what a column takes is loaded while the one before is rounded
+    group = tl.load(groups)
+    after = tl.load(groups + 1, columns > 1, 0)
+    own = tl.load(weight + lane, on, 0.0)
+    step = tl.load(scale + group * rows + lane, on, 1.0)
+    zero = step
+    if not SYMMETRIC:
+        zero = tl.load(zero_point + group * rows + lane, on, 0.0)
+    share = tl.load(unit + column, (column > 0) & (column < columns), 0.0)
     for j in range(columns):
+        follows = on & (j + 1 < columns)
+        next_own = tl.load(weight + (j + 1) * rows + lane, follows, 0.0)
+        next_step = tl.load(scale + after * rows + lane, follows, 1.0)
+        next_zero = next_step
+        if not SYMMETRIC:
+            next_zero = tl.load(zero_point + after * rows + lane, follows, 0.0)
+        later = (column > j + 1) & (column < columns)
+        next_share = tl.load(unit + (j + 1) * columns + column, later, 0.0)
+        after = tl.load(groups + j + 2, j + 2 < columns, 0)
         # adding zeros changes nothing: this is row j itself
         wanted = tl.sum(tl.where(column[:, None] == j, target, 0.0), 0)
-        own = tl.load(weight + j * rows + lane, on, 0.0)
-        group = tl.load(groups + j) * rows
-        step = tl.load(scale + group + lane, on, 1.0)
-        zero = step
-        if not SYMMETRIC:
-            zero = tl.load(zero_point + group + lane, on, 0.0)
         code = level_of(wanted, step, zero, qmin, qmax, FORMAT, SYMMETRIC)
         level = code if SYMMETRIC else code - zero
         lost = own - level * step
         tl.store(codes + j * rows + lane, code, on)
         tl.store(error + j * rows + lane, lost, on)
-        later = (column > j) & (column < columns)
-        share = tl.load(unit + j * columns + column, later, 0.0)
         target += share[:, None] * lost[None, :]
+        own, step, zero, share = next_own, next_step, next_zero, next_share

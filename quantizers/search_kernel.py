@@ -20,7 +20,7 @@ __all__ = ["add_row_dots_", "clip_errors", "rounding_loss", "window_sums"]
 _TILE = 8192
 _ROWS = 32
 # columns of inputs that one program sums, and rows it takes at a time
-_SUM_COLUMNS, _SUM_ROWS = 128, 16
+_SUM_COLUMNS, _SUM_ROWS = 64, 32
 
 
 def rounding_loss(

@@ -23,7 +23,7 @@ from tasks.engine.collect import block_statistics, observe, observe_beside
 from tasks.engine.doubts import Doubt, settle
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job
-from tasks.engine.precision import search_products
+from tasks.engine.precision import feedback_products, search_products
 from tasks.engine.sharing import errors_of_all, own_energies, rounded_by_rows, splits
 from tasks.engine.streams import Streams, activation_hook
 from tasks.engine.transfer import Asked, asked_for
@@ -132,7 +132,8 @@ def feed_back(
         if factor is None:
             rounded = round_group(targets, job.scheme.weight, clipped)
         else:
-            rounded = _round_group(job, targets, clipped, factor, gram, special)
+            with feedback_products(job.device):
+                rounded = _round_group(job, targets, clipped, factor, gram, special)
         for linear, weight, quantized in zip(group.linears, weights, rounded, strict=True):
             restored = dequantize(quantized, job.scheme.weight)
             current[f"{linear}.weight"] = restored

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tasks.engine import precision
-from tasks.engine.precision import compute_dtype, search_products
+from tasks.engine.precision import compute_dtype, feedback_products, search_products
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -31,6 +31,16 @@ def test_search_products_last_as_long_as_the_search(
     with pytest.raises(KeyError), search_products(device):
         assert torch.get_float32_matmul_precision() == inside
         raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(("device", "inside"), [("cpu", "highest"), ("cuda:1", "high")])
+def test_errors_are_passed_on_in_tf32_on_a_gpu_only(
+    monkeypatch: pytest.MonkeyPatch, device: str, inside: str
+) -> None:
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda: True)
+    with feedback_products(device):
+        assert torch.get_float32_matmul_precision() == inside
     assert torch.get_float32_matmul_precision() == "highest"
 
 
