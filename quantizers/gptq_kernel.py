@@ -15,8 +15,8 @@ from quantizers.rounding_kernel import kind_of, level_of
 __all__ = ["round_columns_at_once"]
 
 # rows of the weight that one program rounds
-_ROWS = 32
-_WARPS = 4
+_ROWS = 16
+_WARPS = 1
 
 
 def round_columns_at_once(
