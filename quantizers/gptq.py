@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantizers.devices import compiles_kernels
 from quantizers.number_formats import NumberFormat, rounded_to_float8
-from quantizers.rounding import QuantizedWeight
+from quantizers.rounding import QuantizedWeight, scales_by_row
 from quantizers.scales import weight_scales
 from quantizers.schemes import Granularity, WeightScheme
 
@@ -254,7 +254,7 @@ def _parts(columns: int, block_size: int, width: int) -> list[slice]:
 
 
 def scales_by_group(parameter: Tensor, scheme: WeightScheme, rows: int) -> Tensor:
-    """Scales or zero points with a row for each group of columns.
+    """Scales or zero points with a row for each group of columns: scales_by_row, turned.
 
     Args:
         parameter: of scheme.scale_shape(N, K).
@@ -264,9 +264,5 @@ def scales_by_group(parameter: Tensor, scheme: WeightScheme, rows: int) -> Tenso
     Returns:
         (G, N) float32, contiguous, a copy; column k of the weight is in group k // width.
     """
-    if scheme.granularity is Granularity.TENSOR:
-        return parameter.to(torch.float32).repeat(1, rows)
-    if scheme.granularity is Granularity.BLOCK:
-        assert scheme.block_shape is not None
-        parameter = parameter.repeat_interleave(scheme.block_shape[0], dim=0)[:rows]
-    return parameter.to(torch.float32).mT.clone(memory_format=torch.contiguous_format)
+    by_row = scales_by_row(parameter, scheme, rows).to(torch.float32)
+    return by_row.mT.clone(memory_format=torch.contiguous_format)

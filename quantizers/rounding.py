@@ -22,6 +22,7 @@ __all__ = [
     "round_group",
     "round_to_nearest",
     "row_scales",
+    "scales_by_row",
 ]
 
 # Entries worked on at once: a slice that stays in a CPU's cache rounds four times faster.
@@ -69,8 +70,8 @@ def quantize_weight(
     rows, columns = matrix_shape(weight)
     _check_parameters(scale, zero_point, scheme, rows, columns)
     number, weight = scheme.number_format, weight.detach()
-    scales = _per_row(scale.detach(), scheme, rows)
-    zeros = None if zero_point is None else _per_row(zero_point, scheme, rows)
+    scales = scales_by_row(scale.detach(), scheme, rows)
+    zeros = None if zero_point is None else scales_by_row(zero_point, scheme, rows)
     width = scheme.width(columns)
     if weight.stride(1) == 1 and compiles_kernels(weight, number):
         from quantizers.rounding_kernel import codes_of
@@ -228,8 +229,8 @@ def quantize_dequantize_weight(
         raise ValueError(f"searched are float32 weights, not {weight.dtype}")
     _check_parameters(scale, zero_point, scheme, rows, columns)
     number, width = scheme.number_format, scheme.width(columns)
-    scales = _per_row(scale.detach(), scheme, rows).to(torch.float32)
-    zeros = None if zero_point is None else _per_row(zero_point, scheme, rows)
+    scales = scales_by_row(scale.detach(), scheme, rows).to(torch.float32)
+    zeros = None if zero_point is None else scales_by_row(zero_point, scheme, rows)
     work = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for (tile, tile_scale), (source, _) in zip(
         _tiles(work, scales, width), _tiles(weight, scales, width), strict=True
@@ -251,8 +252,8 @@ def quantize_dequantize_weight(
 def row_scales(quantized: QuantizedWeight, scheme: WeightScheme) -> tuple[Tensor, Tensor | None]:
     """Scales, and zero points, with a row for each row of a weight (N, K): (N, groups of a row)."""
     rows, zero = len(quantized.codes), quantized.zero_point
-    scales = _per_row(quantized.scale.detach(), scheme, rows)
-    return scales, None if zero is None else _per_row(zero, scheme, rows)
+    scales = scales_by_row(quantized.scale.detach(), scheme, rows)
+    return scales, None if zero is None else scales_by_row(zero, scheme, rows)
 
 
 def expand_scale(scale: Tensor, scheme: WeightScheme, rows: int, columns: int) -> Tensor:
@@ -271,14 +272,23 @@ def expand_scale(scale: Tensor, scheme: WeightScheme, rows: int, columns: int) -
         ValueError: scale has another shape.
     """
     _check_shape("scale", scale, scheme.scale_shape(rows, columns))
-    per_row, width = _per_row(scale, scheme, rows), scheme.width(columns)
+    per_row, width = scales_by_row(scale, scheme, rows), scheme.width(columns)
     if per_row.shape[1] == 1:
         return per_row.expand(rows, columns)
     return per_row.repeat_interleave(width, dim=1)[:, :columns]
 
 
-def _per_row(parameter: Tensor, scheme: WeightScheme, rows: int) -> Tensor:
-    """Scales or zero points with one row for each row of the weight: (N, groups of a row)."""
+def scales_by_row(parameter: Tensor, scheme: WeightScheme, rows: int) -> Tensor:
+    """Scales or zero points with one row for each row of the weight.
+
+    Args:
+        parameter: any dtype, of scheme.scale_shape(N, K).
+        scheme: the scheme.
+        rows: N.
+
+    Returns:
+        (N, groups of a row), the same dtype; a view where it can be.
+    """
     if scheme.granularity is Granularity.TENSOR:
         return parameter.reshape(1, 1).expand(rows, 1)
     if scheme.granularity is Granularity.BLOCK:

@@ -115,10 +115,7 @@ def test_the_kernel_of_positions(shape, own, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1,), (3, 5, 7), (2, 4096), (130, 14336)])
 def test_the_gates_kernel(shape, dtype):
-    gate, up = (
-        drawn(*shape, dtype=dtype, device="cuda"),
-        drawn(*shape[::-1], dtype=dtype).to("cuda"),
-    )
+    gate, up = (drawn(*s, dtype=dtype, device="cuda") for s in (shape, shape[::-1]))
     up = up.permute(*reversed(range(up.ndim)))
     gate.view(-1)[0] = -200.0
     found = kernel(swiglu, gate, up)
