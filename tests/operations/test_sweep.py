@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,8 +252,26 @@ def test_on_ray_it_gives_the_same_bytes(
     assert [c.info.run_name for c in children] == sorted(NAMES)
 
 
+def running() -> set[str]:
+    """Names of the children whose flow runs are Running."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterName,
+        FlowRunFilterState,
+        FlowRunFilterStateName,
+    )
+
+    wanted = FlowRunFilter(
+        name=FlowRunFilterName(any_=list(NAMES)),
+        state=FlowRunFilterState(name=FlowRunFilterStateName(any_=["Running"])),
+    )
+    with get_client(sync_client=True) as client:
+        return {run.name for run in client.read_flow_runs(flow_run_filter=wanted)}
+
+
 class Killer(threading.Thread):
-    """Kills a Ray worker as soon as a block of its child is quantized; most of it is to come."""
+    """Kills a Ray worker as soon as a block is quantized; most of its child is to come."""
 
     def __init__(self, store: Path) -> None:
         super().__init__(daemon=True)
@@ -263,15 +282,9 @@ class Killer(threading.Thread):
         limit = time.monotonic() + 200
         while time.monotonic() < limit and self.killed is None:
             if self._quantized():
-                workers = [
-                    p
-                    for p in psutil.Process().children(recursive=True)
-                    if "ray::child" in " ".join(p.cmdline())
-                ]
-                if workers:
-                    self.killed = workers[0]
+                self.killed = self._worker()
+                if self.killed is not None:
                     self.killed.send_signal(signal.SIGKILL)
-                    return
             time.sleep(0.01)
 
     def _quantized(self) -> bool:
@@ -282,6 +295,17 @@ class Killer(threading.Thread):
             except OSError:
                 continue
         return False
+
+    def _worker(self) -> psutil.Process | None:
+        """A worker whose child is Running: the other one may not have begun its flow run yet."""
+        logs = {f"{name}.log" for name in running()}
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if "ray::child" in " ".join(process.cmdline()) and any(
+                    Path(file.path).name in logs for file in process.open_files()
+                ):
+                    return process
+        return None
 
 
 def test_a_ray_worker_that_is_killed_is_made_up_for(
