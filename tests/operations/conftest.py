@@ -1,4 +1,4 @@
-"""What `make up` starts, once for each module that asks for it."""
+"""What `make up` starts, once for all tests of the group ``services``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.operations.services import Up, brought_up
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """Prefect, MLflow and a worker, in a home of their own."""
     with brought_up(tmp_path_factory.mktemp("up") / "home") as services:

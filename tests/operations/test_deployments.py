@@ -14,7 +14,7 @@ from tests.integration.resuming import contents
 from tests.models import make_checkpoint, make_text
 from tests.operations.services import Up, eventually
 
-pytestmark = [pytest.mark.ops, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ops, pytest.mark.timeout(600), pytest.mark.xdist_group("services")]
 
 RECIPE = """
 calib: {{name: text, path: {text}, n_samples: 4, seq_len: 64}}

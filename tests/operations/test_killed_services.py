@@ -23,7 +23,7 @@ from tests.models import make_checkpoint, make_text
 from tests.operations.services import Up, eventually
 from tests.operations.test_deployments import RECIPE
 
-pytestmark = [pytest.mark.ops, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ops, pytest.mark.timeout(1500), pytest.mark.xdist_group("services")]
 
 BLOCKS = 2
 # how a process of each kind is known by its command; a run's by its environment

@@ -26,7 +26,7 @@ from tasks.engine.source import open_source
 from tests.models import edit_config, make_checkpoint, make_text
 from tests.operations.services import Up
 
-pytestmark = [pytest.mark.ops, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ops, pytest.mark.timeout(600), pytest.mark.xdist_group("services")]
 
 USER, TOKEN = "robot", "hunter2-token-0b5d1c"
 IN_HEADER = base64.b64encode(f"{USER}:{TOKEN}".encode())
