@@ -38,10 +38,10 @@ class Course:
         self.progress = ProgressArtifact(blocks)
         self.progress.begin()
 
-    def block_done(self, block: int) -> None:
+    def block_done(self) -> None:
         """Say that a pass is through with a block."""
         self.block_ends.append(self._since())
-        reporter().block_done(block)
+        reporter().block_done()
         self.progress.block_done()
 
     def mark(self, reached: str) -> None:

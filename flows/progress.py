@@ -26,7 +26,7 @@ class Reporter(Protocol):
     """Told what a flow does."""
 
     def plan(self, blocks: int) -> None:
-        """Say how many blocks there will be."""
+        """Say how many blocks there will be, those of all passes together."""
 
     def begin(self, step: str) -> None:
         """Say that a step starts."""
@@ -34,8 +34,8 @@ class Reporter(Protocol):
     def end(self, step: str, cached: bool) -> None:
         """Say that a step ended, and whether its result was found."""
 
-    def block_done(self, block: int) -> None:
-        """Say that a block is packed."""
+    def block_done(self) -> None:
+        """Say that a pass is through with a block."""
 
 
 @dataclass
@@ -43,11 +43,12 @@ class LogLines:
     """One log line per block."""
 
     blocks: int = 0
+    done: int = 0
     cached: int = 0
 
     def plan(self, blocks: int) -> None:
-        """Keep the number of blocks."""
-        self.blocks = blocks
+        """Keep the number of blocks; none is done yet."""
+        self.blocks, self.done, self.cached = blocks, 0, 0
 
     def begin(self, step: str) -> None:
         """Log at debug level."""
@@ -58,9 +59,10 @@ class LogLines:
         self.cached += cached
         log.debug("%s %s", step, "cached" if cached else "done")
 
-    def block_done(self, block: int) -> None:
+    def block_done(self) -> None:
         """Log the block."""
-        log.info("block %d of %d done (%d cache hits)", block + 1, self.blocks, self.cached)
+        self.done += 1
+        log.info("block %d of %d done (%d cache hits)", self.done, self.blocks, self.cached)
 
 
 @dataclass
@@ -86,9 +88,9 @@ class Bar:
         if self.task >= 0:
             self.progress.update(self.task, cached=self.cached)  # type: ignore[arg-type]
 
-    def block_done(self, block: int) -> None:
+    def block_done(self) -> None:
         """Move the bar."""
-        self.progress.update(self.task, completed=block + 1)  # type: ignore[arg-type]
+        self.progress.advance(self.task)  # type: ignore[arg-type]
 
 
 _reporter: ContextVar[Reporter | None] = ContextVar("reporter", default=None)

@@ -138,7 +138,7 @@ def _blocks(
         stack.callback(tell)
         for call, ahead in calls:
             while done < call.block:
-                course.block_done(done)
+                course.block_done()
                 done += 1
             result = course.run(call.step, job, *call.args, ahead=ahead, block=call.block)
             results.append((call.step, result))
@@ -148,8 +148,8 @@ def _blocks(
                 points += loss_points(call.block, result.entry)
             if not result.cached:
                 tell()
-    for block in range(done, len(job.blocks)):
-        course.block_done(block)
+    for _ in range(done, len(job.blocks)):
+        course.block_done()
     for passed_on in plan.streams:
         drop_boundaries(job, passed_on)
     job.memo.clear()

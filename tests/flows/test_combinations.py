@@ -94,9 +94,11 @@ def test_steps_that_two_recipes_share_are_computed_once(
 
 
 def test_the_loss_of_learning_is_tracked(
-    quantized: Callable[..., dict[str, Any]], tmp_path: Path
+    quantized: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     result = quantized("w4a16_combin", "out", "steps.1.quant.special.epochs=3", steps=2)
+    lines = [line for line in caplog.messages if line.startswith("block") and " done" in line]
+    assert [line.split(" done")[0] for line in lines] == [f"block {n} of 4" for n in range(1, 5)]
     client = MlflowClient(result["mlflow"]["uri"])
     run = result["mlflow"]["run"]
     for block in range(2):

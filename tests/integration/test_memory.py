@@ -70,7 +70,7 @@ class Reporter:
     def plan(self, blocks): pass
     def begin(self, label): step[0] = label
     def end(self, label, cached): pass
-    def block_done(self, block): pass
+    def block_done(self): pass
 
 _reporter.set(Reporter())
 sampler = threading.Thread(target=sample, daemon=True)
