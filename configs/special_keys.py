@@ -174,6 +174,9 @@ class OsPlusSpecial(Section):
     true_sequential: Annotated[bool, NoEffect("statistics are collected once per block")] = True
 
 
+# what only tasks.clip reads of AWQ's and GPTQ's keys
+CLIP_KEYS = ("weight_clip", "clip_query_key", "clip_steps", "clip_shrink")
+
 Special = (
     NoSpecial
     | AwqSpecial

@@ -37,12 +37,12 @@ from tasks.engine.folding import (
     shift_of,
     to_tensors,
 )
-from tasks.engine.job import Job, activation_lineage, scheme_lineage
+from tasks.engine.job import Job, scheme_lineage
 from tasks.engine.precision import search_products
 from tasks.engine.step import step
 from tasks.engine.streams import Stream, Streams, block_arguments, hidden_states, pass_block
 from tasks.engine.version import DECISION, version_block
-from tasks.transform import GroupInputs, group_problem
+from tasks.transform import GroupInputs, group_problem, input_lineage
 
 log = logging.getLogger("blockquant")
 
@@ -68,7 +68,7 @@ def _depends_on(
     return {
         "special": effective(recipe_step.quant.special),
         "scheme": scheme_lineage(job),
-        "activations": activation_lineage(job),
+        "activations": input_lineage(job, recipe_step.quant),
         "linears": list(job.plan.blocks[block].quantized),
         "dtype": str(export_dtype(job.dtype)),
         "streams": [streams.quantized.key, streams.float.key],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs.fields import effective
 from configs.schema import Quant, ResolvedStep
-from configs.special_keys import GptqSpecial
+from configs.special_keys import CLIP_KEYS, GptqSpecial
 from configs.vocabulary import WeightAlgorithm
 from quantizers.channel_transform import transformed_gram
 from quantizers.output_error import group_input_scale
@@ -24,7 +24,7 @@ from tasks.engine.draft import Draft
 from tasks.engine.errors import RunError
 from tasks.engine.feedback import RoundedBlock, asked_once, feed_back
 from tasks.engine.folding import quantized_groups, scaled_together
-from tasks.engine.job import Job, activation_lineage, result_tensors, scheme_lineage
+from tasks.engine.job import Job, result_tensors, scheme_lineage
 from tasks.engine.lineage import code_digest
 from tasks.engine.precision import search_products
 from tasks.engine.ranges import described, of_inputs, of_weight
@@ -40,7 +40,7 @@ from tasks.engine.version import (
     transformed_block,
     version_block,
 )
-from tasks.transform import GroupInputs, group_problem, no_transform
+from tasks.transform import GroupInputs, group_problem, input_lineage, no_transform
 
 INPUT_SCALES = "input_scales.safetensors"
 _DESCENT = "quantizers.coordinate_descent"
@@ -68,14 +68,12 @@ class Origin:
 
 
 def _depends_on(job: Job, origin: Origin, block: int) -> dict[str, Any]:
-    act = origin.recipe_step.quant.act
-    mse = origin.recipe_step.quant.weight.calib_algo is WeightAlgorithm.MSE
+    quant = origin.recipe_step.quant
+    mse = quant.weight.calib_algo is WeightAlgorithm.MSE
     return {
-        "method": str(origin.recipe_step.quant.method),
+        "method": str(quant.method),
         "scheme": scheme_lineage(job),
-        "inputs": [activation_lineage(job), str(act.calib_algo), act.percentile]
-        if _static(job) and act is not None
-        else None,
+        "inputs": input_lineage(job, quant) if _static(job) else None,
         "special": _rounding_keys(origin),
         "ranges": "mse" if mse else "minmax",
         "linears": list(job.plan.blocks[block].quantized),
@@ -92,9 +90,8 @@ def _rounding_keys(origin: Origin) -> dict[str, Any] | None:
     special = origin.recipe_step.quant.special
     if not isinstance(special, GptqSpecial):
         return None
-    unread = ["weight_clip", "clip_query_key", "clip_steps", "clip_shrink"]
-    # recipes without it keep the keys that they had before there was one
-    unread += [] if special.descend else ["descend"]
+    # recipes without descent keep the keys that they had before there was one
+    unread = CLIP_KEYS if special.descend else (*CLIP_KEYS, "descend")
     found = {key: value for key, value in effective(special).items() if key not in unread}
     return found | ({"code": code_digest(_DESCENT)} if special.descend else {})
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.fields import effective
 from configs.schema import Quant, ResolvedStep
-from configs.special_keys import AwqSpecial, SmoothQuantSpecial
+from configs.special_keys import CLIP_KEYS, AwqSpecial, SmoothQuantSpecial
 from configs.vocabulary import ActAlgorithm, Method, TransVersion
 from quantizers import awq, os_plus
 from quantizers.awq import AwqVersion, ImportanceMeasure
@@ -46,7 +46,6 @@ _RANGES = {
     ActAlgorithm.STATIC_MINMAX: InputRange.WINDOW_MEAN,
     ActAlgorithm.STATIC_PERCENTILE: InputRange.PERCENTILE,
 }
-_CLIP_KEYS = ("trans", "weight_clip", "clip_query_key", "clip_steps", "clip_shrink")
 
 Trials = list[dict[str, Any]]
 Decision = tuple[ChannelTransform, Trials | Later] | None
@@ -65,6 +64,14 @@ class GroupInputs:
 Decide = Callable[[Job, Quant, GroupInputs], Decision]
 
 
+def input_lineage(job: Job, quant: Quant) -> Any:
+    """What decides how inputs are quantized; of static ones also how their range is found."""
+    act, lineage = quant.act, activation_lineage(job)
+    if act is None or not act.static:
+        return lineage
+    return [lineage, str(act.calib_algo), act.percentile]
+
+
 def has_transform(quant: Quant) -> bool:
     """Whether the method changes weights before they are rounded."""
     trans = not isinstance(quant.special, AwqSpecial) or quant.special.trans
@@ -73,13 +80,13 @@ def has_transform(quant: Quant) -> bool:
 
 def _depends_on(job: Job, recipe_step: ResolvedStep, stream: Stream, block: int) -> dict[str, Any]:
     quant = recipe_step.quant
-    special = {k: v for k, v in effective(quant.special).items() if k not in _CLIP_KEYS}
+    special = {k: v for k, v in effective(quant.special).items() if k not in ("trans", *CLIP_KEYS)}
     searched = quant.method in (Method.AWQ, Method.OSPLUS)
     return {
         "method": str(quant.method),
         "special": special,
         "scheme": scheme_lineage(job) if searched else None,
-        "activations": activation_lineage(job) if searched else None,
+        "activations": input_lineage(job, quant) if searched else None,
         "linears": list(job.plan.blocks[block].quantized),
         "dtype": str(export_dtype(job.dtype)),
         "stream": stream.key,

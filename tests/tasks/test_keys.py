@@ -17,11 +17,12 @@ from tasks.calibration_set import calibration_set
 from tasks.engine import lineage
 from tasks.engine.job import Job
 from tasks.engine.lineage import quantizer_imports
-from tasks.engine.streams import start_stream
+from tasks.engine.streams import Streams, start_stream
 from tasks.engine.version import Version
 from tasks.evaluate import evaluate
 from tasks.evaluation_set import evaluation_set
 from tasks.export import export
+from tasks.learn import learn
 from tasks.load_model import load_model
 from tasks.outside import outside
 from tasks.pack import pack
@@ -187,6 +188,32 @@ def test_a_changed_recipe(case: Case, override: str, again: set[str]) -> None:
 def test_the_dtype_of_an_evaluation(case: Case) -> None:
     found = changed(case.keys("rtn_w8a8"), case.keys("rtn_w8a8", "eval.dtype=bfloat16"))
     assert found - TEXTS == {"evaluate"}
+
+
+STATIC = ("quant.act.calib_algo=static_percentile", "quant.act.percentile=99.9")
+
+
+@pytest.mark.parametrize(
+    "override", ["quant.act.calib_algo=static_minmax", "quant.act.percentile=99"]
+)
+@pytest.mark.parametrize("method", ["Awq", "OsPlus"])
+def test_a_search_reads_how_static_inputs_are_quantized(
+    case: Case, method: str, override: str
+) -> None:
+    given = (f"quant.method={method}", "quant.special={}", *STATIC)
+    before = case.keys("fp8/awq_fp8_static", *given)
+    after = case.keys("fp8/awq_fp8_static", *given, f"quant.act.{override}")
+    assert changed(before, after) == BLOCKS | END
+
+
+def test_learning_reads_how_static_inputs_are_quantized(case: Case) -> None:
+    def key(*overrides: str) -> str:
+        job = case.job_of(case.model, "fp8/awq_fp8_static", *STATIC, *overrides)
+        stream = start_stream(job, "windows")
+        return learn.key(job, job.steps[-1], Streams(stream, stream), block=0)
+
+    assert key() != key("quant.act.percentile=99")
+    assert key() == key("serving.tensor_parallel=2")
 
 
 def test_where_the_files_lie_does_not_matter(case: Case) -> None:
