@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.fields import NoEffect, Section
-from configs.schema import Recipe, needs_calibration
+from configs.schema import Quant, Recipe, needs_calibration
+from configs.special_keys import OmniQuantSpecial
 from configs.vocabulary import WeightAlgorithm
 
 __all__ = ["ineffective_keys", "ineffective_reasons"]
@@ -45,6 +46,8 @@ def _unused(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for path, quant in quants:
         if quant.weight.calib_algo is WeightAlgorithm.LEARNABLE:
             yield f"{path}.weight.calib_algo", "the method decides what is learned"
+        if quant.weight.is_float and _searches_clip_init(quant):
+            yield f"{path}.special.search_clip_init", "clips of floats are learned from 1"
         if "quant_out" in quant.model_fields_set and not needs_calibration(quant):
             yield f"{path}.quant_out", reason
         if quant.act is not None and not quant.act.static:
@@ -59,3 +62,7 @@ def _unused(recipe: Recipe) -> Iterator[tuple[str, str]]:
     read = [recipe.quant] if recipe.quant is not None else [step.quant for step in readers]
     if recipe.calib is not None and not any(needs_calibration(quant) for quant in read):
         yield "calib", "no step reads it"
+
+
+def _searches_clip_init(quant: Quant) -> bool:
+    return isinstance(quant.special, OmniQuantSpecial) and quant.special.search_clip_init

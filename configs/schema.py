@@ -212,6 +212,19 @@ class Quant(Section):
         return self
 
     @model_validator(mode="after")
+    def _refitted_scales_are_of_rows(self) -> Quant:
+        shared = self.weight.granularity in (
+            WeightGranularity.PER_TENSOR,
+            WeightGranularity.PER_BLOCK,
+        )
+        if shared and isinstance(self.special, GptqSpecial) and self.special.refit_scales:
+            raise ValueError(
+                f"special.refit_scales: scales {self.weight.granularity} are not refitted, as rows "
+                "share them: write 0, or weight.granularity: per_channel"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _number_formats_agree(self) -> Quant:
         for name, section in (("weight", self.weight), ("act", self.act)):
             declared = section.quant_type or self.quant_type if section is not None else None

@@ -15,9 +15,9 @@ from configs.vocabulary import (
     WeightGranularity,
 )
 
-__all__ = ["export_problems", "not_implemented", "scheme_name", "unserved"]
+__all__ = ["MARLIN_GROUP_SIZES", "export_problems", "not_implemented", "scheme_name", "unserved"]
 
-_MARLIN_GROUP_SIZES = (32, 64, 128)
+MARLIN_GROUP_SIZES = (32, 64, 128)
 _FP8_BLOCK = 128
 _STATIC_RANGES = (
     None,
@@ -141,7 +141,7 @@ def _weight_only_problems(weight: Weight) -> Iterator[str]:
             f"weight.granularity: {weight.granularity} is not served without act: write "
             "per_group with group_size: 128, or per_channel"
         )
-    if weight.group_size is not None and weight.group_size not in _MARLIN_GROUP_SIZES:
+    if weight.group_size is not None and weight.group_size not in MARLIN_GROUP_SIZES:
         yield (
             f"weight.group_size: Marlin takes 32, 64, 128 or -1 (a whole row), "
             f"not {weight.group_size}: write group_size: 128"

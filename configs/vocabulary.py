@@ -120,7 +120,7 @@ class EvaluationType(StrEnum):
 
 
 class TorchDtype(StrEnum):
-    """The dtype that the source's weights are taken in; auto is float32 on a CPU, else bfloat16."""
+    """The dtype that the source is said to hold; auto says nothing, another is refused."""
 
     AUTO = "auto"
     FLOAT32 = "float32"

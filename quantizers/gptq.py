@@ -152,7 +152,7 @@ def gptq(
 
 def made_up_target(
     weight: Tensor, gram: Tensor, gap: Tensor, *, percdamp: float = 0.01, share: float = 1.0
-) -> Tensor:
+) -> Tensor | None:
     """The weight whose outputs, from inputs that carry errors already, are nearest those wanted.
 
     W + a W C^T (H + d I)^-1 with C = X^T (X_float - X) / T: for a = 1 and d = 0 the least squares
@@ -166,13 +166,13 @@ def made_up_target(
         share: a, how much of it is made up for.
 
     Returns:
-        (N, K) float32; the weight itself where H is not positive definite.
+        (N, K) float32; None where H is not positive definite.
     """
     damped = gram.to(torch.float64)
     damped.diagonal().add_(percdamp * damped.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(damped)
     if bool(failed):
-        return weight.to(torch.float32)
+        return None
     # from the right: solve for the transpose, as H is symmetric
     moved = torch.cholesky_solve(gap.to(torch.float64) @ weight.to(torch.float64).T, lower)
     return (weight + share * moved.T).to(torch.float32)

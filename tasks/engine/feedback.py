@@ -18,7 +18,6 @@ from quantizers.rounding import ClipRange, QuantizedWeight, dequantize, round_gr
 from quantizers.scale_refit import better_rows, refit_scales
 from quantizers.scales import weight_scales
 from quantizers.schemes import Granularity, WeightScheme
-from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics, observe, observe_beside
 from tasks.engine.doubts import Doubt, settle
 from tasks.engine.folding import quantized_groups
@@ -113,22 +112,22 @@ def feed_back(
     hook = activation_hook(activation) if activation is not None and activation.dynamic else None
     for group in quantized_groups(job, block):
         weights = [tensors[f"{linear}.weight"].float() for linear in group.linears]
+        place = job.plan.blocks[block].prefix + group.linears[0]
+        targets = weights
         if special.make_up:
             seen = current if special.true_sequential else tensors
             given = hook if special.true_sequential else None
             statistics, gap = observe_beside(job, streams, block, seen, group, tensors, given)
-            targets = _targets(job, special, weights, statistics.gram_mean(), gap)
+            targets = _targets(job, place, special, weights, statistics.gram_mean(), gap)
         elif special.true_sequential:
             stream = streams.quantized
             statistics = observe(job, stream, block, current, (group,), hook)[group.name]
-            targets = weights
         else:
             statistics = block_statistics(job, streams.quantized, block)[group.name]
-            targets = weights
         gram = statistics.gram_mean()
         factor = factorize(gram, percdamp=special.percdamp, actorder=special.actorder, holds=holds)
         clipped = [clips.get(linear) for linear in group.linears]
-        _warn(job, block, group, factor, special)
+        _warn(place, factor, special)
         if factor is None:
             rounded = round_group(targets, job.scheme.weight, clipped)
         else:
@@ -150,8 +149,9 @@ def feed_back(
 
 def _targets(
     job: Job,
+    place: str,
     special: GptqSpecial,
-    weights: Sequence[Tensor],
+    weights: list[Tensor],
     gram: Tensor,
     gap: Tensor,
 ) -> list[Tensor]:
@@ -159,11 +159,14 @@ def _targets(
     rows = [len(weight) for weight in weights]
     with search_products(job.device):
         moved = made_up_target(
-            torch.cat(list(weights)),
+            torch.cat(weights),
             *(gram, gap),
             percdamp=special.percdamp,
             share=special.make_up,
         )
+    if moved is None:
+        log.warning("%s: its Gram matrix is not regular; nothing is made up for", place)
+        return weights
     return list(moved.split(rows))
 
 
@@ -186,14 +189,7 @@ def warn_of_rank(job: Job, tokens: int) -> None:
         )
 
 
-def _warn(
-    job: Job,
-    block: int,
-    group: LinearGroup,
-    factor: GramFactor | None,
-    special: GptqSpecial,
-) -> None:
-    place = job.plan.blocks[block].prefix + group.linears[0]
+def _warn(place: str, factor: GramFactor | None, special: GptqSpecial) -> None:
     if factor is None:
         log.warning("%s: no damping makes its Gram matrix regular; rounded to nearest", place)
     elif factor.damping > special.percdamp:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import nullcontext
 
 import pytest
 from pydantic import ValidationError
@@ -241,6 +242,14 @@ def test_ineffective_keys_inside_steps_and_special():
     ]
 
 
+@pytest.mark.parametrize(("bit", "unread"), [("e4m3", True), (8, False)])
+def test_clips_of_floats_are_not_searched_before_they_are_learned(bit, unread):
+    weight = {"bit": bit, "granularity": "per_channel"}
+    learned = {"method": "OmniQuant", "weight": weight, "special": {"search_clip_init": True}}
+    recipe = parse(quant=learned, calib={"name": "pileval"})
+    assert ineffective_keys(recipe) == ["quant.special.search_clip_init"] * unread
+
+
 @pytest.mark.parametrize(
     ("save", "quantized"),
     [({}, True), ({"save_trans": True}, False), ({"save_trans": True, "save_sgl": True}, True)],
@@ -255,3 +264,12 @@ def test_a_search_for_ranges_needs_scales_that_are_found_before():
     with pytest.raises(RecipeError, match="calib_algo mse searches ranges before"):
         parse(quant=gptq, calib={"name": "pileval"})
     parse(quant={**gptq, "special": {}}, calib={"name": "pileval"})
+
+
+@pytest.mark.parametrize(("granularity", "served"), [("per_tensor", False), ("per_channel", True)])
+def test_scales_that_rows_share_are_not_refitted(granularity, served):
+    weight = {"bit": "e4m3", "granularity": granularity}
+    gptq = {"method": "GPTQ", "weight": weight, "special": {"refit_scales": 1}}
+    refused = pytest.raises(RecipeError, match=f"special.refit_scales: scales {granularity} ")
+    with nullcontext() if served else refused:
+        parse(quant=gptq, calib={"name": "pileval"})
