@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import torch
 from prefect import task
@@ -92,21 +91,15 @@ def surrounded(place: Surroundings) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def end_lost_runs(name: str, parent: UUID | None = None) -> None:
-    """Mark flow runs of this child as Crashed whose process is gone: nobody else will.
-
-    Args:
-        name: of the child.
-        parent: the sweep's flow run; by default the one that this task belongs to.
-    """
+def end_lost_runs(name: str) -> None:
+    """Mark this sweep's flow runs of a child as Crashed whose process is gone: nobody else will."""
     context = FlowRunContext.get()
-    ours = context.flow_run if context is not None else None
-    parent = parent or (ours.id if ours is not None else None)
-    if parent is None:
+    sweep = context.flow_run if context is not None else None
+    if sweep is None:
         return
     wanted = FlowRunFilter(
         name=FlowRunFilterName(any_=[name]),
-        parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[parent]),
+        parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[sweep.id]),
         state=FlowRunFilterState(
             type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
         ),

@@ -29,13 +29,13 @@ from tasks.engine.draft import Draft
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job, require
 from tasks.engine.memo import Memo
+from tasks.engine.precision import computing_dtype
 from tasks.engine.step import step
 from tasks.engine.store import Entry, load_tensors
 from tasks.engine.weights import Weights, weights_of
 from tasks.engine.windows import read_tokens
 
 TOKEN_NLL = "token_nll.safetensors"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,6 @@ def likeliest(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:
             for window in final
         ]
     )
-
-
-def computing_dtype(asked: str, device: str) -> torch.dtype:
-    """The dtype that a model is run in: the one asked for, or what suits the device."""
-    if asked in DTYPES:
-        return DTYPES[asked]
-    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 def final_hidden(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:

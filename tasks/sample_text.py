@@ -16,11 +16,12 @@ from tasks.engine.encoding import files_digest, load_tokenizer
 from tasks.engine.errors import InputError
 from tasks.engine.job import Job, require
 from tasks.engine.memo import Memo
+from tasks.engine.precision import computing_dtype
 from tasks.engine.source import Source
 from tasks.engine.step import step
 from tasks.engine.weights import weights_of
 from tasks.engine.windows import read_tokens
-from tasks.evaluate import computing_dtype, likeliest
+from tasks.evaluate import likeliest
 
 # beginnings that are continued: those of the first evaluation windows, of so many tokens
 BEGINNINGS = 3

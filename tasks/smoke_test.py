@@ -23,6 +23,7 @@ from tasks.engine.checkpoint import Checkpoint, open_checkpoint
 from tasks.engine.decoder import build_decoder
 from tasks.engine.errors import InputError, RunError, one_line
 from tasks.engine.export_format import Scheme
+from tasks.engine.precision import computing_dtype
 from tasks.engine.publication import REPORT
 from tasks.engine.served_windows import ServedWindows, read_windows
 from tasks.engine.serving.client import Client
@@ -37,7 +38,7 @@ from tasks.engine.serving.server import (
 )
 from tasks.engine.serving.speed import measure_speed, prompts_of
 from tasks.engine.weights import weights_of
-from tasks.evaluate import computing_dtype, likeliest
+from tasks.evaluate import likeliest
 
 log = logging.getLogger("blockquant")
 

@@ -21,10 +21,11 @@ from tasks.engine.draft import Draft
 from tasks.engine.encoding import files_digest, load_tokenizer
 from tasks.engine.errors import InputError
 from tasks.engine.job import Job, require
+from tasks.engine.precision import computing_dtype
 from tasks.engine.step import step
 from tasks.engine.task_list import task_manager, task_of
 from tasks.engine.weights import weights_of
-from tasks.evaluate import computing_dtype, final_hidden
+from tasks.evaluate import final_hidden
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

@@ -41,21 +41,18 @@ LOGIT_TOLERANCE = 1e-4
 PROBE_TOKENS = 64
 
 
-def _depends_on(
-    job: Job, exported: str, digests: Mapping[str, str] | None, whole: bool = True
-) -> dict[str, Any]:
+def _depends_on(job: Job, exported: str, digests: Mapping[str, str] | None) -> dict[str, Any]:
     del job
     return {
         "exported": exported,
         "digests": None if digests is None else dict(digests),
-        "whole": whole,
         "reader": version("compressed-tensors"),
     }
 
 
 @step(depends_on=_depends_on)
 def verify(
-    job: Job, draft: Draft, exported: str, digests: Mapping[str, str] | None, whole: bool = True
+    job: Job, draft: Draft, exported: str, digests: Mapping[str, str] | None
 ) -> dict[str, Any]:
     """Check the exported checkpoint against what was quantized, from disk alone.
 
@@ -65,17 +62,15 @@ def verify(
         exported: key of the export.
         digests: digest of the codes of each quantized linear, by its full name; None for a
             checkpoint that is not quantized.
-        whole: load models of up to 512 MiB whole with transformers too.
     """
     del draft
     folder, quantized = require(job, exported).folder, digests is not None
-    return verify_folder(folder, digests, whole, quantized, device=job.device)
+    return verify_folder(folder, digests, quantized, device=job.device)
 
 
 def verify_folder(
     folder: Path,
     digests: Mapping[str, str] | None = None,
-    whole: bool = True,
     quantized: bool = True,
     *,
     device: str = "cpu",
@@ -118,7 +113,7 @@ def verify_folder(
             linears += 1
     _check_outside(checkpoint, decoder, expected, device)
     report: dict[str, Any] = {"linears": linears, "tensors": len(checkpoint.source.tensors)}
-    if whole and _float32_bytes(checkpoint, decoder) <= WHOLE_MODEL_BYTES:
+    if _float32_bytes(checkpoint, decoder) <= WHOLE_MODEL_BYTES:
         report["logit_difference"] = _compare_logits(checkpoint, decoder)
     return report
 

@@ -62,6 +62,11 @@ class Architecture:
         """Names of the quantizable linears of a block, in the order they run."""
         return tuple(linear for group in self.groups for linear in group.linears)
 
+    @property
+    def fusions(self) -> tuple[tuple[str, ...], ...]:
+        """Linears that SGLang fuses on loading: all of a fusion are quantized, or none."""
+        return tuple(group.linears for group in self.groups if len(group.linears) > 1)
+
     def block_prefix(self, block: int) -> str:
         """Prefix of the tensor names of block ``block``, with its trailing dot."""
         return f"{self.blocks}.{block}."

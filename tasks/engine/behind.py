@@ -13,10 +13,7 @@ log = logging.getLogger("blockquant")
 
 
 class Behind:
-    """A thread for work that a run does not depend on: where it fails, the run goes on.
-
-    A copy sent to another process has a thread of its own.
-    """
+    """A thread for work that a run does not depend on: where it fails, the run goes on."""
 
     def __init__(self, rest_s: float = 0.0) -> None:
         """Start nothing before the first work comes; rest for so many seconds after each."""
@@ -24,10 +21,6 @@ class Behind:
         self._rested_at = 0.0
         self._threads: ThreadPoolExecutor | None = None
         self._current: Future[None] | None = None
-
-    def __reduce__(self) -> tuple[type[Behind], tuple[float]]:
-        """Travel without the thread."""
-        return Behind, (self._rest_s,)
 
     @property
     def busy(self) -> bool:

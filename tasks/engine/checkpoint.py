@@ -83,10 +83,10 @@ class Checkpoint:
         """A tensor outside of the blocks, in ``dtype``."""
         return self.source.read([name], device)[name].to(dtype)
 
-    def head(self, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    def head(self, dtype: torch.dtype) -> Tensor:
         """The output head (V, D), the embedding where the two are tied."""
         name = self.architecture.embedding if self.tied else self.architecture.head
-        return self.outside(name, dtype, device)
+        return self.outside(name, dtype)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

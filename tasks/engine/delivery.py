@@ -16,7 +16,7 @@ from filelock import Timeout
 
 from tasks.engine.errors import masked, one_line
 from tasks.engine.messages import Journal, Message, facts_of_server
-from tasks.engine.registry import Offer, offer
+from tasks.engine.registry import NO_REGISTRY, Offer, offer
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import EXPERIMENT, Point, Run, open_run, restored
 
@@ -37,8 +37,6 @@ _REFUSALS = (
 )
 # the same by HTTP: malformed, too large, of no known type; not who may ask, what is busy or where
 _REFUSED = (400, 411, 413, 414, 415, 422, 431)
-# what one says that has no registry, or lets nobody write there: its runs are told all the same
-_NO_REGISTRY = ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "FEATURE_DISABLED", "PERMISSION_DENIED")
 # how MLflow's client says an answer of a proxy
 _ANSWERED = re.compile(r"failed with error code (\d+) ")
 
@@ -137,7 +135,7 @@ def _send(journal: Journal, settings: Settings, message: Message) -> dict[str, s
 def is_refusal(error: Exception, message: Message) -> bool:
     """Whether the same message will be refused whenever it is sent."""
     code = getattr(error, "error_code", None)
-    if code in _REFUSALS or (message.kind == "offer" and code in _NO_REGISTRY):
+    if code in _REFUSALS or (message.kind == "offer" and code in NO_REGISTRY):
         return True
     if message.kind == "log_file" and not Path(message.body["path"]).exists():
         return True

@@ -22,6 +22,7 @@ from tasks.engine.decoder import HEAD_ROWS, MICRO_BATCH_TOKENS, STREAM_BYTES
 from tasks.engine.export_format import export_dtype
 from tasks.engine.folding import quantized_groups
 from tasks.engine.job import Job
+from tasks.engine.precision import computing_dtype
 
 FLOAT = 4
 DOUBLE = 8
@@ -233,8 +234,8 @@ def _verify(job: Job, sizes: Sizes) -> int:
 
 
 def _evaluate(job: Job, sizes: Sizes) -> int:
-    """Two models in turn, their heads side by side; on a CPU in float32."""
-    width = FLOAT if job.device == "cpu" else sizes.width
+    """Two models in turn, their heads side by side."""
+    width = _evaluation_width(job)
     length = job.evaluation.seq_len
     rows = min(HEAD_ROWS, length)
     heads = 2 * width * sizes.head + 4 * FLOAT * rows * sizes.vocabulary
@@ -269,9 +270,14 @@ def _window_bytes(job: Job, length: int) -> int:
 
 def _evaluated(job: Job) -> int:
     """Last hidden states of both models that are evaluated, and those of one a block before."""
-    width = FLOAT if job.device == "cpu" else job.compute_dtype.itemsize
-    both = evaluation_tokens(job) * int(job.source.config["hidden_size"]) * 2 * width
+    both = evaluation_tokens(job) * int(job.source.config["hidden_size"]) * 2
+    both *= _evaluation_width(job)
     return min(both, STREAM_BYTES) * 3 // 2
+
+
+def _evaluation_width(job: Job) -> int:
+    """Bytes of a number of what is evaluated with."""
+    return computing_dtype(str(job.evaluation.dtype), job.device).itemsize
 
 
 def evaluation_tokens(job: Job) -> int:

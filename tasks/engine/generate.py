@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tasks.engine.architectures import architecture_of
 from tasks.engine.decoder import build_causal_lm
 from tasks.engine.errors import InputError, RunError
 from tasks.engine.plan import is_tied
@@ -29,7 +30,8 @@ def sample_windows(source: Source, windows: int, seq_len: int, seed: int, device
     try:
         weights = source.read(names, device)
         if is_tied(source):
-            weights[_HEAD] = weights[_EMBEDDING]
+            architecture = architecture_of(source.config)
+            weights[architecture.head] = weights[architecture.embedding]
         causal_lm.load_state_dict(weights, assign=True, strict=False)
         return _sample_all(causal_lm, source, windows, seq_len, seed, device)
     except torch.cuda.OutOfMemoryError as error:
@@ -54,10 +56,6 @@ def _sample_all(
     with torch.random.fork_rng(devices=[] if device == "cpu" else None):
         torch.manual_seed(seed)
         return torch.cat([_sample(causal_lm, n, seq_len, first or 0, device) for n in counts])
-
-
-_EMBEDDING = "model.embed_tokens.weight"
-_HEAD = "lm_head.weight"
 
 
 def _sample(causal_lm: object, count: int, seq_len: int, bos: int, device: str) -> Tensor:

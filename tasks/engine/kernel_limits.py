@@ -12,18 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantizers.schemes import Granularity
+from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.errors import InputError
 from tasks.engine.export_format import PACKED, Scheme
 
-# linears that SGLang fuses on loading: all of them are quantized, or none
-FUSED = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("mlp.gate_proj", "mlp.up_proj"),
-)
-# their inputs are spread over GPUs, those of all others are whole on each
-SPLIT_BY_COLUMNS = ("self_attn.o_proj", "mlp.down_proj")
-# keys and values: with more GPUs than heads, several GPUs hold the same head
-SHARED_HEADS = ("self_attn.k_proj", "self_attn.v_proj")
 PARALLEL_SIZES = (1, 2, 4, 8, 16, 32)
 
 
@@ -115,18 +107,29 @@ def shares(shapes: Shapes, config: Mapping[str, Any], gpus: int) -> list[Share]:
         config: the model's.
         gpus: over which it is spread.
     """
-    fused = {name: group for group in FUSED for name in group}
+    architecture = architecture_of(config)
+    fused = {name: group for group in architecture.fusions for name in group}
     groups = dict.fromkeys(
         tuple(member for member in fused.get(name, (name,)) if member in shapes) for name in shapes
     )
-    return [_share(shapes, _key_heads(config), group, gpus) for group in groups]
+    # with more GPUs than heads of keys and values, several GPUs hold the same head
+    copies = dict.fromkeys(
+        (architecture.key, architecture.value), max(1, gpus // _key_heads(config))
+    )
+    return [_share(shapes, architecture, copies, group, gpus) for group in groups]
 
 
-def _share(shapes: Shapes, key_heads: int, linears: tuple[str, ...], gpus: int) -> Share:
+def _share(
+    shapes: Shapes,
+    architecture: Architecture,
+    copies: Mapping[str, int],
+    linears: tuple[str, ...],
+    gpus: int,
+) -> Share:
     columns = shapes[linears[0]][1]
-    if linears[0] in SPLIT_BY_COLUMNS:
+    # inputs of these are spread over GPUs, those of all others are whole on each
+    if linears[0] in architecture.stream_writers:
         return Share(linears, (shapes[linears[0]][0],), columns // gpus, gpus, (columns,))
-    copies = {name: max(1, gpus // key_heads) for name in SHARED_HEADS}
     whole = tuple(shapes[name][0] * copies.get(name, 1) for name in linears)
     return Share(linears, tuple(rows // gpus for rows in whole), columns, gpus, whole)
 

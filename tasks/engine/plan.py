@@ -8,15 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from configs.schemes import MARLIN_GROUP_SIZES
 from quantizers.schemes import Granularity, WeightScheme
 from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.decoder import Decoder
 from tasks.engine.errors import InputError
-from tasks.engine.kernel_limits import FUSED, Shapes
+from tasks.engine.kernel_limits import Shapes
 from tasks.engine.source import Source
-
-# group sizes that the serving kernels know
-SERVED_GROUP_SIZES = (32, 64, 128)
 
 SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")
 # transformers has a default for those that are missing or null
@@ -101,7 +99,7 @@ def plan_model(
         more = f" (and {others} more linear{'s' * (others > 1)})" if others else ""
         raise InputError(incompatible[refused[0]] + more)
     left_out |= set(refused)
-    _require_whole_fusions(prefixes, linears, left_out)
+    _require_whole_fusions(architecture, prefixes, linears, left_out)
     blocks = tuple(
         _plan_block(source, prefix, names, left_out)
         for prefix, names in zip(prefixes, linears, strict=True)
@@ -257,7 +255,7 @@ def _problem(source: Source, linear: str, scheme: WeightScheme) -> str | None:
         return None
     if columns % scheme.group_size == 0:
         return None
-    fitting = [str(size) for size in SERVED_GROUP_SIZES if columns % size == 0]
+    fitting = [str(size) for size in MARLIN_GROUP_SIZES if columns % size == 0]
     sizes = f"sizes that fit it: {', '.join(fitting)}" if fitting else "no served size fits it"
     return (
         f"quant.weight.group_size: {scheme.group_size} does not divide the {columns} input "
@@ -287,10 +285,13 @@ def matrix_shape(source: Source, linear: str) -> tuple[int, int]:
 
 
 def _require_whole_fusions(
-    prefixes: Sequence[str], linears: Sequence[Sequence[str]], left_out: set[str]
+    architecture: Architecture,
+    prefixes: Sequence[str],
+    linears: Sequence[Sequence[str]],
+    left_out: set[str],
 ) -> None:
     for prefix, names in zip(prefixes, linears, strict=True):
-        for fusion in FUSED:
+        for fusion in architecture.fusions:
             members = [prefix + name for name in fusion if name in names]
             out = [name for name in members if name in left_out]
             if out and len(out) != len(members):

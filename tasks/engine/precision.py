@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+# eval.dtype but for auto
+_EVALUATED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices in tiles (AMX), far faster than float32 ones."""
@@ -21,6 +24,13 @@ def compute_dtype(source: torch.dtype, device: str) -> torch.dtype:
     if torch.device(device).type != "cpu" or (source == torch.bfloat16 and has_fast_bf16()):
         return source
     return torch.float32
+
+
+def computing_dtype(asked: str, device: str) -> torch.dtype:
+    """Dtype that a model is evaluated in: the one asked for, or what suits the device."""
+    if asked in _EVALUATED:
+        return _EVALUATED[asked]
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 @contextmanager

@@ -243,12 +243,11 @@ def step(
 
 
 def action(
-    function: Callable[Parameters, Any], *, name: str | None = None, retries: int = 0
+    function: Callable[Parameters, Any], *, name: str | None = None
 ) -> Callable[Parameters, Any]:
     """Make an uncached Prefect task of a function that acts on the world."""
     from prefect import Task
     from prefect.cache_policies import NO_CACHE
-    from prefect.tasks import exponential_backoff
 
     def act(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Any:
         # no parameters: Prefect would look through all that they hold for what is still to come
@@ -257,9 +256,6 @@ def action(
             name=name or function.__name__,
             cache_policy=NO_CACHE,
             persist_result=False,
-            retries=retries,
-            retry_delay_seconds=exponential_backoff(FIRST_DELAY_S),
-            retry_condition_fn=is_transient,
         )()
 
     return act

@@ -69,10 +69,6 @@ class Store:
         self._checksums: dict[tuple[int, ...], str] = {}
         self._taking: dict[tuple[int, ...], threading.Lock] = {}
 
-    def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
-        """Travel as the folder's name."""
-        return Store, (self.root,)
-
     def __repr__(self) -> str:
         """Name the folder."""
         return f"Store({str(self.root)!r})"

@@ -33,7 +33,6 @@ from tasks.engine.version import SOURCE, Version, embedding_of, version_block
 from tasks.engine.windows import read_tokens
 
 HIDDEN = "hidden.safetensors"
-SHARD = "block.safetensors"
 KEPT_BOUNDARIES = 2
 
 
@@ -225,10 +224,9 @@ def through_block(
     weights: Mapping[str, Tensor],
     hidden: Tensor,
     on_input: InputHook | None,
-    linears: tuple[str, ...] | None = None,
 ) -> Tensor:
     """Run hidden states (W, T, D) through one block in micro-batches."""
-    names = job.plan.blocks[block].quantized if linears is None else linears
+    names = job.plan.blocks[block].quantized
     module = job.decoder.blocks[block]
     # filled in place: a list of parts and their concatenation would hold the stream twice
     passed, done = _room_for(job, hidden), 0

@@ -172,6 +172,18 @@ def test_prediction_grows_with_the_calibration_set(
     assert large.seconds > small.seconds
 
 
+def test_prediction_counts_the_dtype_of_an_evaluation(
+    request_for: Callable[..., Request], words: Path
+) -> None:
+    def held(dtype: str) -> int:
+        text = f"eval={{name: text, path: {words}, windows: 64, seq_len: 64, dtype: {dtype}}}"
+        return stages(check(request_for(recipe(text)))[0])["evaluate"]
+
+    assert held("auto") == held("float32")
+    # last hidden states of both models and those a block before, and two heads, of half the bytes
+    assert held("float32") - held("bfloat16") >= 2 * (3 * 64 * 64 * 128 + 2 * 8192 * 128)
+
+
 def test_prediction_counts_what_is_published(
     request_for: Callable[..., Request], tmp_path: Path, words: Path
 ) -> None:

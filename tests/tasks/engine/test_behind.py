@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import threading
 import time
 
@@ -31,10 +30,6 @@ def test_it_rests_after_each_work() -> None:
     behind.wait()
     assert not behind.busy
     assert not behind.offer("second", lambda: None)
-    copy = pickle.loads(pickle.dumps(behind))
-    assert copy.offer("first", lambda: None)
-    copy.wait()
-    assert not copy.offer("second", lambda: None)
     short = Behind(rest_s=0.01)
     assert short.offer("first", lambda: None)
     short.wait()
@@ -58,11 +53,3 @@ def test_nothing_was_offered() -> None:
     behind = Behind()
     behind.wait()
     assert not behind.busy
-
-
-def test_a_copy_has_a_thread_of_its_own() -> None:
-    behind = Behind()
-    behind.offer("work", lambda: None)
-    copy = pickle.loads(pickle.dumps(behind))
-    assert copy.offer("work", lambda: None)
-    copy.wait()

@@ -46,7 +46,8 @@ def block(hidden, intermediate, heads, keys, head):
         "mlp.up_proj": (intermediate, hidden),
         "mlp.down_proj": (hidden, intermediate),
     }
-    return shapes, {"num_attention_heads": heads, "num_key_value_heads": keys}
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": keys}
+    return shapes, {"model_type": "llama", **sizes}
 
 
 LLAMA_8B = block(4096, 14336, 32, 8, 128)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import pickle
 import weakref
 from collections.abc import Callable
 
@@ -45,15 +44,6 @@ def test_the_newest_of_each_kind_is_kept() -> None:
     ]
     assert memo.get("codes", "a", compute) == 4
     assert len(calls) == 4
-
-
-def test_what_was_used_last_stays_longest() -> None:
-    memo, (compute, _) = Memo(keep=2), counting()
-    for key in ("a", "b", "a", "c"):
-        memo.get("codes", key, compute)
-    assert [memo.has("codes", key) for key in "abc"] == [True, False, True]
-    memo.put("codes", "d", 0)
-    assert [memo.has("codes", key) for key in "acd"] == [False, True, True]
 
 
 def test_put_replaces() -> None:
@@ -123,13 +113,3 @@ def test_a_dropped_value_is_free() -> None:
     memo.clear()
     gc.collect()
     assert second() is None
-
-
-def test_values_do_not_travel() -> None:
-    memo = Memo(keep=2)
-    memo.put("codes", "a", lambda: "cannot be pickled")
-    copy = pickle.loads(pickle.dumps(memo))
-    assert not copy.has("codes", "a")
-    for key in "abc":
-        copy.put("codes", key, key)
-    assert [copy.has("codes", key) for key in "abc"] == [False, True, True]

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from tasks.engine import precision
-from tasks.engine.precision import compute_dtype, feedback_products, search_products
+from tasks.engine.precision import (
+    compute_dtype,
+    computing_dtype,
+    feedback_products,
+    search_products,
+)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -17,6 +22,19 @@ def test_dtype_of_hidden_states(monkeypatch: pytest.MonkeyPatch, fast: bool) -> 
     assert compute_dtype(torch.float32, "cpu") is torch.float32
     assert compute_dtype(torch.float16, "cuda:0") is torch.float16
     assert compute_dtype(torch.bfloat16, "cuda") is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "dtype"),
+    [
+        ("auto", "cpu", torch.float32),
+        ("auto", "cuda:0", torch.bfloat16),
+        ("float32", "cuda:0", torch.float32),
+        ("bfloat16", "cpu", torch.bfloat16),
+    ],
+)
+def test_dtype_of_an_evaluation(asked: str, device: str, dtype: torch.dtype) -> None:
+    assert computing_dtype(asked, device) is dtype
 
 
 @pytest.mark.parametrize(
