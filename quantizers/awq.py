@@ -138,8 +138,8 @@ def weight_importance(weight: Tensor, scheme: WeightScheme) -> Tensor:
     width = weight.shape[1] if scheme.granularity is Granularity.TENSOR else None
     width = width or min(scheme.width(weight.shape[1]), weight.shape[1])
     parts = torch.split(weight.abs().to(torch.float32), width, dim=1)
-    relative = [part / part.amax(1, keepdim=True).clamp(min=_TINY) for part in parts]
-    return torch.cat(relative, 1).mean(0)
+    # part by part: no second matrix lies beside the weights
+    return torch.cat([(p / p.amax(1, keepdim=True).clamp(min=_TINY)).mean(0) for p in parts])
 
 
 _TINY = torch.finfo(torch.float32).tiny

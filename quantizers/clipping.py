@@ -140,8 +140,10 @@ def _search(
     chosen = torch.zeros(shape, dtype=torch.uint8, device=weight.device)
     curve = []
     extremes = weight_extremes(work, scheme)
-    for number, factor in enumerate(factors.tolist()):
-        ends = torch.full(shape, factor, device=weight.device)
+    # read by the device alone: nothing waits for them
+    factors = factors.to(weight.device, torch.float32)
+    for number in range(len(factors)):
+        ends = factors[number].expand(shape)
         scale, zero_point = scales_of(extremes, scheme, clip_low=ends, clip_high=ends)
         restored = quantize_dequantize_weight(work, scale, zero_point, scheme)
         difference = restored.sub_(work)

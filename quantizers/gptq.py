@@ -41,11 +41,13 @@ class GramFactor:
         upper: R, (K, K) float32, upper triangular.
         order: (K,) int64, the column that comes first, second, ...
         damping: share of the mean diagonal that was added to it.
+        in_order: whether columns are rounded as they stand.
     """
 
     upper: Tensor
     order: Tensor
     damping: float
+    in_order: bool
 
 
 def factorize(
@@ -84,7 +86,8 @@ def factorize(
         lower, failed = torch.linalg.cholesky_ex(reversed_gram)
         if holds((failed == 0) & lower.diagonal().isfinite().all()):
             del reversed_gram
-            return GramFactor(lower.to(torch.float32).flip(0, 1), order, percdamp * times)
+            upper = lower.to(torch.float32).flip(0, 1)
+            return GramFactor(upper, order, percdamp * times, in_order=not actorder)
     return None
 
 
@@ -114,7 +117,7 @@ def gptq(
     rows, columns = weight.shape
     order, width = factor.order, min(scheme.width(columns), columns)
     on_the_way = parameters is None and scheme.granularity is Granularity.GROUP
-    if on_the_way and not torch.equal(order, torch.arange(columns, device=order.device)):
+    if on_the_way and not factor.in_order:
         raise ValueError("columns out of their order need scales that are found before")
     given = parameters or weight_scales(weight, scheme)
     scale, zero = (None if p is None else scales_by_group(p, scheme, rows) for p in given)

@@ -14,9 +14,9 @@ from quantizers.rounding_kernel import kind_of, level_of
 
 __all__ = ["round_columns_at_once"]
 
-# rows of the weight that one program rounds
+# rows of the weight that one program rounds, and columns that a warp of it holds
 _ROWS = 16
-_WARPS = 1
+_COLUMNS = 128
 
 
 def round_columns_at_once(
@@ -34,6 +34,7 @@ def round_columns_at_once(
     """
     columns, rows = weight.shape
     codes, error = torch.empty_like(weight), torch.empty_like(weight)
+    block = triton.next_power_of_2(columns)
     _round_columns[(triton.cdiv(rows, _ROWS),)](
         weight.contiguous(),
         carried.contiguous(),
@@ -49,9 +50,9 @@ def round_columns_at_once(
         float(number.qmax),
         FORMAT=kind_of(number),
         SYMMETRIC=zero_point is None,
-        BLOCK=triton.next_power_of_2(columns),
+        BLOCK=block,
         ROWS=_ROWS,
-        num_warps=_WARPS,
+        num_warps=min(max(1, block // _COLUMNS), 8),
     )
     return codes, error
 

@@ -175,7 +175,7 @@ def _scales(
     SYMMETRIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     on = place < count
     matrix, entry = place // inner, place % inner
     least = tl.load(low + matrix * low_lead + entry * low_step, on, 0.0)

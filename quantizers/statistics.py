@@ -25,6 +25,8 @@ _ROWS = 1024
 # Channels of a Gram matrix's blocks, and rows of a product: large enough for fast products.
 _BLOCK = {"cpu": 512, "cuda": 2048}
 _CHUNK = {"cpu": 2048, "cuda": 16384}
+# entries of the inputs that are weighed at once
+_WEIGHED_ENTRIES = 1 << 24
 # Entries summed at once on a CPU.
 _CPU_ENTRIES = 1 << 18
 
@@ -250,8 +252,10 @@ def weighted_rows(statistics: InputStatistics) -> tuple[Tensor, Tensor]:
 def _draw(before: WeightedRows, rows: Tensor, sizes: Tensor, seed: int) -> WeightedRows:
     """The rows of highest priority among those that were drawn and new ones."""
     generator = torch.Generator().manual_seed(seed)
+    # from pinned memory: nothing waits for the copy
+    drawn = torch.rand(len(rows), generator=generator, pin_memory=rows.is_cuda)
     # in (0, 1]: nothing is divided by zero
-    luck = 1 - torch.rand(len(rows), generator=generator).to(rows.device)
+    luck = 1 - drawn.to(rows.device, non_blocking=True)
     priorities = sizes / luck
     new = priorities.sort(descending=True, stable=True).indices[: _ROWS + 1]
     return heaviest(
@@ -265,9 +269,13 @@ def _draw(before: WeightedRows, rows: Tensor, sizes: Tensor, seed: int) -> Weigh
 
 def _heaviness(rows: Tensor, typical: Tensor) -> Tensor:
     """How much a row's rounding may weigh: its range, as it is and with its channels levelled."""
-    absolute = rows.abs().to(torch.float32)
-    levelled = (absolute / typical).amax(1)
-    return 1 + levelled.square() + (absolute.amax(1) / typical.amax()).square()
+    parts, largest = [], typical.amax()
+    # each row for itself: of all rows in float32 there would be two copies
+    for part in torch.split(rows, max(1, _WEIGHED_ENTRIES // rows.shape[1])):
+        absolute = part.abs().to(torch.float32)
+        levelled = (absolute / typical).amax(1)
+        parts.append(1 + levelled.square() + (absolute.amax(1) / largest).square())
+    return torch.cat(parts)
 
 
 def _with_row(extremes: Tensor, value: float) -> Tensor:

@@ -32,6 +32,7 @@ from tasks.engine.memo import Memo
 from tasks.engine.precision import computing_dtype
 from tasks.engine.step import step
 from tasks.engine.store import Entry, load_tensors
+from tasks.engine.transfer import launched_on
 from tasks.engine.weights import Weights, weights_of
 from tasks.engine.windows import read_tokens
 
@@ -152,10 +153,7 @@ def likeliest(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:
     return torch.stack(
         [
             torch.cat(
-                [
-                    decoder.logits(rows.to(weights.device), head).argmax(-1).cpu()
-                    for rows in window.split(HEAD_ROWS)
-                ]
+                [decoder.logits(rows, head).argmax(-1).cpu() for rows in window.split(HEAD_ROWS)]
             )
             for window in final
         ]
@@ -163,14 +161,19 @@ def likeliest(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:
 
 
 def final_hidden(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:
-    """Hidden states after the final norm: (W, T, D) on the host."""
+    """Hidden states after the final norm: (W, T, D), on the weights' device."""
+    with launched_on(weights.device):
+        return _final_hidden(weights, decoder, windows)
+
+
+def _final_hidden(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:
     model, device = weights.checkpoint, weights.device
     embedding = weights.outside(model.architecture.embedding)
     batches, arguments = [], []
     shapes: dict[torch.Size, Any] = {}
     for batch in micro_batches(windows, device):
         hidden, per_block = decoder.embed(embedding, batch.to(device))
-        batches.append(hidden.cpu())
+        batches.append(hidden)
         arguments.append(shapes.setdefault(batch.shape, per_block))
     # neither it nor a block that is done lies beside the next one
     del embedding
@@ -179,17 +182,14 @@ def final_hidden(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:
         hook = model.input_hook(block, device)
         linears = model.quantized(block)
         batches = [
-            run_block(
-                decoder.blocks[block], tensors, hidden.to(device), given[block], linears, hook
-            ).cpu()
+            run_block(decoder.blocks[block], tensors, hidden, given[block], linears, hook)
             for hidden, given in zip(batches, arguments, strict=True)
         ]
         del tensors
     norm = {"weight": weights.outside(model.architecture.final_norm)}
     with torch.no_grad():
         finals = [
-            torch.func.functional_call(decoder.final_norm, norm, (hidden.to(device),)).cpu()
-            for hidden in batches
+            torch.func.functional_call(decoder.final_norm, norm, (hidden,)) for hidden in batches
         ]
     return torch.cat(finals)
 
@@ -207,7 +207,7 @@ def _score(
         for start in range(0, len(targets), HEAD_ROWS):
             rows = slice(start, min(start + HEAD_ROWS, len(targets)))
             logs = [
-                functional.log_softmax(decoder.logits(final[number, rows].to(device), head), dim=-1)
+                functional.log_softmax(decoder.logits(final[number, rows], head), dim=-1)
                 for decoder, final, head in zip(decoders, finals, heads, strict=True)
             ]
             yield _score_rows(logs, targets[rows])

@@ -25,8 +25,9 @@ Done = TypeVar("Done")
 
 # steps that are begun before they are written: about those of two blocks
 DEPTH = 11
-# a block's codes are digested while its tensors are written
-HOST_THREADS = 3
+# that write, and that digest a block's codes meanwhile
+WRITERS = 3
+READERS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,14 +50,15 @@ Plan = Generator[Call, str, None]
 class Host:
     """Threads that write what a device made, and work out its values, while the device goes on.
 
-    One fetches it, whatever the disk is at: the device keeps it no longer.
+    One fetches it and some read its values, whatever the disk is at: the device keeps it no longer.
     """
 
     def __init__(self, job: Job) -> None:
         """Begin with nothing to do."""
         self._job = job
         self._fetching = ThreadPoolExecutor(1, thread_name_prefix="blockquant-fetch")
-        self._threads = ThreadPoolExecutor(HOST_THREADS, thread_name_prefix="blockquant-host")
+        self._writing = ThreadPoolExecutor(WRITERS, thread_name_prefix="blockquant-write")
+        self._reading = ThreadPoolExecutor(READERS, thread_name_prefix="blockquant-values")
 
     def begun(self, made: Made, place: Path) -> tuple[Made, tuple[Future[Saved], ...]]:
         """The same result, its files and values begun; files lie in the folder ``place``.
@@ -64,11 +66,12 @@ class Host:
         Returns:
             It, and what is done once its tensors are fetched.
         """
-        fetch, begin = (
-            partial(self._given_to, threads, made) for threads in (self._fetching, self._threads)
+        fetch, write, read = (
+            partial(self._given_to, threads, made)
+            for threads in (self._fetching, self._writing, self._reading)
         )
-        fetched = made.draft.write_ahead(place, fetch, begin, self._job.store.describe)
-        return replace(made, value=begun(made.value, begin)), fetched
+        fetched = made.draft.write_ahead(place, fetch, write, self._job.store.describe)
+        return replace(made, value=begun(made.value, read)), fetched
 
     def _given_to(
         self, threads: ThreadPoolExecutor, made: Made, work: Callable[[], Done]

@@ -7,6 +7,7 @@ The model is built by transformers on the meta device: modules without weights. 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,6 +28,13 @@ from tasks.engine.precision import has_fast_bf16
 
 # hidden states of a whole micro-batch pass a block at once; part of every lineage key
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+# by which libraries multiply otherwise
+PRODUCT_VARIABLES = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
 
 # hidden states of both models that an evaluation holds at once
 STREAM_BYTES = 1 << 30
@@ -259,4 +267,6 @@ def device_fingerprint(device: str) -> dict[str, str]:
     return facts | {
         "device": f"cuda {name} sm{major}{minor} {torch.version.cuda}",
         "between products": code_digest(*CODE),
+        "triton": version("triton"),
+        **{name: os.environ[name] for name in PRODUCT_VARIABLES if name in os.environ},
     }

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from configs.schema import ResolvedStep
-from configs.special_keys import GptqSpecial, OmniQuantSpecial
-from configs.vocabulary import Method
+from configs.special_keys import AwqSpecial, GptqSpecial, OmniQuantSpecial
+from configs.vocabulary import Method, TransVersion
 from quantizers.output_error import DEVICE_ENTRIES
 from quantizers.rounding_losses import PART_ENTRIES
 from quantizers.schemes import Granularity
@@ -169,13 +169,17 @@ def _of_step(job: Job, step: ResolvedStep, sizes: Sizes) -> dict[str, int]:
 
 def _search_bytes(job: Job, step: ResolvedStep, sizes: Sizes) -> int:
     """What a search of scales holds: the weights of a group, the Gram matrix of its inputs."""
+    special = step.quant.special
+    # before the search: all weights of the group, and how large they are
+    weighed = isinstance(special, AwqSpecial) and special.trans_version is not TransVersion.V2
+    before = 2 * FLOAT * sizes.group * weighed
     if job.device == "cpu" or job.scheme.activation is not None:
-        return FLOAT * (sizes.widest + sizes.group)
+        return max(before, FLOAT * (sizes.widest + sizes.group))
     # both in bfloat16; what a part of the weights loses under some scales, and the scales of all
-    ratios = getattr(step.quant.special, "ratios", 1)
+    ratios = getattr(special, "ratios", 1)
     part = min(sizes.group, DEVICE_ENTRIES)
     scales = ratios * SCALE_BYTES * part // job.scheme.weight.width(sizes.inner)
-    return 2 * (sizes.widest + sizes.group + DEVICE_ENTRIES) + scales
+    return max(before, 2 * (sizes.widest + sizes.group + DEVICE_ENTRIES) + scales)
 
 
 def least_bytes(job: Job) -> int:
@@ -242,13 +246,13 @@ def _evaluate(job: Job, sizes: Sizes) -> int:
     windows = evaluation_tokens(job) // length
     block = width * (sizes.block + _activations(job, length, windows, sizes))
     block += _score_bytes(job, length, windows)
-    return heads + block + (_evaluated(job) if job.device == "cpu" else 0)
+    return heads + block + _evaluated(job)
 
 
 def waiting(job: Job) -> int:
     """Hidden states that wait on the host, beside a GPU that has no room for them."""
     learned = any(isinstance(step.quant.special, OmniQuantSpecial) for step in job.steps)
-    return (4 if learned else 2) * stream_bytes(job) + _evaluated(job)
+    return (4 if learned else 2) * stream_bytes(job)
 
 
 def stream_bytes(job: Job) -> int:

@@ -19,14 +19,16 @@ from torch.profiler import record_function
 _PINNED_BYTES = 1 << 20
 
 
+def launched_on(device: str) -> contextlib.AbstractContextManager[None]:
+    """Have this thread launch kernels on a device; without, they go to its first one."""
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.device(device) if on_gpu else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def working_on(device: str, what: str) -> Iterator[None]:
-    """Have a device do what this thread asks for; a profiler sees it under the name ``what``.
-
-    Kernels are launched on a thread's current device, which is the first one where none is set.
-    """
-    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
-    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext(), record_function(what):
+    """Have a device do what this thread asks for; a profiler sees it under the name ``what``."""
+    with launched_on(device), record_function(what):
         yield
 
 

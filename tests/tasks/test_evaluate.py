@@ -214,6 +214,16 @@ def test_the_dtype_is_that_asked_for(model: Path) -> None:
     assert rounded == pytest.approx(exact, rel=0.05)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+def test_any_gpu_measures_the_same(model: Path, job_of: JobOf) -> None:
+    checkpoint = open_checkpoint(export_of(job_of(model, "rtn_w8a16"))[0])
+    first, second = (
+        measure(checkpoint, WINDOWS, open_checkpoint(model), device=device)
+        for device in ("cuda:0", "cuda:1")
+    )
+    assert first == second
+
+
 @pytest.fixture
 def damaged(model: Path, tmp_path: Path) -> Callable[..., Checkpoint]:
     """A copy of the model in which one tensor is changed, or left out."""

@@ -246,7 +246,7 @@ def test_files_are_written_by_threads_and_know_their_checksums(
 
     monkeypatch.setattr(files, "_write", watched)
     assert sums(list(run(work, other))) == EXPECTED
-    assert len(threads) == COUNT and all(n.startswith("blockquant-host") for n in threads)
+    assert len(threads) == COUNT and all(n.startswith("blockquant-write") for n in threads)
     for entry in work.store.entries():
         assert Store(work.store.root).get(entry.key) == entry
         assert checksum(entry.file("sum.safetensors")) == entry.files["sum.safetensors"].checksum

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from tasks.engine import decoder as module
 from tasks.engine.decoder import (
+    PRODUCT_VARIABLES,
     attention_with_gradients,
     build_decoder,
     device_fingerprint,
@@ -232,6 +234,21 @@ def test_fingerprint_of_a_cpu() -> None:
     assert found["torch"] == torch.__version__
     assert found["transformers"] == transformers.__version__
     assert found["device"].endswith(f"threads={torch.get_num_threads()}")
+
+
+def test_fingerprint_of_a_gpu_has_what_its_products_depend_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (9, 0))
+    monkeypatch.setattr(module, "version", lambda name: f"{name} 3.6")
+    for name in PRODUCT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    found = device_fingerprint("cuda:1")
+    assert found["device"].startswith("cuda H200 sm90") and found["triton"] == "triton 3.6"
+    assert found == device_fingerprint("cuda:0")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert device_fingerprint("cuda:0") == found | {"NVIDIA_TF32_OVERRIDE": "0"}
 
 
 def backends() -> list[bool]:
