@@ -112,7 +112,6 @@ def register(
             "checkpoint": location or "not published",
             "source.digest": str(report["source"]["digest"]),
             "scheme": str(report["scheme"]),
-            **served_tags(served),
         }
     )
     run.finish()

@@ -9,8 +9,10 @@ from pydantic import ValidationError
 
 from configs.effects import ineffective_keys, ineffective_reasons
 from configs.errors import RecipeError
+from configs.fields import NoEffect, Section
 from configs.loading import load_recipe, parse_recipe
 from configs.special_keys import AwqSpecial, GptqSpecial
+from tests.conftest import ROOT
 
 QUANT = {"method": "RTN", "weight": {"bit": 8, "granularity": "per_channel"}}
 IDENTITY = {**QUANT, "method": "Identity"}
@@ -248,6 +250,25 @@ def test_clips_of_floats_are_not_searched_before_they_are_learned(bit, unread):
     learned = {"method": "OmniQuant", "weight": weight, "special": {"search_clip_init": True}}
     recipe = parse(quant=learned, calib={"name": "pileval"})
     assert ineffective_keys(recipe) == ["quant.special.search_clip_init"] * unread
+
+
+def test_keys_without_effect_are_documented():
+    def marked(section):
+        return {
+            name
+            for name, field in section.model_fields.items()
+            if any(isinstance(mark, NoEffect) for mark in field.metadata)
+        }
+
+    def sections(section):
+        return {section}.union(*(sections(other) for other in section.__subclasses__()))
+
+    documented = (ROOT / "docs" / "recipes.md").read_text().split("## Keys without effect")[1]
+    named = documented.split("\n## ")[0]
+    keys = set().union(*(marked(section) for section in sections(Section)))
+    assert len(keys) > 20
+    missing = {key for key in keys if f"`{key}`" not in named and f".{key}`" not in named}
+    assert not missing
 
 
 @pytest.mark.parametrize(
