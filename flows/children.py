@@ -10,14 +10,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from configs.loading import load_recipe
 from configs.sweep_schema import OverrideSet, Sweep, SweepModel, SweepRecipe, load_sweep
 from flows.runner import Runner, check_runner
-from tasks.check import Request, check, output_folder
+from tasks.check import check, request_of
 from tasks.engine.errors import InputError
 from tasks.engine.job import Job
 from tasks.engine.publication import work_identity
-from tasks.engine.settings import settings
 
 
 @dataclass(frozen=True)
@@ -163,18 +161,7 @@ def check_children(name: str, children: Sequence[Child], device: str | None = No
 
 
 def _check(child: Child, device: str | None) -> tuple[Job, Path | None]:
-    given = child.parameters
-    recipe = load_recipe(given["recipe"], given["overrides"])
-    output = output_folder(recipe, given["recipe"], given["model"], given["output"])
-    store = given["store"]
-    request = Request(
-        recipe,
-        given["model"],
-        output,
-        settings(Path(store) if store else None).store,
-        device or given["device"],
-        None if device else given["memory"],
-        given["keep_incompatible"],
-        given["overwrite"],
-    )
-    return check(request)[0], output
+    given = {name: value for name, value in child.parameters.items() if name != "name"}
+    # the memory that was asked for is another device's
+    request = request_of(**given | ({"device": device, "memory": None} if device else {}))
+    return check(request)[0], request.output

@@ -215,25 +215,10 @@ def check(
 
 
 def _check(parameters: dict[str, Any]) -> tuple[Any, Any]:
-    from tasks.check import Request, output_folder
     from tasks.check import check as check_request
-    from tasks.engine.settings import settings
+    from tasks.check import request_of
 
-    recipe = load_recipe(parameters["recipe"], parameters["overrides"])
-    output, model, store = parameters["output"], parameters["model"], parameters["store"]
-    return check_request(
-        Request(
-            recipe,
-            model,
-            output_folder(recipe, parameters["recipe"], model, output),
-            settings(Path(store) if store else None).store,
-            parameters["device"],
-            parameters["memory"],
-            parameters["keep_incompatible"],
-            parameters["overwrite"],
-            parameters.get("upload"),
-        )
-    )
+    return check_request(request_of(**parameters))
 
 
 @app.command()

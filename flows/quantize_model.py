@@ -11,14 +11,14 @@ from typing import Any
 
 from prefect import flow
 
-from configs.loading import ineffective_keys, load_recipe
+from configs.loading import ineffective_keys
 from flows.course import Course
 from flows.crew import Crew, crew_of
 from flows.crew_start import started_early
 from flows.finishing import look, publish_products, sample, scored, serve, settled, show, uploaded
 from flows.steps import State, apply, calibration, passes
 from flows.tracked import failure_kept, open_tracked
-from tasks.check import Request, check, output_folder
+from tasks.check import Request, check, request_of
 from tasks.engine.aside import Aside, made_aside
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun, told, told_run
@@ -81,20 +81,20 @@ def quantize_model(
         Where the checkpoint lies if it is published, its metrics, the MLflow run, and which steps
         were found.
     """
-    loaded = load_recipe(recipe, overrides)
-    place = settings(Path(store) if store else None)
-    request = Request(
-        loaded,
-        model,
-        output_folder(loaded, recipe, model, output),
-        place.store,
-        device,
-        memory,
-        keep_incompatible,
-        overwrite,
-        upload,
+    request = request_of(
+        recipe,
+        model=model,
+        output=output,
+        overrides=overrides,
+        device=device,
+        memory=memory,
+        store=store,
+        keep_incompatible=keep_incompatible,
+        overwrite=overwrite,
+        upload=upload,
     )
-    with started_early(device, loaded.calibrated):
+    place = settings(Path(store) if store else None)
+    with started_early(device, request.recipe.calibrated):
         return _checked(request, place, log_file, parent, name)
 
 
@@ -173,11 +173,43 @@ def _quantize(
     decided = [d.entry for d in state.decided]
     action(log_measured)(run, report, blocks, decided, sets, dict(course.seconds))
     scores = scored(job, run, course, products)
-    identity = work_identity(job, request.output)
-    evaluated_on = sets["evaluation"]
-    published = (identity, report, location, evaluated_on)
-    offered = partial(action(offer, name="gate"), job, run, *published, output=request.output)
     looked = Looked(report, blocks, decided, len(job.blocks), sampled)
+    released = _released(job, run, request, looked, location, sets["evaluation"], log_file)
+    done = "measured" if location is None else f"published {released['checkpoint']}"
+    log.info("%s: %s", done, summary(report["metrics"]))
+    return {
+        **released,
+        "metrics": report["metrics"],
+        "bytes": report["bytes"],
+        "scheme": report["scheme"],
+        "seconds": {name: round(s, 3) for name, s in course.seconds.items()},
+        "phases": {name: round(s, 3) for name, s in phases.items()},
+        "marks": course.marks,
+        "block_ends": course.block_ends,
+        "peaks": taken,
+        "steps": course.steps,
+        "unserved": report["unserved"],
+        "scores": scores,
+    }
+
+
+def _released(
+    job: Job,
+    run: ToldRun,
+    request: Request,
+    looked: Looked,
+    location: str | None,
+    evaluated_on: Entry,
+    log_file: Path | None,
+) -> dict[str, Any]:
+    """Serve what is published, have the gate decide about it, and copy it to where it is asked for.
+
+    Returns:
+        ``checkpoint``, where it lies now, ``launch``, ``served`` and ``uploaded``.
+    """
+    identity = work_identity(job, request.output)
+    published = (identity, looked.report, location, evaluated_on)
+    offered = partial(action(offer, name="gate"), job, run, *published, output=request.output)
 
     def concluded(served: Mapping[str, Any]) -> None:
         look(job, run, looked, served)
@@ -189,25 +221,12 @@ def _quantize(
     run.set_tags(served_tags(served))
     location, in_place = settled(run, location, request.output)
     copied = uploaded(run, location, request.upload) if in_place else None
-    action(register)(run, report, location, served, log_file)
-    done = "measured" if location is None else f"published {location}"
-    log.info("%s: %s", done, summary(report["metrics"]))
+    action(register)(run, looked.report, location, served, log_file)
     return {
         "checkpoint": location,
-        "metrics": report["metrics"],
-        "bytes": report["bytes"],
-        "scheme": report["scheme"],
-        "seconds": {name: round(s, 3) for name, s in course.seconds.items()},
-        "phases": {name: round(s, 3) for name, s in phases.items()},
-        "marks": course.marks,
-        "block_ends": course.block_ends,
-        "peaks": taken,
-        "steps": course.steps,
-        "launch": None if location is None else launch_line(Path(location), report),
-        "unserved": report["unserved"],
+        "launch": None if location is None else launch_line(Path(location), looked.report),
         "served": served,
         "uploaded": copied,
-        "scores": scores,
     }
 
 

@@ -9,10 +9,9 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.states import Completed
 
-from configs.loading import load_recipe
 from flows.quantize_model import quantize_model
 from tasks.changes import news, waiting
-from tasks.check import Request, check, output_folder
+from tasks.check import check, request_of
 from tasks.engine.errors import InputError
 from tasks.engine.journal import send_kept
 from tasks.engine.settings import settings
@@ -52,16 +51,24 @@ def requantize(
     Raises:
         InputError: the request cannot be worked with, or the recipe publishes nothing.
     """
-    loaded = load_recipe(recipe, overrides)
-    folder = output_folder(loaded, recipe, model, output)
+    parameters: dict[str, Any] = {
+        "model": model,
+        "output": output,
+        "overrides": overrides,
+        "device": device,
+        "memory": memory,
+        "store": store,
+        "keep_incompatible": keep_incompatible,
+        "overwrite": True,
+        "upload": upload,
+    }
+    asked = request_of(recipe, **parameters)
+    folder = asked.output
     if folder is None:
         raise InputError("save: nothing is published, so there is nothing to compare with")
     place = settings(Path(store) if store else None)
     # what another night could not tell, whether or not anything is new
     send_kept(place)
-    asked = Request(
-        loaded, model, folder, place.store, device, memory, keep_incompatible, True, upload
-    )
     job, _ = check(asked, download=True)
     reason, found = news(job, folder), folder
     if reason is not None and (refused := waiting(job, folder)) is not None:
@@ -73,15 +80,4 @@ def requantize(
         get_run_logger().info(said)
         return Completed(name="Skipped", message=said, data={"checkpoint": str(found)})
     get_run_logger().info("quantizing into %s: %s", folder, reason)
-    return quantize_model(
-        recipe=recipe,
-        model=model,
-        output=str(folder),
-        overrides=overrides,
-        device=device,
-        memory=memory,
-        store=store,
-        keep_incompatible=keep_incompatible,
-        overwrite=True,
-        upload=upload,
-    )
+    return quantize_model(recipe, **parameters | {"output": str(folder)})

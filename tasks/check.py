@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from configs.loading import load_recipe
 from configs.schema import Recipe
 from configs.schemes import export_problems, not_implemented
 from configs.special_keys import OmniQuantSpecial
@@ -60,6 +62,34 @@ class Request:
     keep_incompatible: bool = False
     overwrite: bool = False
     upload: str | None = None
+
+
+def request_of(
+    recipe: str,
+    *,
+    model: str | None = None,
+    output: str | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    memory: int | None = None,
+    store: str | None = None,
+    keep_incompatible: bool = False,
+    overwrite: bool = False,
+    upload: str | None = None,
+) -> Request:
+    """The request that a flow's parameters make: the recipe read, output and store found."""
+    loaded = load_recipe(recipe, overrides)
+    return Request(
+        loaded,
+        model,
+        output_folder(loaded, recipe, model, output),
+        settings(Path(store) if store else None).store,
+        device,
+        memory,
+        keep_incompatible,
+        overwrite,
+        upload,
+    )
 
 
 def output_folder(recipe: Recipe, name: str, model: str | None, output: str | None) -> Path | None:

@@ -26,7 +26,9 @@ def problem(columns, rows, number, symmetric, device):
     return [None if t is None else t.to(device) for t in given]
 
 
-@pytest.mark.parametrize(("columns", "rows"), [(128, 512), (96, 33), (1, 7), (17, 1), (64, 100)])
+@pytest.mark.parametrize(
+    ("columns", "rows"), [(128, 512), (96, 33), (1, 7), (17, 1), (64, 100), (300, 4), (512, 3)]
+)
 @pytest.mark.parametrize(
     ("number", "symmetric"),
     [
