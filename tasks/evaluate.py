@@ -147,13 +147,20 @@ def measure_tokens(
     return _means(scores, reference is not None), torch.cat(token_nll).reshape(shape)
 
 
-def likeliest(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:
-    """The token that a checkpoint finds likeliest after each of (W, T) tokens: int64 (W, T)."""
+def likeliest(weights: Weights, decoder: Decoder, windows: Tensor, first: int = 0) -> Tensor:
+    """The token that a checkpoint finds likeliest after each of (W, T) tokens but the ``first``.
+
+    Returns:
+        int64 (W, T - first), on the host.
+    """
     final, head = final_hidden(weights, decoder, windows), weights.head
     return torch.stack(
         [
             torch.cat(
-                [decoder.logits(rows, head).argmax(-1).cpu() for rows in window.split(HEAD_ROWS)]
+                [
+                    decoder.logits(rows, head).argmax(-1).cpu()
+                    for rows in window[first:].split(HEAD_ROWS)
+                ]
             )
             for window in final
         ]

@@ -87,17 +87,18 @@ def continued(
 
     Each pass through the model takes all tokens at once, and settles at least one more of each
     window, all that were guessed right at best (Jacobi iteration, arXiv 2305.10427). A model that
-    is read block by block is read few times so.
+    is read block by block is read few times so. Of what is settled no logits are asked again.
     """
     tokens = guess.long()
     decoder = build_decoder(checkpoint.source.config, device)
     weights = weights_of(checkpoint, device, computing_dtype(dtype, device), kept=kept)
-    for _ in range(tokens.shape[1] - prompt + 1):
-        found = likeliest(weights, decoder, tokens)
-        proposed = torch.cat([tokens[:, :prompt], found[:, prompt - 1 : -1]], dim=1)
-        if torch.equal(proposed, tokens):
-            break
-        tokens = proposed
+    settled = prompt
+    while settled < tokens.shape[1]:
+        found = likeliest(weights, decoder, tokens[:, :-1], settled - 1)
+        wrong = (found != tokens[:, settled:]).any(0)
+        tokens = torch.cat([tokens[:, :settled], found], dim=1)
+        # the first that was guessed wrong is right now, what follows it was asked with it wrong
+        settled += int(wrong.int().argmax()) + 1 if wrong.any() else len(wrong)
     return tokens
 
 

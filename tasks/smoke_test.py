@@ -203,7 +203,7 @@ def compared(
     whole = torch.cat([asked.prompts, asked.continued], dim=1)
     weights = weights_of(checkpoint, device, computing_dtype("auto", device), passes=1)
     decoder = build_decoder(checkpoint.source.config, device)
-    found = likeliest(weights, decoder, whole[:, :-1])[:, asked.prompts.shape[1] - 1 :]
+    found = likeliest(weights, decoder, whole[:, :-1], asked.prompts.shape[1] - 1)
     same = found == asked.continued
     return {
         "nll": mean,

@@ -48,6 +48,26 @@ def test_a_right_guess_takes_one_pass(tiny: Path, monkeypatch: pytest.MonkeyPatc
     assert len(passes) == 1
 
 
+def test_what_is_settled_is_not_asked_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks import sample_text as module
+
+    windows = random_tokens(2, 16)
+    expected = generated(tiny, windows[:, :6], 10)
+    real: Callable[..., torch.Tensor] = module.likeliest
+    first: list[int] = []
+
+    def watched(weights: object, decoder: object, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        first.append(start)
+        return real(weights, decoder, tokens, start)
+
+    monkeypatch.setattr(module, "likeliest", watched)
+    # right for so many tokens, then not
+    guess = expected.clone()
+    guess[:, 9] = (guess[:, 9] + 1) % 7
+    assert torch.equal(continued(open_checkpoint(tiny), guess, 6), expected)
+    assert first[:2] == [5, 9] and first == sorted(set(first))
+
+
 def test_both_models_continue_the_first_windows(job_of: JobOf, demo_model: Path) -> None:
     job = job_of(demo_model, "rtn_w4a16", "eval.name=self_generated", "eval.sample_tokens=6")
     folder, _ = export_of(job)
