@@ -175,10 +175,10 @@ def final_hidden(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:
 
 def _final_hidden(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor:
     model, device = weights.checkpoint, weights.device
-    embedding = weights.outside(model.architecture.embedding)
+    embedding, numbers = weights.embedding(windows)
     batches, arguments = [], []
     shapes: dict[torch.Size, Any] = {}
-    for batch in micro_batches(windows, device):
+    for batch in micro_batches(numbers, device):
         hidden, per_block = decoder.embed(embedding, batch.to(device))
         batches.append(hidden)
         arguments.append(shapes.setdefault(batch.shape, per_block))
@@ -193,7 +193,7 @@ def _final_hidden(weights: Weights, decoder: Decoder, windows: Tensor) -> Tensor
             for hidden, given in zip(batches, arguments, strict=True)
         ]
         del tensors
-    norm = {"weight": weights.outside(model.architecture.final_norm)}
+    norm = {"weight": weights.norm}
     with torch.no_grad():
         finals = [
             torch.func.functional_call(decoder.final_norm, norm, (hidden,)) for hidden in batches

@@ -115,6 +115,8 @@ def build_decoder(config: Mapping[str, Any], device: str = "cpu") -> Decoder:
     architecture = architecture_of(config)
     causal_lm = build_causal_lm(config, device)
     model = causal_lm.model
+    # of gradients only, and torch takes none that lies beyond the rows that are looked up
+    model.embed_tokens.padding_idx = None
     blocks, final_norm = tuple(model.layers), model.norm
     model.layers = nn.ModuleList(_Recorder(block) for block in blocks)
     model.norm = nn.Identity()

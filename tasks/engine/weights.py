@@ -45,26 +45,40 @@ class Weights:
             lambda: self.checkpoint.block_weights(number, self.dtype, self.device),
         )
 
-    def outside(self, name: str) -> Tensor:
-        """A tensor outside of the blocks."""
-        return self._get(
-            f"outside {name}", lambda: self.checkpoint.outside(name, self.dtype, self.device)
-        )
+    def embedding(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of the embedding (U, D) that tokens ask for, and tokens as numbers of these."""
+        used, numbers = tokens.unique(return_inverse=True)
+        stored = self._stored(self.checkpoint.architecture.embedding)
+        return stored[used.to(self.device)].to(self.dtype), numbers
+
+    @property
+    def norm(self) -> Tensor:
+        """The final norm's weight (D,)."""
+        return self._stored(self.checkpoint.architecture.final_norm).to(self.dtype)
 
     @property
     def head(self) -> Tensor:
-        """The output head (V, D)."""
+        """The output head (V, D), kept: all that is scored asks for it."""
         tied, architecture = self.checkpoint.tied, self.checkpoint.architecture
-        return self.outside(architecture.embedding if tied else architecture.head)
+        name = architecture.embedding if tied else architecture.head
+        return self._get("head", lambda: self._stored(name).to(self.dtype), always=True)
 
-    def _get(self, name: str, read: Callable[[], Read]) -> Read:
+    def _stored(self, name: str) -> Tensor:
+        """A tensor outside of the blocks as it is stored; one that is mapped takes no memory."""
+        return self._get(
+            f"stored {name}",
+            lambda: self.checkpoint.source.read([name], self.device)[name],
+            always=self.device == "cpu",
+        )
+
+    def _get(self, name: str, read: Callable[[], Read], always: bool = False) -> Read:
         if name in self._kept:
             return self._kept[name]  # type: ignore[return-value]
         value = read()
         tensors = [value] if isinstance(value, Tensor) else value.values()
         size = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-        if size <= self.budget:
-            self.budget -= size
+        if always or size <= self.budget:
+            self.budget -= 0 if always else size
             self._kept[name] = value
         return value
 

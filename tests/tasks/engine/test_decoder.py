@@ -229,6 +229,18 @@ def test_micro_batches_have_a_fixed_number_of_tokens(
     assert torch.equal(torch.cat(parts), windows)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_a_padding_token_is_one_like_others(tmp_path: Path, kind: str) -> None:
+    model = make_checkpoint(tmp_path / "model", kind, **SHAPE)
+    tokens = torch.tensor([[1, 5, 9]])
+    embedding = load_file(model / "model.safetensors")["model.embed_tokens.weight"].float()
+    plain = build_decoder(config_of(model)).embed(embedding, tokens)[0]
+    padded = build_decoder(config_of(model) | {"pad_token_id": 5})
+    assert torch.equal(padded.embed(embedding, tokens)[0], plain)
+    # what blocks are given beside hidden states is asked with one row alone
+    assert padded.embed(embedding[:1], torch.zeros_like(tokens))[0].shape == plain.shape
+
+
 def test_fingerprint_of_a_cpu() -> None:
     found = device_fingerprint("cpu")
     assert found["torch"] == torch.__version__

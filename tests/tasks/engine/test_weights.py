@@ -55,7 +55,21 @@ def test_what_fits_is_read_once_and_the_rest_each_time(tiny: Path, reads: list[i
     assert reads == [len(block)] * 4
 
 
-def test_on_a_cpu_nothing_is_kept(tiny: Path) -> None:
+def test_tokens_ask_for_their_rows_of_the_embedding(tiny: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    tokens = torch.tensor([[7, 3, 7], [500, 3, 0]])
+    rows, numbers = Weights(checkpoint, "cpu", torch.float32).embedding(tokens)
+    whole = checkpoint.outside(checkpoint.architecture.embedding, torch.float32)
+    assert len(rows) == 4 and torch.equal(rows[numbers], whole[tokens])
+
+
+def test_the_head_is_read_once(tiny: Path, reads: list[int]) -> None:
+    weights = Weights(open_checkpoint(tiny), "cpu", torch.float32)
+    heads = [weights.head for _ in range(3)]
+    assert reads == [1] and heads[0] is heads[2]
+
+
+def test_on_a_cpu_no_block_is_kept(tiny: Path) -> None:
     assert weights_of(open_checkpoint(tiny), "cpu", torch.float32, passes=9).budget == 0
 
 
