@@ -40,7 +40,7 @@ def test_learned_clipping_lowers_the_loss_of_every_block(
     shared: Path, tmp_path: Path, home: Path, services: dict[str, str]
 ) -> None:
     model, folder = shared / "models" / "llama-26m", shared / "text"
-    calib = f"{{name: text, path: {folder / 'calibration.txt'}, n_samples: 8, seq_len: 256}}"
+    calib = f"{{name: text, path: {folder / 'calibration.txt'}, n_samples: 4, seq_len: 256}}"
     result = quantize_model(
         "configs/w4a16_combin.yml",
         model=str(model),

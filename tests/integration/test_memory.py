@@ -18,9 +18,9 @@ from tests.models import edit_config, make_checkpoint, make_text
 from tests.places import new_home
 
 ROOT = Path(__file__).parent.parent.parent
-FEW, MANY = 8, 48
+FEW, MANY = 4, 36
 NARROW, WIDE = (256, 1024), (1024, 4096)
-# 40 blocks more would be 80 MB as they are stored, beside the 520 MB that were measured for both
+# 32 blocks more would be 63 MB as they are stored, beside the 520 MB that were measured for both
 ALLOWED = 0.05
 # blocks of 30 MB, a checkpoint of 2 GB
 LARGE = 64
@@ -111,7 +111,7 @@ def equal_blocks(folder: Path, blocks: int, shape: tuple[int, int] = NARROW, **m
     return folder
 
 
-def written_recipe(folder: Path, name: str, method: str, sampled: int = 16) -> Path:
+def written_recipe(folder: Path, name: str, method: str, sampled: int = 4) -> Path:
     """A recipe of one method, calibrated on a text of its own."""
     recipe = folder / f"{name}.yml"
     text = make_text(folder / f"{name}.txt", words=3000)
