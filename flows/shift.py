@@ -24,6 +24,7 @@ from flows.block_plan import Pass
 from flows.crew_process import Failure, Process, worst_of
 from flows.crew_start import TRACE, take_started
 from tasks.engine.ahead import Call
+from tasks.engine.errors import RunError
 
 log = logging.getLogger("blockquant")
 
@@ -172,7 +173,10 @@ class Shift:
             lines.append(json.dumps({"pass": asdict(at.passed), "place": str(at.place)}))
             known = 0
         if number < known:
-            raise LookupError(f"{at.calls[number][0]} is asked for after what follows it")
+            raise RunError(
+                f"{at.calls[number][0]}: its result lay in the store and is gone or damaged since; "
+                "run the same command again"
+            )
         lines.append(json.dumps({"make": at.calls[known : number + 1], "lean": lean}))
         self._told[rank] = (at, number + 1)
         self.processes[rank].tell(lines)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -249,6 +249,15 @@ def transformers_version() -> str:
     return version("transformers")
 
 
+@cache
+def triton_version() -> str:
+    """Of the compiler of kernels, by whichever name torch brought it; none where it did not."""
+    for package in ("triton", "pytorch-triton"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(package)
+    return "none"
+
+
 def device_fingerprint(device: str) -> dict[str, str]:
     """What decides the last bits of a computation on ``device``: part of every lineage key.
 
@@ -269,6 +278,6 @@ def device_fingerprint(device: str) -> dict[str, str]:
     return facts | {
         "device": f"cuda {name} sm{major}{minor} {torch.version.cuda}",
         "between products": code_digest(*CODE),
-        "triton": version("triton"),
+        "triton": triton_version(),
         **{name: os.environ[name] for name in PRODUCT_VARIABLES if name in os.environ},
     }

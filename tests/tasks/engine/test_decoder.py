@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -253,14 +254,29 @@ def test_fingerprint_of_a_gpu_has_what_its_products_depend_on(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (9, 0))
-    monkeypatch.setattr(module, "version", lambda name: f"{name} 3.6")
+    monkeypatch.setattr(module, "triton_version", lambda: "3.6")
     for name in PRODUCT_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     found = device_fingerprint("cuda:1")
-    assert found["device"].startswith("cuda H200 sm90") and found["triton"] == "triton 3.6"
+    assert found["device"].startswith("cuda H200 sm90") and found["triton"] == "3.6"
     assert found == device_fingerprint("cuda:0")
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     assert device_fingerprint("cuda:0") == found | {"NVIDIA_TF32_OVERRIDE": "0"}
+
+
+@pytest.mark.parametrize(
+    ("installed", "found"), [("triton", "3.6"), ("pytorch-triton", "3.6"), ("other", "none")]
+)
+def test_the_compiler_of_kernels_has_several_names(
+    monkeypatch: pytest.MonkeyPatch, installed: str, found: str
+) -> None:
+    def version(package: str) -> str:
+        if package != installed:
+            raise PackageNotFoundError(package)
+        return "3.6"
+
+    monkeypatch.setattr(module, "version", version)
+    assert module.triton_version.__wrapped__() == found
 
 
 def backends() -> list[bool]:
