@@ -8,19 +8,19 @@ from typing import Generic, Self, TypeVar
 
 from tasks.engine.store import Entry, Store
 
-Asked = TypeVar("Asked")
+Item = TypeVar("Item")
 
 THREADS = 3
 
 
-class Found(Generic[Asked]):
+class Found(Generic[Item]):
     """What was found of what a pass asks for, in its order; to be entered and left."""
 
     def __init__(self, store: Store) -> None:
         """Have threads read what is in a store."""
         self._store = store
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="blockquant-found")
-        self._looked: deque[tuple[Asked, Future[Entry | None]]] = deque()
+        self._looked: deque[tuple[Item, Future[Entry | None]]] = deque()
 
     def __enter__(self) -> Self:
         """Begin."""
@@ -30,19 +30,19 @@ class Found(Generic[Asked]):
         """Read no more."""
         self._threads.shutdown(cancel_futures=True)
 
-    def take(self, asked: Asked, key: str) -> bool:
+    def take(self, asked: Item, key: str) -> bool:
         """Have a result read, whose task will ask whether it is whole; False where none is."""
         if not self._store.seems_whole(key):
             return False
         self._looked.append((asked, self._threads.submit(self._store.get, key)))
         return True
 
-    def damaged(self) -> list[Asked]:
+    def damaged(self) -> list[Item]:
         """Those that are not whole, in their order, of all that were taken since the last call."""
         looked, self._looked = self._looked, deque()
         return [asked for asked, entry in looked if entry.result() is None]
 
-    def passed(self, asked: Asked) -> None:
+    def passed(self, asked: Item) -> None:
         """It is a result's turn: its task sees to it, and nobody else."""
         if self._looked and self._looked[0][0] is asked:
             self._looked.popleft()

@@ -138,10 +138,10 @@ def serve_and_compare(
     prompts = prompts_of(windows.tokens) if serving.speed else []
     one = served(checkpoint, serving, log_file)
     with running(server_url, checkpoint, serving) if server_url else one as (client, found):
-        asked = ask(client, windows)
+        answers = ask(client, windows)
         if prompts:
             found["speed"] = speed_of(client, prompts)
-    found |= {"served": True, **compared(opened, windows, asked, device)}
+    found |= {"served": True, **compared(opened, windows, answers, device)}
     found["max_nll_gap"] = serving.max_nll_gap or largest_gap(opened)
     _require_small_gap(checkpoint, found)
     if prompts and source is not None:
@@ -166,7 +166,7 @@ def source_speed(
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class Answers:
     """What a server said.
 
     Attributes:
@@ -180,40 +180,40 @@ class Asked:
     continued: Tensor
 
 
-def ask(client: Client, windows: ServedWindows) -> Asked:
+def ask(client: Client, windows: ServedWindows) -> Answers:
     """Let a server score windows, and go on with the beginnings of some."""
     nll = [client.token_nll(row.tolist()) for row in windows.tokens]
     length = windows.tokens.shape[1]
     prompts = windows.tokens[:PROMPTS, : min(PROMPT_TOKENS, length // 2)]
     count = min(CONTINUED_TOKENS, length - prompts.shape[1])
     continued = torch.tensor([client.greedy(row.tolist(), count) for row in prompts])
-    return Asked(nll, prompts, continued)
+    return Answers(nll, prompts, continued)
 
 
 def compared(
-    checkpoint: Checkpoint, windows: ServedWindows, asked: Asked, device: str
+    checkpoint: Checkpoint, windows: ServedWindows, answers: Answers, device: str
 ) -> dict[str, Any]:
     """Compare what a server said with what was measured and with transformers' modules.
 
     A server's token agrees where those, given the same tokens so far, find it likeliest too; where
     all of a prompt's do, both continue it alike.
     """
-    scores = [value for row in asked.nll for value in row]
+    scores = [value for row in answers.nll for value in row]
     mean = sum(scores) / len(scores)
-    whole = torch.cat([asked.prompts, asked.continued], dim=1)
+    whole = torch.cat([answers.prompts, answers.continued], dim=1)
     weights = weights_of(checkpoint, device, computing_dtype("auto", device), passes=1)
     decoder = build_decoder(checkpoint.source.config, device)
-    found = likeliest(weights, decoder, whole[:, :-1], asked.prompts.shape[1] - 1)
-    same = found == asked.continued
+    found = likeliest(weights, decoder, whole[:, :-1], answers.prompts.shape[1] - 1)
+    same = found == answers.continued
     return {
         "nll": mean,
         "measured_nll": windows.mean,
         "nll_gap": mean - windows.mean,
-        "windows": len(asked.nll),
+        "windows": len(answers.nll),
         "tokens": len(scores),
         "greedy_agreement": float(same.double().mean()),
         "same_continuations": int(same.all(1).sum()),
-        "prompts": len(asked.prompts),
+        "prompts": len(answers.prompts),
     }
 
 

@@ -156,7 +156,7 @@ def _statuses(error: BaseException | None) -> Iterator[int]:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Sending:
     """That all be sent now, waiting so long for another sender; None: when it is time for it."""
 
     wait_s: float | None = None
@@ -179,7 +179,7 @@ class Sender:
         self._journal = journal
         self._lock = journal.lock()
         self._halt = Halt()
-        self._asked: SimpleQueue[_Asked | None] = SimpleQueue()
+        self._asked: SimpleQueue[_Sending | None] = SimpleQueue()
         # a daemon: Python waits for other threads at its end, whatever they wait for
         self._thread = threading.Thread(target=self._work, name="to MLflow", daemon=True)
         self._again_at = 0.0
@@ -187,11 +187,11 @@ class Sender:
 
     def ask(self) -> None:
         """Send what is there, unless the server was away a moment ago."""
-        self._put(_Asked())
+        self._put(_Sending())
 
     def flush(self, within_s: float) -> None:
         """Send what is there within so many seconds."""
-        asked = _Asked(within_s)
+        asked = _Sending(within_s)
         self._put(asked)
         if not asked.done.wait(within_s):
             self._slow_until = time.monotonic() + AWAY_S
@@ -205,7 +205,7 @@ class Sender:
         if self._thread.ident is not None:
             self._thread.join(_IDLE_S)
 
-    def _put(self, asked: _Asked) -> None:
+    def _put(self, asked: _Sending) -> None:
         self._asked.put(asked)
         if self._thread.ident is None:
             self._thread.start()

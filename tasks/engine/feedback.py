@@ -25,7 +25,7 @@ from tasks.engine.job import Job
 from tasks.engine.precision import feedback_products, search_products
 from tasks.engine.sharing import errors_of_all, own_energies, rounded_by_rows, splits
 from tasks.engine.streams import Streams, activation_hook
-from tasks.engine.transfer import Asked, asked_for
+from tasks.engine.transfer import ToHost, asked_for
 
 log = logging.getLogger("blockquant")
 
@@ -65,7 +65,7 @@ def asked_once(job: Job, fed_back: Callable[[Holds], RoundedBlock], *, hopes: bo
 def _hoped_for(job: Job, fed_back: Callable[[Holds], RoundedBlock]) -> RoundedBlock | None:
     """A block rounded with the first factor of each group; None where one is none."""
     # with each, what was doubted before it was used
-    asked: list[tuple[Asked, tuple[Doubt, ...]]] = []
+    asked: list[tuple[ToHost, tuple[Doubt, ...]]] = []
 
     def hoped(whole: Tensor) -> bool:
         asked.append((asked_for(whole), job.doubts.take()))

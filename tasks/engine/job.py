@@ -30,7 +30,7 @@ from tasks.engine.source import Source
 from tasks.engine.store import Entry, Store, load_tensors
 from tasks.engine.team import Team
 from tasks.engine.text import text_digest, text_of
-from tasks.engine.transfer import Sent, pinned, sent_beside
+from tasks.engine.transfer import ToDevice, pinned, sent_beside
 
 Value = TypeVar("Value")
 
@@ -265,7 +265,7 @@ class Job:
         return there
 
     @cached_property
-    def _sent(self) -> dict[int, Sent]:
+    def _sent(self) -> dict[int, ToDevice]:
         return {}
 
     @cached_property

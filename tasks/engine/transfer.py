@@ -53,7 +53,7 @@ def pinned(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class ToHost:
     """A small tensor on its way to the host.
 
     Attributes:
@@ -71,13 +71,13 @@ class Asked:
         return self.there
 
 
-def asked_for(tensor: Tensor) -> Asked:
+def asked_for(tensor: Tensor) -> ToHost:
     """Have a tensor copied to the host, which does not wait for it."""
     if not tensor.is_cuda:
-        return Asked(tensor, None)
+        return ToHost(tensor, None)
     there = host_memory(tensor.shape, tensor.dtype, pinned=True)
     there.copy_(tensor, non_blocking=True)
-    return Asked(there, reached(str(tensor.device)))
+    return ToHost(there, reached(str(tensor.device)))
 
 
 def reached(device: str) -> torch.cuda.Event | None:
@@ -144,7 +144,7 @@ def beside(device: str, ready: torch.cuda.Event | None) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class Sent:
+class ToDevice:
     """Tensors on their way to a GPU.
 
     Attributes:
@@ -161,7 +161,7 @@ class Sent:
         return self.tensors
 
 
-def sent_beside(tensors: Mapping[str, Tensor], device: str) -> Sent:
+def sent_beside(tensors: Mapping[str, Tensor], device: str) -> ToDevice:
     """Copy pinned tensors beside what a GPU is asked from now on."""
     asked = torch.cuda.current_stream(device)
     # room that what was asked before may still use: copies wait for it
@@ -173,7 +173,7 @@ def sent_beside(tensors: Mapping[str, Tensor], device: str) -> Sent:
             here[name].copy_(tensor, non_blocking=True)
             # one that is dropped before it is whole is overwritten by nobody
             here[name].record_stream(stream)
-        return Sent(here, stream.record_event())
+        return ToDevice(here, stream.record_event())
 
 
 @functools.cache
