@@ -277,18 +277,25 @@ def _check_recipe(recipe: Recipe) -> None:
 
 
 def _check_rotation(recipe: Recipe, architecture: Architecture) -> None:
-    """Refuse to rotate a stream to which norms add: their weights belong to its channels."""
+    """Refuse to rotate a stream to which norms add, or whose head a server does not read."""
     steps = recipe.resolved_steps()
     rotations = [n for n, step in enumerate(steps) if step.quant.method is Method.QUAROT]
-    if not rotations or not architecture.output_norms:
+    if not rotations:
+        return
+    if architecture.output_norms:
+        reason = (
+            f"has norms on what is added to it ({', '.join(architecture.output_norms)}), which a "
+            "rotation cannot pass"
+        )
+    elif architecture.head_is_embedding:
+        reason = "is served with its embedding as its head, which a rotated model has apart"
+    else:
         return
     place = "quant" if recipe.quant is not None else f"steps.{rotations[0]}.quant"
     mend = "" if recipe.quant is not None else "remove the step, or "
     raise InputError(
         f"{place}.method: {Method.QUAROT} rotates the residual stream, but "
-        f"{architecture.model_type} has norms on what is added to it "
-        f"({', '.join(architecture.output_norms)}), which a rotation cannot pass; "
-        f"{mend}take {Method.GPTQ} or {Method.AWQ} alone"
+        f"{architecture.model_type} {reason}; {mend}take {Method.GPTQ} or {Method.AWQ} alone"
     )
 
 

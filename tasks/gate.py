@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from configs.gate_schema import Gate, usual_limits
-from configs.schema import Quant, Recipe
+from configs.schema import Quant
 from configs.vocabulary import DataName
 from tasks.engine.errors import one_line
 from tasks.engine.gate import FAILED, NO, YES, Figures, Limits, Tolerances, as_values
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun
 from tasks.engine.output import content_of
+from tasks.engine.precision import computing_dtype
 from tasks.engine.registry import DIGEST_TAG, GATE, SOURCE_TAG, Offer
 from tasks.engine.store import Entry
 from tasks.engine.windows import TOKENS
@@ -65,7 +66,7 @@ def offer_of(
     gate, quant = job.recipe.gate, job.steps[-1].quant
     gap = job.recipe.serving.max_nll_gap or largest_gap_of(job.scheme)
     tokens = evaluated_on.files[TOKENS].checksum
-    text = _evaluation(job.recipe, report, tokens)
+    text = _evaluation(job, report, tokens)
     return Offer(
         model=gate.model_name or model_name(job.source.name, str(report["scheme"])),
         content=content_of(identity, report_text(report)),
@@ -149,12 +150,13 @@ def limits_of(gate: Gate, quant: Quant, server_gap: float) -> Limits:
     )
 
 
-def _evaluation(recipe: Recipe, report: Mapping[str, Any], tokens: str) -> str:
+def _evaluation(job: Job, report: Mapping[str, Any], tokens: str) -> str:
     """What figures were measured on, alike where they may be compared.
 
     Text that a model writes itself is another one for other weights, all else has its tokens.
     """
-    section = recipe.resolved_eval()
+    section = job.recipe.resolved_eval()
     own = section.name is DataName.SELF_GENERATED
     drawn = f"seed {section.seed}" if own else f"tokens {tokens[:12]}"
-    return f"{report['evaluation']}, {drawn}, {section.dtype}"
+    dtype = str(computing_dtype(str(section.dtype), job.device)).removeprefix("torch.")
+    return f"{report['evaluation']}, {drawn}, {dtype}"

@@ -34,6 +34,7 @@ from tasks.engine.folding import (
     is_norm,
     quantized_groups,
     realizer,
+    scaled_together,
     shift_of,
     to_tensors,
 )
@@ -77,7 +78,7 @@ def _depends_on(
     }
 
 
-@step(depends_on=_depends_on, version=2, kept=True)
+@step(depends_on=_depends_on, version=3, kept=True)
 def learn(
     job: Job, draft: Draft, recipe_step: ResolvedStep, streams: Streams, block: int
 ) -> dict[str, Any]:
@@ -96,7 +97,8 @@ def learn(
     channels = _starting_channels(job, quant, special, stream, block) if special.let else {}
     learnable = [
         Learnable([leaf for m in channels.values() for leaf in m.leaves], special.let_lr),
-        Learnable([end for pair in logits.values() for end in pair], special.lwc_lr),
+        # linears that share a scale share theirs
+        Learnable(list(dict.fromkeys(e for pair in logits.values() for e in pair)), special.lwc_lr),
     ]
     loss_of, batches = _objective(job, special, streams, block, logits, channels)
     losses, fell_back = [], False
@@ -144,6 +146,8 @@ def _objective(
     if special.aug_loss:
         sides.append(micro_batches(floats, job.device))
     linears, scheme = job.plan.blocks[block].quantized, job.scheme.weight
+    groups = quantized_groups(job, block)
+    parts = [part for group in groups for part in scaled_together(job, group.linears)]
     hook, module = _straight_through(job), job.decoder.blocks[block]
 
     def rounded() -> dict[str, Tensor]:
@@ -153,12 +157,14 @@ def _objective(
                 tensors, transforms, job.plan.architecture, head_dim(job), torch.float32
             )
         )
-        for linear in linears:
-            weight = current[f"{linear}.weight"]
-            low = high = torch.ones(scheme.scale_shape(*weight.shape), device=job.device)
-            if linear in logits:
-                low, high = (clip_of(end) for end in logits[linear])
-            current[f"{linear}.weight"] = fake_quantize(weight, scheme, low, high)
+        for part in parts:
+            weights = [current[f"{linear}.weight"] for linear in part]
+            stacked = torch.cat(weights) if weights[1:] else weights[0]
+            low = high = torch.ones(scheme.scale_shape(*stacked.shape), device=job.device)
+            if part[0] in logits:
+                low, high = (clip_of(end) for end in logits[part[0]])
+            found = fake_quantize(stacked, scheme, low, high).split([len(w) for w in weights])
+            current |= {f"{linear}.weight": w for linear, w in zip(part, found, strict=True)}
         return {name: tensor.to(job.compute_dtype) for name, tensor in current.items()}
 
     def loss_of(batch: int) -> Tensor:
@@ -189,7 +195,10 @@ def _straight_through(job: Job) -> InputHook | None:
 def _start(
     job: Job, special: OmniQuantSpecial, stream: Stream, block: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Logits of every linear's factors: of a clip search where asked for, else near 1."""
+    """Logits of every linear's factors: of a clip search where asked for, else near 1.
+
+    Linears that share a scale have the same two tensors.
+    """
     tensors, scheme = version_block(job, stream.version, block), job.scheme.weight
     factors = range_factors(scheme.number_format).to(job.device)
     searched = special.search_clip_init and not scheme.number_format.is_float
@@ -197,14 +206,16 @@ def _start(
     settle(job.doubts.take())
     logits: dict[str, tuple[Tensor, Tensor]] = {}
     for group in quantized_groups(job, block):
-        for linear in group.linears:
-            weight = tensors[f"{linear}.weight"]
+        for part in scaled_together(job, group.linears):
+            weights = [tensors[f"{linear}.weight"] for linear in part]
+            weight = torch.cat(weights) if weights[1:] else weights[0]
             start = torch.ones(scheme.scale_shape(*weight.shape), device=job.device)
             if searched:
                 with search_products(job.device):
                     gram = statistics[group.name].gram_mean()
                     start = factors[search_clip(weight, gram, scheme, factors).int()]
-            logits[linear] = (starting_logits(start), starting_logits(start))
+            pair = (starting_logits(start), starting_logits(start))
+            logits |= dict.fromkeys(part, pair)
     return logits
 
 

@@ -50,6 +50,8 @@ class Architecture:
     norm_offset: float = 0.0
     # norms of what a block adds to the stream of hidden states: no rotation of it passes them
     output_norms: tuple[str, ...] = ()
+    # whether SGLang computes logits with the embedding, whatever head a checkpoint has
+    head_is_embedding: bool = False
     # which of transformers' attentions: torch's own knows no softcap of the scores
     attention: str = "sdpa"
     # key of config.json that caps the logits, where the model type has one
@@ -61,6 +63,11 @@ class Architecture:
     def linears(self) -> tuple[str, ...]:
         """Names of the quantizable linears of a block, in the order they run."""
         return tuple(linear for group in self.groups for linear in group.linears)
+
+    @property
+    def first_linear(self) -> str:
+        """Tensor name of the first block's first linear, whose dtype is the model's."""
+        return f"{self.block_prefix(0)}{self.linears[0]}.weight"
 
     @property
     def fusions(self) -> tuple[tuple[str, ...], ...]:
@@ -92,11 +99,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             Architecture(name, _dense_groups(), fused=True)
             for name in ("llama", "mistral", "qwen2", "qwen3")
         ),
-        Architecture("gemma", _dense_groups(), norm_offset=1.0),
+        Architecture("gemma", _dense_groups(), norm_offset=1.0, head_is_embedding=True),
         Architecture(
             "gemma2",
             _dense_groups(mlp_norm="pre_feedforward_layernorm"),
             norm_offset=1.0,
+            head_is_embedding=True,
             output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
             attention="eager",
             logit_cap="final_logit_softcapping",

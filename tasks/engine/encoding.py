@@ -80,9 +80,19 @@ def encode_documents(
             f"{text.section}: the file holds conversations, but the model's tokenizer has no chat "
             f"template; give plain text, or {text.column_mend}"
         )
-    return [
-        list(tokenizer.apply_chat_template(d, tokenize=True, return_dict=False)) for d in documents
-    ]
+    return [_encoded_chat(text, tokenizer, document) for document in documents]
+
+
+def _encoded_chat(text: TextSource, tokenizer: Any, document: Document) -> list[int]:
+    try:
+        return list(tokenizer.apply_chat_template(document, tokenize=True, return_dict=False))
+    # a template may refuse roles and their order, and fail in any way over what is no message
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{text.section}: the model's chat template does not take a conversation of the text "
+            f"({reason[:200]}); remove such conversations, or give plain text"
+        ) from error
 
 
 @dataclass(frozen=True)

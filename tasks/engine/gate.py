@@ -156,10 +156,17 @@ def _served(figures: Figures, limits: Limits) -> Iterator[Reason]:
         yield _at_most("the server's NLL gap", size, limits.max_server_nll_gap)
 
 
+def _measured_alike(one: str | None, other: str | None) -> bool:
+    # versions of before say "auto" where they did not name their dtype
+    parts = [("" if text is None else text).rpartition(", ") for text in (one, other)]
+    known = {dtype for _, _, dtype in parts} - {"auto"}
+    return one == other or (parts[0][0] == parts[1][0] != "" and len(known) == 1)
+
+
 def _compared(
     figures: Figures, tolerances: Tolerances, champion: Figures, against: str
 ) -> Iterator[Reason]:
-    if figures.evaluation != champion.evaluation:
+    if not _measured_alike(figures.evaluation, champion.evaluation):
         yield Reason(
             not tolerances.same_evaluation,
             f"{against} was evaluated on {champion.evaluation or 'what is not known'}, this on "

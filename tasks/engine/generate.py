@@ -28,9 +28,14 @@ def sample_windows(source: Source, windows: int, seq_len: int, seed: int, device
     causal_lm = build_causal_lm(source.config, device)
     names = [n for n in source.tensors if n in causal_lm.state_dict()]
     try:
-        weights = source.read(names, device)
+        architecture = architecture_of(source.config)
+        # of mixed dtypes, as fine-tunes have them: that of the linears is computed in
+        dtype = source.tensors[architecture.first_linear].dtype
+        weights = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in source.read(names, device).items()
+        }
         if is_tied(source):
-            architecture = architecture_of(source.config)
             weights[architecture.head] = weights[architecture.embedding]
         causal_lm.load_state_dict(weights, assign=True, strict=False)
         return _sample_all(causal_lm, source, windows, seq_len, seed, device)
@@ -53,7 +58,7 @@ def _sample_all(
     bos = source.config.get("bos_token_id")
     first = bos[0] if isinstance(bos, list) else bos
     counts = [min(BATCH, windows - start) for start in range(0, windows, BATCH)]
-    with torch.random.fork_rng(devices=[] if device == "cpu" else None):
+    with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
         torch.manual_seed(seed)
         return torch.cat([_sample(causal_lm, n, seq_len, first or 0, device) for n in counts])
 

@@ -10,7 +10,6 @@ from tasks.engine.source import DTYPES, Source, TensorInfo, open_source, read_co
 
 # pickles and code are never fetched
 _SMALL_FILES = ["*.json", "tokenizer*", "*.jinja", "merges.txt", "vocab*"]
-_WEIGHTS = ["*.safetensors"]
 
 
 def is_hub_id(named: str) -> bool:
@@ -45,7 +44,9 @@ def fetched(source: Source, hub_id: str) -> Source:
     """
     if all((source.path / info.file).is_file() for info in source.tensors.values()):
         return source
-    return open_source(_snapshot(hub_id, [*_SMALL_FILES, *_WEIGHTS]), source.digest_memo, hub_id)
+    # not all safetensors there are: some repositories have a second copy, of another layout
+    weights = sorted({info.file for info in source.tensors.values()})
+    return open_source(_snapshot(hub_id, [*_SMALL_FILES, *weights]), source.digest_memo, hub_id)
 
 
 def _remote_tensors(hub_id: str) -> dict[str, TensorInfo]:

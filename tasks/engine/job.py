@@ -80,7 +80,7 @@ class Job:
     def dtype(self) -> torch.dtype:
         """Dtype of the source's weights: that of its first quantizable linear."""
         architecture = architecture_of(self.source.config)
-        name = architecture.block_prefix(0) + architecture.linears[0] + ".weight"
+        name = architecture.first_linear
         if name not in self.source.tensors:
             raise InputError(
                 f"model {self.source.path}: no tensor {name}; every block of a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from dataclasses import dataclass
@@ -85,8 +86,12 @@ def text_digest(text: TextSource) -> str:
     if text.remote:
         return _hub_revision(text)
     path = _local_path(text)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return ";".join([_loader(text, path), *(checksum(file) for file in files)])
+    if not path.is_dir():
+        return f"{_loader(text, path)};{checksum(path)}"
+    split = _split_of(text, path)
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    read = [_loader(text, path), *([split] if split is not None else [])]
+    return ";".join([*read, *(checksum(file) for file in files)])
 
 
 def text_of(section: Calibration | Evaluation) -> TextSource:
@@ -161,7 +166,7 @@ def _load(text: TextSource) -> Any:
         path = _local_path(text)
         if path.is_dir():
             loaded = datasets.load_from_disk(str(path))
-            return loaded[text.split or next(iter(loaded))] if isinstance(loaded, dict) else loaded
+            return loaded[_split_of(text, path)] if isinstance(loaded, dict) else loaded
         if path.stat().st_size == 0:
             raise InputError(f"{text.key('path')}: {text.path} is empty; give a file with text")
         kind = _loader(text, path)
@@ -194,6 +199,28 @@ def _loader(text: TextSource, path: Path) -> str:
     # a compressed file has its kind before its last ending
     named = (LOCAL_LOADERS.get(ending) for ending in (f".{text.name}", *path.suffixes))
     return next((loader for loader in named if loader is not None), "text")
+
+
+def _split_of(text: TextSource, path: Path) -> str | None:
+    """Which split of a saved data set is read: as of the hub's; None where it has none.
+
+    Raises:
+        InputError: there are several, and not that one.
+    """
+    described = path / "dataset_dict.json"
+    if not described.is_file():
+        return None
+    splits = [str(split) for split in json.loads(described.read_text())["splits"]]
+    usual = HUB[text.name][text.evaluation].split if text.name in HUB else None
+    split = text.split or usual or ("test" if text.evaluation else "train")
+    if split in splits:
+        return split
+    if text.split is None and len(splits) == 1:
+        return splits[0]
+    raise InputError(
+        f"{text.key('path')}: {text.path} has no split {split!r}, but {', '.join(splits)}; set "
+        f"{text.section}.split"
+    )
 
 
 def _hub_part(text: TextSource) -> HubPart:

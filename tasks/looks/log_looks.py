@@ -22,7 +22,7 @@ log = logging.getLogger("blockquant")
 
 FOLDER = "looks"
 # raised when pictures of the same numbers change
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ def clip_curves(values: Sequence[Mapping[str, Any]]) -> Panels:
     for block, value in enumerate(values):
         for linear, errors in value["errors"].items():
             points = sorted(zip(value["factors"], errors, strict=True))
-            whole = points[-1][1] or 1.0
+            # the first factor is 1: those of integers fall from it, those of floats rise
+            whole = errors[0] or 1.0
             panels[linear].append(
                 Curve(
                     "",

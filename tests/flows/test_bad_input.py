@@ -228,6 +228,16 @@ def test_rotation_of_a_model_that_has_norms_on_what_is_added(
     assert line.count("step") == 2
 
 
+def test_rotation_of_a_model_that_is_served_with_its_embedding_as_its_head(
+    refused: Refused, tmp_path: Path, words: Path
+) -> None:
+    refused(
+        *("check", "w8a8_combin", "--model", make_checkpoint(tmp_path / "gemma", "gemma")),
+        *("--set", f"steps.1.calib={{name: text, path: {words}, n_samples: 4, seq_len: 64}}"),
+        says=("steps.0.quant.method: Quarot", "gemma is served with its embedding as its head"),
+    )
+
+
 def test_rotation_alone_of_a_model_that_has_norms_on_what_is_added(
     refused: Refused, tmp_path: Path
 ) -> None:

@@ -100,6 +100,28 @@ def test_what_is_rounded_is_what_was_learned(job: Any) -> None:
     assert torch.equal(found["mlp.up_proj"][1], tensors["mlp.up_proj.high"])
 
 
+def test_linears_that_share_a_scale_share_their_clip(
+    job_of: JobOf, models: dict[str, Path]
+) -> None:
+    weight = "weight: {bit: e4m3, symmetric: true, granularity: per_tensor}"
+    special = "special: {epochs: 4, lwc_lr: 0.1}"
+    quant = f"quant={{method: OmniQuant, {weight}, {special}, quant_out: true}}"
+    made = job_of(models["llama"], "fp8/awq_fp8", quant)
+    entry, origin = learned(made)
+    tensors, codes, weights = load_file(entry.file(LEARNED)), block_codes(made, origin, 0), None
+    moved = 0.0
+    for group in made.plan.architecture.groups:
+        low, high = (tensors[f"{group.linears[0]}.{end}"] for end in ("low", "high"))
+        moved = max(moved, float((low - torch.sigmoid(torch.tensor(4.0))).abs().max()))
+        weights = [made.read_block(0)[f"{linear}.weight"] for linear in group.linears]
+        wanted = fake_quantize(torch.cat(weights), made.scheme.weight, low, high)
+        parts = wanted.split([len(each) for each in weights])
+        for linear, part in zip(group.linears, parts, strict=True):
+            assert torch.equal(tensors[f"{linear}.low"], low)
+            assert torch.equal(dequantize(codes[linear], made.scheme.weight), part)
+    assert moved > 0.001
+
+
 @pytest.mark.parametrize(
     "special", [{"lwc": True}, {"lwc": False}, {"lwc": False, "search_scale_init": True}]
 )

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -46,15 +47,26 @@ def alone_on(gpus: Sequence[str], limit_s: float) -> Iterator[None]:
     """Be the only one of this user who serves on some GPUs; another one is waited for.
 
     Raises:
-        RunError: another process still serves on one of them.
+        RunError: another process still serves on one of them; the locks are not this user's.
     """
     LOCKS.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _require_own(LOCKS)
     deadline = time.monotonic() + limit_s
     with ExitStack() as held:
         # in one order, so that no two wait for each other
         for gpu in sorted(set(gpus)):
             held.enter_context(_held(gpu, deadline, limit_s))
         yield
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse a folder that another user could have made, or can write to: its name is known."""
+    found = folder.lstat()
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    if not own or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RunError(
+            f"{folder}: is no folder that only this user writes to; remove it, it holds locks only"
+        )
 
 
 @contextmanager

@@ -95,3 +95,14 @@ def test_messages_without_a_template(tmp_path: Path, source: Source) -> None:
     text = save_rows(tmp_path, "jsonl", [{"messages": [{"role": "user", "content": "Where?"}]}])
     with pytest.raises(InputError, match=r"calib: .* no chat template"):
         encode_documents(text, load_tokenizer(source), read_documents(text))
+
+
+def test_a_conversation_that_the_template_refuses(
+    tmp_path: Path, model_with: Callable[..., Source]
+) -> None:
+    strict = "{{ raise_exception('System role not supported') }}"
+    text = save_rows(tmp_path, "jsonl", [{"messages": [{"role": "system", "content": "Be."}]}])
+    with pytest.raises(InputError, match=r"calib: .* \(System role not supported\); remove such"):
+        encode_documents(
+            text, load_tokenizer(model_with(chat_template=strict)), read_documents(text)
+        )

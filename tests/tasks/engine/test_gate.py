@@ -14,6 +14,7 @@ from tasks.engine.gate import (
     Figures,
     Limits,
     Tolerances,
+    _measured_alike,
     as_values,
     decide,
     figures_of,
@@ -143,6 +144,24 @@ def test_figures_of_other_text_are_not_compared():
     assert "evaluated on news, this on books" in line
     anyway = replace(LIMITS.against_champion, same_evaluation=False)
     assert decide(GOOD, replace(LIMITS, against_champion=anyway), other).accepted
+
+
+@pytest.mark.parametrize(
+    ("own", "champions", "alike"),
+    [
+        ("books, tokens 1, float32", "books, tokens 1, float32", True),
+        ("books, tokens 1, float32", "books, tokens 1, bfloat16", False),
+        # of a version that did not name it
+        ("books, tokens 1, float32", "books, tokens 1, auto", True),
+        ("books, tokens 1, float32", "books, tokens 2, auto", False),
+        ("books, tokens 1, float32", None, False),
+    ],
+)
+def test_figures_of_two_dtypes_are_not_compared(
+    own: str, champions: str | None, alike: bool
+) -> None:
+    assert _measured_alike(own, champions) is alike
+    assert _measured_alike(champions, own) is alike
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -41,3 +42,15 @@ def test_samples_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None
     folder = make_checkpoint(tmp_path / "model", **MODELS[name], **small, **sharp)
     found = sample_windows(open_source(folder), 3, LENGTH, seed=0, device="cpu")
     assert torch.equal(found, drawn(folder, 3))
+
+
+def test_tensors_of_other_dtypes_are_computed_in_that_of_the_linears(tmp_path: Path) -> None:
+    small: dict[str, Any] = {"hidden": 64, "intermediate": 96, "vocabulary": 256}
+    folder = make_checkpoint(tmp_path / "model", initializer_range=0.2, **small)
+    alike = sample_windows(open_source(folder), 2, 20, seed=0, device="cpu")
+    tensors = load_file(folder / "model.safetensors")
+    mixed = {n: t.float() if "norm" in n or "lm_head" in n else t for n, t in tensors.items()}
+    save_file(mixed, folder / "model.safetensors", {"format": "pt"})
+    found = open_source(folder)
+    assert len({info.dtype for info in found.tensors.values()}) == 2
+    assert torch.equal(sample_windows(found, 2, 20, seed=0, device="cpu"), alike)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 
+from tasks.engine.errors import InputError
 from tasks.engine.text import TextSource, read_documents, text_digest
 from tests.tasks.engine.texts import DOCUMENTS, save_rows
 
@@ -16,6 +19,41 @@ def test_rows_of_every_kind_of_file(tmp_path: Path, kind: str) -> None:
     text = save_rows(tmp_path, kind, [{"text": document} for document in DOCUMENTS])
     assert not text.remote
     assert read_documents(text) == DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluation", "split", "read"),
+    [
+        ("wikitext2", False, None, "train"),
+        ("wikitext2", True, None, "test"),
+        ("pileval", True, None, "validation"),
+        ("dataset", True, None, "test"),
+        ("dataset", True, "validation", "validation"),
+    ],
+)
+def test_a_saved_data_set_is_read_by_the_split_of_the_hub_s(
+    tmp_path: Path, name: str, evaluation: bool, split: str | None, read: str
+) -> None:
+    # in the order of the hub's copy of WikiText
+    parts = {part: Dataset.from_dict({"text": [part]}) for part in ("test", "train", "validation")}
+    DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    section = "eval" if evaluation else "calib"
+    text = TextSource(section, name, str(tmp_path / "saved"), split, evaluation=evaluation)
+    assert read_documents(text) == [read]
+    other = replace(text, split="test" if read != "test" else "train")
+    assert text_digest(other) != text_digest(text) == text_digest(replace(text, split=read))
+
+
+def test_a_split_that_is_not_there(tmp_path: Path) -> None:
+    one = {"train": Dataset.from_dict({"text": ["one"]})}
+    DatasetDict(one).save_to_disk(tmp_path / "one")
+    text = TextSource("eval", "dataset", str(tmp_path / "one"), evaluation=True)
+    # there is no other
+    assert read_documents(text) == ["one"]
+    DatasetDict(one | {"valid": one["train"]}).save_to_disk(tmp_path / "two")
+    for given in (replace(text, path=str(tmp_path / "two")), replace(text, split="dev")):
+        with pytest.raises(InputError, match=r"has no split '.*', but train.* set eval\.split"):
+            text_digest(given)
 
 
 def test_the_name_decides_before_the_ending(tmp_path: Path) -> None:

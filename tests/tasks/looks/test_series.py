@@ -67,6 +67,9 @@ def test_clip_errors_are_told_against_the_whole_range() -> None:
     value = {"factors": [1.0, 0.9, 0.8], "errors": {"a": [2.0, 1.0, 4.0]}}
     (curve,) = clip_curves([value])["a"]
     assert (curve.x, curve.y) == ((0.8, 0.9, 1.0), (2.0, 0.5, 1.0))
+    # a float's factors rise from 1
+    value = {"factors": [1.0, 1.5], "errors": {"a": [2.0, 1.0]}}
+    assert clip_curves([value])["a"][0].y == (1.0, 0.5)
 
 
 def test_ranges_over_the_blocks() -> None:
