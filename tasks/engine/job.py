@@ -245,7 +245,9 @@ class Job:
 
     def send_ahead(self, block: int) -> None:
         """Have a GPU copy a block that was loaded ahead, beside what it is asked next."""
-        if self.on_gpu and not self.loading.busy and block in self._loaded:
+        # the device itself: where tests have a CPU pass for a GPU there is nowhere to send it
+        on_gpu = torch.device(self.device).type == "cuda"
+        if on_gpu and not self.loading.busy and block in self._loaded:
             self._sent[block] = sent_beside(self._loaded.pop(block), self.device)
 
     def _taken_ahead(self, block: int) -> dict[str, torch.Tensor] | None:

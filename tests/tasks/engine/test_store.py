@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import pickle
 import signal
 import time
 from collections.abc import Callable
@@ -262,13 +261,6 @@ def test_tensors_are_written_whatever_their_layout(store: Store) -> None:
         draft.save_tensors("b", {"v": weight[1:].clone(), "t": weight.t().clone()})
         assert (draft.folder / "a").read_bytes() == (draft.folder / "b").read_bytes()
         assert torch.equal(load_tensors(draft.folder / "b")["t"], weight.t())
-
-
-def test_a_store_travels_as_its_folder(store: Store) -> None:
-    put(store)
-    copy = pickle.loads(pickle.dumps(store))
-    assert copy.root == store.root
-    assert copy.get(KEY) is not None
 
 
 def test_links_fall_back_to_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
