@@ -101,7 +101,7 @@ def clip(
         linears = clipped_linears(job, group, special.clip_query_key)
         for part in scaled_together(job, linears):
             # linears of one scale have one factor too
-            asked[part[0]] = partial(_stacked, tensors, part), partial(gram_of, group.name)
+            asked[part[0]] = partial(stacked, tensors, part), partial(gram_of, group.name)
             sharers[part[0]] = part
     with search_products(job.device):
         found = clips_of_all(job.team, job.scheme.weight, asked, factors)
@@ -113,8 +113,8 @@ def clip(
     return {"factors": known.tolist(), "chosen": counts, "errors": errors}
 
 
-def _stacked(tensors: Mapping[str, Tensor], linears: Sequence[str]) -> Tensor:
-    """The weights of some linears, one below the other."""
+def stacked(tensors: Mapping[str, Tensor], linears: Sequence[str]) -> Tensor:
+    """The weights of some linears, one below the other; of one its own."""
     weights = [tensors[f"{linear}.weight"] for linear in linears]
     return torch.cat(weights) if weights[1:] else weights[0]
 

@@ -21,7 +21,7 @@ from quantizers.errors import NonFiniteError
 from quantizers.omniquant import Learnable, clip_of, fake_quantize, starting_logits
 from quantizers.omniquant import learn as descend
 from quantizers.smoothquant import smoothing_scale
-from tasks.clip import LEARNED
+from tasks.clip import LEARNED, stacked
 from tasks.engine.architectures import LinearGroup
 from tasks.engine.collect import block_statistics
 from tasks.engine.decoder import InputHook, micro_batches, run_block
@@ -158,13 +158,13 @@ def _objective(
             )
         )
         for part in parts:
-            weights = [current[f"{linear}.weight"] for linear in part]
-            stacked = torch.cat(weights) if weights[1:] else weights[0]
-            low = high = torch.ones(scheme.scale_shape(*stacked.shape), device=job.device)
+            weight = stacked(current, part)
+            low = high = torch.ones(scheme.scale_shape(*weight.shape), device=job.device)
             if part[0] in logits:
                 low, high = (clip_of(end) for end in logits[part[0]])
-            found = fake_quantize(stacked, scheme, low, high).split([len(w) for w in weights])
-            current |= {f"{linear}.weight": w for linear, w in zip(part, found, strict=True)}
+            names = [f"{linear}.weight" for linear in part]
+            found = fake_quantize(weight, scheme, low, high).split([len(current[n]) for n in names])
+            current |= dict(zip(names, found, strict=True))
         return {name: tensor.to(job.compute_dtype) for name, tensor in current.items()}
 
     def loss_of(batch: int) -> Tensor:
@@ -207,8 +207,7 @@ def _start(
     logits: dict[str, tuple[Tensor, Tensor]] = {}
     for group in quantized_groups(job, block):
         for part in scaled_together(job, group.linears):
-            weights = [tensors[f"{linear}.weight"] for linear in part]
-            weight = torch.cat(weights) if weights[1:] else weights[0]
+            weight = stacked(tensors, part)
             start = torch.ones(scheme.scale_shape(*weight.shape), device=job.device)
             if searched:
                 with search_products(job.device):

@@ -211,8 +211,7 @@ def _split_of(text: TextSource, path: Path) -> str | None:
     if not described.is_file():
         return None
     splits = [str(split) for split in json.loads(described.read_text())["splits"]]
-    usual = HUB[text.name][text.evaluation].split if text.name in HUB else None
-    split = text.split or usual or ("test" if text.evaluation else "train")
+    split = text.split or _hub_part(text).split
     if split in splits:
         return split
     if text.split is None and len(splits) == 1:
