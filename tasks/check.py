@@ -70,26 +70,17 @@ def request_of(
     model: str | None = None,
     output: str | None = None,
     overrides: Sequence[str] = (),
-    device: str = "cpu",
-    memory: int | None = None,
     store: str | None = None,
-    keep_incompatible: bool = False,
-    overwrite: bool = False,
-    upload: str | None = None,
+    **more: Any,
 ) -> Request:
-    """The request that a flow's parameters make: the recipe read, output and store found."""
+    """The request that a flow's parameters make: the recipe read, output and store found.
+
+    What else there is of a Request goes into it as it was given.
+    """
     loaded = load_recipe(recipe, overrides)
-    return Request(
-        loaded,
-        model,
-        output_folder(loaded, recipe, model, output),
-        settings(Path(store) if store else None).store,
-        device,
-        memory,
-        keep_incompatible,
-        overwrite,
-        upload,
-    )
+    folder = output_folder(loaded, recipe, model, output)
+    place = settings(Path(store) if store else None)
+    return Request(loaded, model, folder, place.store, **more)
 
 
 def output_folder(recipe: Recipe, name: str, model: str | None, output: str | None) -> Path | None:

@@ -86,11 +86,9 @@ def text_digest(text: TextSource) -> str:
     if text.remote:
         return _hub_revision(text)
     path = _local_path(text)
-    if not path.is_dir():
-        return f"{_loader(text, path)};{checksum(path)}"
     split = _split_of(text, path)
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    read = [_loader(text, path), *([split] if split is not None else [])]
+    read = [_loader(text, path), *([] if split is None else [split])]
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return ";".join([*read, *(checksum(file) for file in files)])
 
 
