@@ -5,8 +5,12 @@ Libraries load each kernel, and compile some, when it is first asked for: second
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.schema import ResolvedStep
 from configs.special_keys import AwqSpecial, GptqSpecial
@@ -25,6 +29,7 @@ from tasks.engine.job import Job
 from tasks.engine.precision import search_products
 from tasks.engine.ranges import largest_of_all, of_weight
 from tasks.engine.streams import keep_embedding
+from tasks.engine.transfer import launched_on
 from tasks.engine.version import SOURCE
 
 # kernels are made for sizes that sixteen divides, whatever those are
@@ -34,28 +39,24 @@ ROWS = 64
 def rehearse(job: Job) -> None:
     """Do once what the steps of a job do, with zeros; nothing is kept.
 
+    Threads share it, so that several kernels are compiled at once where none was before.
+
     Raises:
         Exception: of any kind, which is to be met where the work itself meets it.
     """
     block = job.plan.blocks[0]
-    widths = {job.source.tensors[name].shape[1] for name in block.full(block.weights)}
-    for columns in sorted(widths):
-        weight = torch.zeros(ROWS, columns, dtype=job.dtype, device=job.device)
-        weight[0, 0] = 1.0
-        largest_of_all([weight])
-        _rounded(job, weight, None)
+    widths = sorted({job.source.tensors[n].shape[1] for n in block.full(block.weights)})
+    # sets up what compiles, for all threads
+    largest_of_all([_weight(job, widths[0])])
+    parts = [partial(_rounded, job, widths, kind) for kind in (job.dtype, torch.float32)]
     calibrated = [step for step in job.steps if step.calib is not None]
-    if not calibrated:
-        return
-    _passed(job, calibrated[0])
-    columns = min(widths)
-    weight = torch.ones(ROWS, columns, dtype=job.dtype, device=job.device)
-    inputs = torch.eye(columns, device=job.device, dtype=job.compute_dtype)[None]
-    statistics = completed(add_batch(empty_statistics(columns, job.device), inputs, last=False))
-    with search_products(job.device):
-        for step in calibrated:
-            _searched(job, step, weight, statistics)
-        _rounded(job, weight, statistics)
+    if calibrated:
+        # transformers changes torch's default dtype while it builds a model, for all threads
+        parts.append(partial(_passed, job, calibrated[0], job.decoder.blocks[0]))
+        parts.append(partial(_searched, job, calibrated, widths[0]))
+    with search_products(job.device), ThreadPoolExecutor(len(parts)) as pool:
+        for done in [pool.submit(_launched, job.device, part) for part in parts]:
+            done.result()
 
 
 def fetch_first(job: Job) -> None:
@@ -72,10 +73,10 @@ def fetch_first(job: Job) -> None:
         keep_embedding(job, SOURCE)
 
 
-def _passed(job: Job, step: ResolvedStep) -> None:
+def _passed(job: Job, step: ResolvedStep, block: nn.Module) -> None:
     """A window through a block."""
     assert step.calib is not None
-    block, kind, place = job.decoder.blocks[0], job.compute_dtype, job.device
+    kind, place = job.compute_dtype, job.device
     shapes = {name: tensor.shape for name, tensor in block.state_dict().items()}
     weights = {n: torch.zeros(shape, dtype=kind, device=place) for n, shape in shapes.items()}
     tokens = torch.zeros(1, step.calib.seq_len, dtype=torch.int64, device=place)
@@ -85,8 +86,31 @@ def _passed(job: Job, step: ResolvedStep) -> None:
     run_block(block, weights, hidden, arguments[0])
 
 
-def _searched(job: Job, step: ResolvedStep, weight: Tensor, statistics: InputStatistics) -> None:
-    """What is found out about a weight before it is rounded, and GPTQ's rounding."""
+def _launched(device: str, part: Callable[[], None]) -> None:
+    """Do a part in a thread of its own."""
+    with launched_on(device):
+        part()
+
+
+def _weight(job: Job, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    """One to round, of zeros but for one entry."""
+    weight = torch.zeros(ROWS, columns, dtype=dtype or job.dtype, device=job.device)
+    weight[0, 0] = 1.0
+    return weight
+
+
+def _searched(job: Job, steps: Sequence[ResolvedStep], columns: int) -> None:
+    """What is found out about a weight before it is rounded, GPTQ's rounding, and the report."""
+    inputs = torch.eye(columns, device=job.device, dtype=job.compute_dtype)[None]
+    statistics = completed(add_batch(empty_statistics(columns, job.device), inputs, last=False))
+    for step in steps:
+        _searched_by(job, step, torch.ones_like(_weight(job, columns)), statistics)
+    for kind in (job.dtype, torch.float32):
+        _reported(job, _weight(job, columns, kind), statistics.gram)
+
+
+def _searched_by(job: Job, step: ResolvedStep, weight: Tensor, statistics: InputStatistics) -> None:
+    """What one step of a recipe does of it."""
     special, scheme = step.quant.special, job.scheme.weight
     columns = weight.shape[1]
     transform = ChannelTransform(torch.ones(columns, device=job.device))
@@ -108,14 +132,19 @@ def _searched(job: Job, step: ResolvedStep, weight: Tensor, statistics: InputSta
             gptq(weight, factor, scheme, found, block_size=special.blocksize)
 
 
-def _rounded(job: Job, weight: Tensor, statistics: InputStatistics | None) -> None:
+def _rounded(job: Job, widths: Sequence[int], dtype: torch.dtype) -> None:
     """Rounding, its report, packing, and the way back."""
     scheme = job.scheme.weight
+    for columns in widths:
+        codes = _reported(job, _weight(job, columns, dtype), None)
+        of_weight(dequantize(codes, scheme))
+        packed = compress(codes, job.scheme, check=False)
+        restore(packed, job.scheme).to(job.compute_dtype)
+
+
+def _reported(job: Job, weight: Tensor, gram: Tensor | None) -> QuantizedWeight:
+    """Rounding and its report."""
     codes: QuantizedWeight
-    for given in (weight, weight.float()):
-        (codes,) = round_group([given], scheme, [None], refuse=False)
-        gram = None if statistics is None else statistics.gram
-        rounding_energies(given, codes, scheme, gram=gram)
-    of_weight(dequantize(codes, scheme))
-    packed = compress(codes, job.scheme, check=False)
-    restore(packed, job.scheme).to(job.compute_dtype)
+    (codes,) = round_group([weight], job.scheme.weight, [None], refuse=False)
+    rounding_energies(weight, codes, job.scheme.weight, gram=gram)
+    return codes
