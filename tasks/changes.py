@@ -11,14 +11,14 @@ from typing import Any
 from tasks.engine.job import Job
 from tasks.engine.output import waiting_beside
 from tasks.engine.publication import REPORT, begun
-from tasks.report import without_places
+from tasks.report import source_digests, without_places
 
 
 def news(job: Job, output: Path) -> str | None:
     """Why a checkpoint is to be made again, None where the published one is of the same work.
 
-    Compared are the source's digest, the recipe, the code's version and which linears are left out;
-    not the machine, whose last bits may differ.
+    Compared are the source's digests, the recipe and its files of text, the code's version and
+    which linears are left out; not the machine, whose last bits may differ, nor a hub's data sets.
     """
     if not output.is_dir():
         return "nothing is published yet"
@@ -26,15 +26,22 @@ def news(job: Job, output: Path) -> str | None:
         return "the last publication was not ended"
     try:
         published = json.loads((output / REPORT).read_text(encoding="utf-8"))
-        recipe, source = published["recipe"], published["source"]["digest"]
+        recipe, source = published["recipe"], dict(published["source"])
+        digest, texts = source["digest"], published.get("texts")
         code, ignored = published["versions"]["blockquant"], published["ignored"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{REPORT} of the published checkpoint cannot be read"
-    if source != job.source.digest(job.source.tensors):
+    known = source_digests(job)
+    if digest != known["digest"]:
         return "the source model's digest is new"
+    # a report of before does not say it, nor which texts
+    if source.get("files") != known["files"]:
+        return "the source model's config or tokenizer is new"
     now = without_places(job.recipe.canonical())
     if recipe != json.loads(json.dumps(now)):
         return f"the recipe is new ({', '.join(_differing(recipe, now))})"
+    if texts != job.texts:
+        return "a text that the recipe names is new"
     if code != version("blockquant"):
         return f"blockquant {version('blockquant')} is new, it was {code}"
     if ignored != list(job.plan.ignored):

@@ -12,7 +12,7 @@ from tasks.engine.draft import Draft
 from tasks.engine.encoding import TOKENIZER_FILES, files_digest
 from tasks.engine.export_format import export_dtype, quantization_config
 from tasks.engine.job import Job, require
-from tasks.engine.source import INDEX, SINGLE
+from tasks.engine.source import CONFIG, INDEX, SINGLE
 from tasks.engine.step import step
 from tasks.engine.version import SOURCE, Version
 
@@ -81,7 +81,7 @@ def _assemble(
     if total > 1:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(draft, INDEX, index)
-    _write_json(draft, "config.json", config)
+    _write_json(draft, CONFIG, config)
     for companion in COMPANIONS:
         if (job.source.path / companion).is_file():
             # a copy: the source's own file must not share its bytes with the export

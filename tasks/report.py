@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from configs.schemes import scheme_name
+from tasks.engine.encoding import files_digest
 from tasks.engine.job import Job
+from tasks.engine.source import CONFIG
 from tasks.engine.store import Entry
+from tasks.export import COMPANIONS
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,8 @@ def make_report(
         "method": " then ".join(str(step.quant.method) for step in job.steps),
         "format": job.scheme.format if job.quantizes else None,
         "recipe": without_places(job.recipe.canonical()),
-        "source": {
-            "name": job.source.name,
-            "digest": job.source.digest(job.source.tensors),
-        },
+        "source": {"name": job.source.name, **source_digests(job)},
+        "texts": job.texts,
         "versions": {"blockquant": version("blockquant"), **job.fingerprint},
         "bytes": main.exported.value["bytes"],
         "ignored": list(job.plan.ignored),
@@ -78,6 +79,14 @@ def make_report(
             }
             for folder, other in others
         },
+    }
+
+
+def source_digests(job: Job) -> dict[str, str]:
+    """What a source is: ``digest`` of its tensors, ``files`` of its config, tokenizer and such."""
+    return {
+        "digest": job.source.digest(job.source.tensors),
+        "files": files_digest(job.source, (CONFIG, *COMPANIONS)),
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.engine.errors import InputError
-from tasks.engine.source import Source
+from tasks.engine.source import CONFIG, Source
 from tasks.engine.store import checksum, mark_of
 from tasks.engine.text import Document, TextSource
 
@@ -39,7 +39,7 @@ def load_tokenizer(source: Source) -> Any:
             "tokenizer.json and tokenizer_config.json beside the weights"
         )
     # the model's type is the configuration's
-    marks = tuple(mark_of(file) for file in (*found, source.path / "config.json"))
+    marks = tuple(mark_of(file) for file in (*found, source.path / CONFIG))
     try:
         return _loaded(source.path, marks)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file

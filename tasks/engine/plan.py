@@ -14,7 +14,7 @@ from tasks.engine.architectures import Architecture, architecture_of
 from tasks.engine.decoder import Decoder
 from tasks.engine.errors import InputError
 from tasks.engine.kernel_limits import Shapes
-from tasks.engine.source import Source
+from tasks.engine.source import CONFIG, Source
 
 SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")
 # transformers has a default for those that are missing or null
@@ -129,7 +129,7 @@ def require_sizes(source: Source) -> None:
     Raises:
         InputError: one is missing, no positive whole number, or more blocks than are stored.
     """
-    file, config = source.path / "config.json", source.config
+    file, config = source.path / CONFIG, source.config
     for key in SIZES:
         if key not in config:
             raise InputError(f"{file}: {key}: is missing; copy the model's own config.json again")

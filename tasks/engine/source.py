@@ -29,6 +29,7 @@ from tasks.engine.transfer import to_host
 DIGEST_THREADS = 4
 # threads of a run digest different tensors of one file
 _REMEMBERING = threading.Lock()
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {
@@ -220,7 +221,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: missing, or not a JSON object.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"model {folder}: no config.json; is this a transformers checkpoint?")
     try:

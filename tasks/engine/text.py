@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,9 +182,9 @@ def _load(text: TextSource) -> Any:
         raise
     except Exception as error:  # datasets raises many kinds, wrapped in its own
         cause = error.__cause__ or error
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0][:200]
         if text.remote:
-            raise _unreachable(text, reason) from error
+            raise _not_had(text, cause) from error
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0][:200]
         raise InputError(
             f"{text.key('path')}: {text.path} cannot be read ({reason}); give a file of text, "
             "jsonl or parquet"
@@ -235,24 +234,21 @@ def _hub_revision(text: TextSource) -> str:
     try:
         return f"{name}@{HfApi().dataset_info(name, timeout=10).sha}"
     except Exception as error:  # offline, unknown, gated: all mean that it is not to be had
-        cached = _cached_fingerprint(text)
-        if cached is not None:
-            return f"{name}@{cached}"
-        raise _unreachable(text, type(error).__name__) from error
+        import datasets
+
+        # what either of HF_HUB_OFFLINE and HF_DATASETS_OFFLINE asks for
+        if datasets.config.HF_HUB_OFFLINE:
+            return f"{name}@{_load(text)._fingerprint}"
+        raise _not_had(text, error) from error
 
 
-def _cached_fingerprint(text: TextSource) -> str | None:
-    if not os.environ.get("HF_DATASETS_OFFLINE"):
-        return None
-    try:
-        return str(_load(text)._fingerprint)
-    except InputError:
-        return None
-
-
-def _unreachable(text: TextSource, reason: str) -> InputError:
-    section = text.section
+def _not_had(text: TextSource, error: BaseException) -> InputError:
+    """What to do about a hub's data set that cannot be used."""
+    reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+    section, id_ = text.section, _hub_part(text).id
+    if isinstance(error, ValueError) and "split" in reason:
+        return InputError(f"{section}.split: the data set {id_}: {reason} Set {section}.split")
     return InputError(
-        f"{section}.name: the data set {_hub_part(text).id} ({text.name}) cannot be reached "
+        f"{section}.name: the data set {id_} ({text.name}) cannot be reached "
         f"({reason}); give a local file: --set {section}.name=text --set {section}.path=FILE"
     )

@@ -15,7 +15,7 @@ from tasks.changes import news
 from tasks.engine.job import Job
 from tasks.engine.publication import REPORT, begin, end
 from tasks.engine.store import write_text
-from tasks.report import without_places
+from tasks.report import source_digests, without_places
 from tests.models import make_checkpoint
 
 JobOf = Callable[..., Job]
@@ -29,7 +29,8 @@ def published(tmp_path: Path, job_of: JobOf) -> tuple[Path, Path]:
     job = job_of(model, "rtn_w4a16", *FINE)
     report = {
         "recipe": without_places(job.recipe.canonical()),
-        "source": {"name": "any", "digest": job.source.digest(job.source.tensors)},
+        "source": {"name": "any", **source_digests(job)},
+        "texts": job.texts,
         "versions": {"blockquant": version("blockquant"), "torch": "another"},
         "ignored": list(job.plan.ignored),
     }
@@ -56,6 +57,17 @@ def test_a_weight_is_new(published: tuple[Path, Path], job_of: JobOf) -> None:
     assert news(job_of(model, "rtn_w4a16", *FINE), output) == "the source model's digest is new"
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_small_file_of_the_source_is_new(
+    published: tuple[Path, Path], job_of: JobOf, name: str
+) -> None:
+    model, output = published
+    read = json.loads((model / name).read_text())
+    (model / name).write_text(json.dumps(read | {"bos_token_id": 7}))
+    told = "the source model's config or tokenizer is new"
+    assert news(job_of(model, "rtn_w4a16", *FINE), output) == told
+
+
 def test_the_recipe_is_new(published: tuple[Path, Path], job_of: JobOf) -> None:
     model, output = published
     job = job_of(model, "rtn_w4a16", "quant.weight.group_size=32")
@@ -68,8 +80,15 @@ def test_the_place_of_a_text_is_not_new(
     model, output = published
     evaluated = "eval={{name: text, path: {}/words.txt, windows: 2, seq_len: 48}}"
     before = job_of(model, "rtn_w4a16", *FINE, evaluated.format(tmp_path))
-    edit(output, recipe=without_places(before.recipe.canonical()))
-    assert news(job_of(model, "rtn_w4a16", *FINE, evaluated.format("/elsewhere")), output) is None
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for folder in (tmp_path, elsewhere):
+        (folder / "words.txt").write_text("the river\n" * 400)
+    edit(output, recipe=without_places(before.recipe.canonical()), texts=before.texts)
+    assert news(job_of(model, "rtn_w4a16", *FINE, evaluated.format(elsewhere)), output) is None
+    (elsewhere / "words.txt").write_text("the mountain\n" * 400)
+    told = "a text that the recipe names is new"
+    assert news(job_of(model, "rtn_w4a16", *FINE, evaluated.format(elsewhere)), output) == told
     assert news(job_of(model, "rtn_w4a16", *FINE), output) == "the recipe is new (eval)"
 
 

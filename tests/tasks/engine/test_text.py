@@ -6,8 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, DatasetInfo, SplitDict, SplitInfo
+from datasets.arrow_writer import ArrowWriter
 
 from tasks.engine.errors import InputError
 from tasks.engine.text import TextSource, read_documents, text_digest
@@ -54,6 +56,43 @@ def test_a_split_that_is_not_there(tmp_path: Path) -> None:
     for given in (replace(text, path=str(tmp_path / "two")), replace(text, split="dev")):
         with pytest.raises(InputError, match=r"has no split '.*', but train.* set eval\.split"):
             text_digest(given)
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextSource:
+    """A data set of a hub that was fetched before, and no hub."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    # only what HF_HUB_OFFLINE sets
+    monkeypatch.delenv("HF_DATASETS_OFFLINE")
+    rows = Dataset.from_dict({"text": DOCUMENTS})
+    place = tmp_path / "acme___words" / "default" / "0.0.0" / "0123abcd"
+    place.mkdir(parents=True)
+    with ArrowWriter(path=str(place / "words-train.arrow"), features=rows.features) as writer:
+        writer.write_table(rows.data.table)
+        count, size = writer.finalize()
+    split = SplitInfo("train", size, count, dataset_name="words")
+    known = {"builder_name": "parquet", "dataset_name": "words", "config_name": "default"}
+    DatasetInfo(
+        **known, features=rows.features, version="0.0.0", splits=SplitDict({"train": split})
+    ).write_to_directory(str(place))
+    return TextSource("calib", "dataset", "acme/words")
+
+
+def test_without_a_hub_what_was_fetched_is_read(cached: TextSource) -> None:
+    assert text_digest(cached) == text_digest(cached)
+    assert text_digest(cached).startswith("acme/words@")
+    assert read_documents(cached) == DOCUMENTS
+
+
+def test_a_split_that_a_hub_s_data_set_does_not_have(cached: TextSource) -> None:
+    for read in (text_digest, read_documents):
+        with pytest.raises(InputError, match=r"calib\.split: .*acme/words: Unknown split .tst."):
+            read(replace(cached, split="tst"))
+
+
+def test_a_hub_that_is_not_asked_and_nothing_fetched(cached: TextSource) -> None:
+    with pytest.raises(InputError, match=r"acme/others .*cannot be reached .*local file"):
+        text_digest(replace(cached, path="acme/others"))
 
 
 def test_the_name_decides_before_the_ending(tmp_path: Path) -> None:
@@ -118,8 +157,6 @@ def test_text_wins_over_messages(tmp_path: Path) -> None:
 def test_reading_a_file_leaves_no_copy(
     tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    import datasets
-
     cache = tmp_path / "cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
