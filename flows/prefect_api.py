@@ -175,7 +175,7 @@ def prefect_api(
 
     configured = PREFECT_API_URL.value()
     if configured:
-        _require_server(str(configured))
+        _require_server()
         meanwhile()
         yield str(configured)
         return
@@ -259,10 +259,14 @@ def _drop_empty(said: Path) -> None:
         said.unlink()
 
 
-def _require_server(url: str) -> None:
-    try:
-        httpx.get(f"{url}/health", timeout=30).raise_for_status()
-    except httpx.HTTPError as error:
+def _require_server() -> None:
+    """Ask as Prefect's client does: with its certificates, headers and password."""
+    load("prefect.client.orchestration")
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        error = client.api_healthcheck()
+    if error is not None:
         raise InputError(
             f"PREFECT_API_URL: no Prefect server answers there ({type(error).__name__}); start "
             "one with `prefect server start`, or unset it to use one that comes and goes with us"

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
 import httpx
 import pytest
 
-from flows.prefect_api import quiet_defaults, waiting_server
+from flows.prefect_api import prefect_api, quiet_defaults, waiting_server
+from tasks.engine.errors import InputError
 from tests.flows.conftest import bare_environment
 
 # a whole life of a server; what the API says shows that it was this one that answered
@@ -144,3 +146,38 @@ def test_no_server_waits_where_one_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     with waiting_server() as server:
         assert server is None
+
+
+class Guarded(BaseHTTPRequestHandler):
+    """Stands for a proxy before a server: whoever does not say the word is sent away."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.headers.get("x-word") == "river" else 403)
+        self.end_headers()
+        self.wfile.write(b"true")
+
+    def log_message(self, *words: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("word", ["river", "sea"])
+def test_a_stand_in_for_a_guarded_server_is_asked_as_prefect_asks(
+    word: str, tmp_path: Path
+) -> None:
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_CUSTOM_HEADERS, temporary_settings
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as server, ThreadPoolExecutor(1) as beside:
+        serving = beside.submit(server.serve_forever)
+        url = f"http://127.0.0.1:{server.server_port}/api"
+        headers = {"x-word": word}
+        try:
+            with temporary_settings({PREFECT_API_URL: url, PREFECT_CLIENT_CUSTOM_HEADERS: headers}):
+                if word == "river":
+                    with prefect_api(tmp_path / "said") as used:
+                        assert used == url
+                else:
+                    with pytest.raises(InputError, match="no Prefect server answers there"):
+                        prefect_api(tmp_path / "said").__enter__()
+        finally:
+            server.shutdown()
+            serving.result()
