@@ -9,8 +9,8 @@ tokens that transformers' modules, with weights and inputs quantized as the chec
 likeliest at the same place. Tokens per second are those of one request alone and of 16 at once
 (128 tokens of prompt, 128 new ones), and the source model is served and timed in the same way.
 
-Several checkpoints are quantized and several servers run at once; while one is timed, the others
-wait. With --work, a run that was cut off goes on. Arguments after -- go to the server.
+Several checkpoints may be quantized at once; servers follow one another, for each takes the memory
+that it finds. With --work, a run that was cut off goes on. Arguments after -- go to the server.
 """
 
 from __future__ import annotations
@@ -85,7 +85,6 @@ def main(
     ] = None,
     device: Annotated[str, typer.Option(help="Where to quantize.")] = "cuda",
     quantized_at_once: Annotated[int, typer.Option(min=1, help="Flows at once.")] = 1,
-    served_at_once: Annotated[int, typer.Option(min=1, help="Servers at once.")] = 1,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="A file to write all figures to.")
     ] = None,
@@ -110,9 +109,8 @@ def main(
         rows = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
         rows = [row for row in rows if "speed" in row]
         known = {row["recipe"] for row in rows}
-        left = [name for name in (SOURCE, *names) if name not in known]
-        for start in range(0, len(left), served_at_once):
-            rows += serve_wave(bench, left[start : start + served_at_once], made)
+        for name in [name for name in (SOURCE, *names) if name not in known]:
+            rows.append(row_of(bench, name, made.get(name, {})))
             # a long run that is cut off keeps what it has
             kept.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     console.print(table(rows, model.name))
@@ -160,38 +158,18 @@ def checkpoint_of(bench: Bench, name: str) -> Path:
     return bench.model if name == SOURCE else bench.work / "out" / name.replace("/", "-")
 
 
-def serve_wave(
-    bench: Bench, names: Sequence[str], made: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Serve some checkpoints at once, ask all of them, then time one after the other."""
-    ready = [name for name in names if name == SOURCE or "failed" not in made[name]]
-    rows = {name: {"recipe": name, **made.get(name, {})} for name in names}
-    with ExitStack() as stack, ThreadPoolExecutor(len(names)) as pool:
-        contexts = {name: server_of(bench, name) for name in ready}
-        entered = {name: pool.submit(context.__enter__) for name, context in contexts.items()}
-        clients = {}
-        for name, future in entered.items():
-            try:
-                clients[name], found = future.result()
-            except RunError as error:
-                progress.print(f"{name}: {error}", style="red", markup=False)
-                rows[name]["failed"] = str(error)
-                continue
-            stack.push(contexts[name])
-            rows[name] |= found
-        for name, client in clients.items():
-            try:
-                rows[name] |= figures(bench, name, client)
-            except RunError as error:
-                progress.print(f"{name}: {error}", style="red", markup=False)
-                rows[name]["failed"] = str(error)
-    return list(rows.values())
-
-
-def server_of(bench: Bench, name: str) -> Any:
-    """A server of a checkpoint that is not started yet."""
+def row_of(bench: Bench, name: str, made: dict[str, Any]) -> dict[str, Any]:
+    """Serve a checkpoint, ask it and time it; or why that failed, beside what was made."""
+    row = {"recipe": name, **made}
+    if "failed" in row:
+        return row
     log_file = bench.work / "logs" / f"{name.replace('/', '-')}.log"
-    return served(checkpoint_of(bench, name), bench.serving, log_file)
+    try:
+        with served(checkpoint_of(bench, name), bench.serving, log_file) as (client, found):
+            return row | found | figures(bench, name, client)
+    except RunError as error:
+        progress.print(f"{name}: {error}", style="red", markup=False)
+        return row | {"failed": str(error)}
 
 
 def figures(bench: Bench, name: str, client: Any) -> dict[str, Any]:

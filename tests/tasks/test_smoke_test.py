@@ -158,6 +158,10 @@ def test_which_gpus_a_server_takes(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpus.gpus_of(2) == ["0", "1"]
     assert gpus.gpus_of(1, ["--dtype", "half", "--base-gpu-id", "3"]) == ["3"]
+    more = ["--dp-size", "2", "--pp-size=2", "--base-gpu-id", "1"]
+    assert gpus.gpus_of(1, more) == ["1", "2", "3", "4"]
+    # copies of the attention only share the GPUs that each weight is split over
+    assert gpus.gpus_of(2, ["--data-parallel-size=2", "--enable-dp-attention"]) == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a1,GPU-b2, 7")
     assert gpus.gpus_of(2, ["--base-gpu-id=1"]) == ["GPU-b2", "7"]
 

@@ -21,25 +21,36 @@ log = logging.getLogger("blockquant")
 
 # of this user on this machine, whatever the home and the store
 LOCKS = Path(tempfile.gettempdir()) / f"blockquant-gpus-{os.getuid()}"
-_FIRST = "--base-gpu-id"
+# of SGLang's arguments, those that say which GPUs it takes
+_FIRST = ("--base-gpu-id",)
+_COPIES = ("--data-parallel-size", "--dp-size")
+_STAGES = ("--pipeline-parallel-size", "--pp-size")
+_COPIES_WITHIN = "--enable-dp-attention"
 
 
 def gpus_of(parallel: int, arguments: Sequence[str] = ()) -> list[str]:
     """Names of the GPUs that a server takes: the first ones that this process may see.
 
     Args:
-        parallel: how many.
-        arguments: those of SGLang's own, among which may be which one is the first.
+        parallel: over how many each weight is split.
+        arguments: those of SGLang's own, among which may be which one is the first, and how many
+            stages and copies of the model there are.
     """
-    first = 0
-    for place, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        following = arguments[place + 1] if place + 1 < len(arguments) else ""
-        if name == _FIRST and (value or following).isdigit():
-            first = int(value or following)
+    copies = 1 if _COPIES_WITHIN in arguments else _number(arguments, _COPIES, 1)
+    count = parallel * copies * _number(arguments, _STAGES, 1)
+    first = _number(arguments, _FIRST, 0)
     seen = [n.strip() for n in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if n.strip()]
-    wanted = range(first, first + parallel)
-    return [seen[n] if n < len(seen) else str(n) for n in wanted]
+    return [seen[n] if n < len(seen) else str(n) for n in range(first, first + count)]
+
+
+def _number(arguments: Sequence[str], names: Sequence[str], default: int) -> int:
+    """The number that follows the last of some names, after a space or ``=``."""
+    found = default
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        name, _, value = argument.partition("=")
+        if name in names and (value or following).isdigit():
+            found = int(value or following)
+    return found
 
 
 @contextmanager
