@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,15 +67,13 @@ class Journal:
     def add_all(self, messages: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """Write messages down together: all of them, or none."""
         rows = [(kind, json.dumps(body)) for kind, body in messages]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._open() as database:
             database.executemany("INSERT INTO message (kind, body) VALUES (?, ?)", rows)
 
     def first(self) -> Message | None:
         """The message that is to be sent next."""
-        with self._open() as database:
-            row = database.execute(
-                "SELECT number, kind, body FROM message ORDER BY number LIMIT 1"
-            ).fetchone()
+        row = self._row("SELECT number, kind, body FROM message ORDER BY number LIMIT 1")
         return None if row is None else Message(row[0], row[1], json.loads(row[2]))
 
     def sent(self, message: Message, facts: Mapping[str, str] | None = None) -> None:
@@ -97,13 +95,12 @@ class Journal:
 
     def count(self) -> int:
         """How many messages are left."""
-        with self._open() as database:
-            return int(database.execute("SELECT COUNT(*) FROM message").fetchone()[0])
+        row = self._row("SELECT COUNT(*) FROM message")
+        return 0 if row is None else int(row[0])
 
     def fact(self, name: str) -> str | None:
         """What was learned before."""
-        with self._open() as database:
-            row = database.execute("SELECT value FROM fact WHERE name = ?", (name,)).fetchone()
+        row = self._row("SELECT value FROM fact WHERE name = ?", name)
         return None if row is None else str(row[0])
 
     def keep(self, path: Path) -> Path:
@@ -118,12 +115,23 @@ class Journal:
         shutil.rmtree(self.files, ignore_errors=True)
         self.path.unlink(missing_ok=True)
 
+    def _row(self, query: str, *values: str) -> Any:
+        """The first row of an answer; None too where there is no journal, which is not made."""
+        try:
+            with self._open("rw") as database:
+                return database.execute(query, values).fetchone()
+        except sqlite3.OperationalError:
+            # it is dropped by who has sent all of it
+            if self.path.exists():
+                raise
+            return None
+
     @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def _open(self, mode: str = "rwc") -> Iterator[sqlite3.Connection]:
+        place = f"{self.path.absolute().as_uri()}?mode={mode}"
         with (
             writing_to(self.path.parent),
-            closing(sqlite3.connect(self.path, timeout=60)) as database,
+            closing(sqlite3.connect(place, timeout=60, uri=True)) as database,
             database,
         ):
             database.execute(
@@ -136,8 +144,12 @@ class Journal:
 
 def journals(store: Path) -> list[Journal]:
     """All journals of a store, the oldest first."""
-    found = sorted((store / "journal").glob("*.sqlite"), key=lambda path: path.stat().st_mtime)
-    return [Journal(path) for path in found]
+    ages: dict[Path, float] = {}
+    for path in (store / "journal").glob("*.sqlite"):
+        # one that is sent meanwhile is gone
+        with suppress(FileNotFoundError):
+            ages[path] = path.stat().st_mtime
+    return [Journal(path) for path in sorted(ages, key=ages.__getitem__)]
 
 
 def journal_of(settings: Settings, identity: str) -> Journal:

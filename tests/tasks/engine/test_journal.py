@@ -276,3 +276,18 @@ def test_messages_are_plain_json(place, away, home, tmp_path):
         run.log_points(POINTS)
     message = journals(place.store)[0].first()
     assert message.kind == "log_points" and json.loads(json.dumps(message.body)) == message.body
+
+
+def test_a_journal_that_is_gone_is_not_made_by_who_reads(place: Settings) -> None:
+    with told_run(place, "work") as run:
+        journal = run.journal
+    assert journals(place.store) == []
+    assert (journal.count(), journal.first(), journal.fact("run")) == (0, None, None)
+    assert journals(place.store) == [] and not journal.path.exists()
+
+
+def test_a_journal_that_goes_while_they_are_listed(place: Settings) -> None:
+    (place.store / "journal").mkdir(parents=True)
+    # is found, and has no age
+    (place.store / "journal" / "gone.sqlite").symlink_to(place.store / "nowhere")
+    assert journals(place.store) == []
