@@ -51,7 +51,9 @@ def compare(
 def _figure(value: float | None) -> str:
     if value is None:
         return ""
-    return str(int(value)) if value == int(value) else f"{value:.5g}"
+    # NaN, and what MLflow makes of infinity, are no counts
+    counted = float(value).is_integer() and abs(value) < 1e15
+    return str(int(value)) if counted else f"{value:.5g}"
 
 
 def status(store: StoreOption = None, as_json: JsonOption = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.looking_cli import FLOW_RUNS
+from flows.looking_cli import FLOW_RUNS, _figure
 from tasks.engine.settings import settings
 from tasks.engine.tracking import Point, Run, open_run
 from tests.conftest import Outcome
@@ -54,6 +55,21 @@ def test_runs_side_by_side(here: Here, tracked: list[Run], tmp_path: Path) -> No
         all(f in line for f in ("eval.kl", "0.01", "0.02", "0.03"))
         for line in shown.out.splitlines()
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, ""),
+        (3.0, "3"),
+        (-128, "-128"),
+        (0.0123456, "0.012346"),
+        (float("nan"), "nan"),
+        (sys.float_info.max, "1.7977e+308"),
+    ],
+)
+def test_how_a_figure_is_shown(value: float | None, shown: str) -> None:
+    assert _figure(value) == shown
 
 
 @pytest.mark.parametrize(
