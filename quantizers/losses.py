@@ -5,16 +5,7 @@ from torch import Tensor
 
 from quantizers.devices import compiles_kernels
 
-__all__ = [
-    "energy_ratio",
-    "output_energies",
-    "output_error_ratio",
-    "relative_output_error",
-    "relative_weight_error",
-    "row_errors",
-    "weight_energies",
-    "weight_error_ratio",
-]
+__all__ = ["energy_ratio", "relative_output_error", "relative_weight_error", "row_errors"]
 
 # columns of a Gram matrix that are multiplied at once
 _CPU_BLOCK, _DEVICE_BLOCK = 512, 2048
@@ -32,7 +23,9 @@ def relative_weight_error(weight: Tensor, restored: Tensor) -> float:
     Raises:
         ValueError: the shapes differ.
     """
-    return float(weight_error_ratio(weight, restored))
+    _check_pair(weight, restored)
+    lost = _squared_norm(_difference(weight, restored))
+    return float(energy_ratio(torch.stack([lost, _squared_norm(weight)])))
 
 
 def relative_output_error(weight: Tensor, restored: Tensor, gram: Tensor) -> float:
@@ -49,41 +42,22 @@ def relative_output_error(weight: Tensor, restored: Tensor, gram: Tensor) -> flo
     Raises:
         ValueError: the shapes do not fit each other.
     """
-    return float(output_error_ratio(weight, restored, gram))
-
-
-def weight_error_ratio(weight: Tensor, restored: Tensor) -> Tensor:
-    """relative_weight_error as a scalar float64, for which nothing waits."""
-    return energy_ratio(weight_energies(weight, restored))
-
-
-def weight_energies(weight: Tensor, restored: Tensor) -> Tensor:
-    """||W - Q||_F^2 and ||W||_F^2, (2,) float64: those of all rows are their sums."""
-    _check_pair(weight, restored)
-    return torch.stack([_squared_norm(_difference(weight, restored)), _squared_norm(weight)])
-
-
-def output_error_ratio(weight: Tensor, restored: Tensor, gram: Tensor) -> Tensor:
-    """relative_output_error as a scalar float64, for which nothing waits."""
-    return energy_ratio(output_energies(weight, restored, gram))
-
-
-def output_energies(weight: Tensor, restored: Tensor, gram: Tensor) -> Tensor:
-    """tr(D H D^T) and tr(W H W^T), D = W - Q, (2,) float64: those of all rows are their sums.
-
-    Arguments and errors are those of relative_output_error; nothing waits for the device.
-    """
     _check_pair(weight, restored)
     columns = weight.shape[1]
     if tuple(gram.shape) != (columns, columns):
         raise ValueError(f"gram has shape {tuple(gram.shape)}, not ({columns}, {columns})")
     gram = gram.to(torch.float32)
-    return torch.stack([_energy(_difference(weight, restored), gram), _energy(weight, gram)])
+    lost = _energy(_difference(weight, restored), gram)
+    return float(energy_ratio(torch.stack([lost, _energy(weight, gram)])))
 
 
 def energy_ratio(energies: Tensor) -> Tensor:
-    """The relative error of energies (2,) as a scalar, or of (2, n) as (n,)."""
-    return _root_ratio(energies[0], energies[1])
+    """sqrt(error / reference) of energies (2,) as a scalar, or of (2, n) as (n,).
+
+    0 / 0 is 0, a negative trace is rounding about zero, NaN stays.
+    """
+    above, below = energies[0].clamp(min=0.0), energies[1].clamp(min=0.0)
+    return (above / below).sqrt().masked_fill(above == 0.0, 0.0)
 
 
 def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
@@ -127,12 +101,6 @@ def _energy(matrix: Tensor, gram: Tensor) -> Tensor:
     """tr(M H M^T); rows in float32, their sum in float64."""
     matrix = matrix.detach().to(torch.float32)
     return row_errors(matrix, gram).to(torch.float64).sum()
-
-
-def _root_ratio(error: Tensor, reference: Tensor) -> Tensor:
-    """sqrt(error / reference), 0 / 0 = 0; a negative trace is rounding about zero. NaN stays."""
-    above, below = error.clamp(min=0.0), reference.clamp(min=0.0)
-    return (above / below).sqrt().masked_fill(above == 0.0, 0.0)
 
 
 def _check_pair(weight: Tensor, restored: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from flows.shift import meet
 from quantizers.channel_transform import ChannelTransform
 from quantizers.clipping import clip_factors, search_clip_curve
-from quantizers.losses import output_error_ratio
+from quantizers.losses import relative_output_error
 from quantizers.number_formats import int_format
 from quantizers.output_error import GroupProblem, output_errors
 from quantizers.rounding import dequantize, round_group
@@ -121,7 +121,10 @@ def searches(team: Team) -> None:
     lost = own_energies(team, weight, whole, SCHEME, known.gram)
     torch.testing.assert_close(
         errors_of_all(team, {"it": lost})["it"]["output_error"],
-        output_error_ratio(weight, dequantize(whole, SCHEME), known.gram),
+        torch.tensor(
+            relative_output_error(weight, dequantize(whole, SCHEME), known.gram),
+            dtype=torch.float64,
+        ),
     )
     parts = rounded_by_rows(
         team, weight, lambda rows: round_group([weight[rows]], SCHEME, [None])[0]
