@@ -36,7 +36,6 @@ from quantizers.statistics import add_batch, empty_statistics
 from tasks.check import Request, check_device, checked_job
 from tasks.engine.ahead import Call, Host, Plan
 from tasks.engine.doubts import settle
-from tasks.engine.draft import Saved
 from tasks.engine.errors import one_line
 from tasks.engine.job import Job
 from tasks.engine.rehearsal import fetch_first, rehearse
@@ -189,11 +188,11 @@ class Voice:
         self._last: torch.cuda.Event | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockquant-voice")
 
-    def tell(self, key: str, made: Made, place: Path, seconds: float) -> tuple[Future[Saved], ...]:
+    def tell(self, key: str, made: Made, place: Path, seconds: float) -> tuple[Future[Any], ...]:
         """Have a result written below a folder and told; where it cannot be, this process ends.
 
         Returns:
-            What is done once its tensors are fetched from the device.
+            What is done once the device need keep nothing of it for the host.
         """
         begun, fetched = self._host.begun(made, place / key)
         self._thread.submit(_or_fail, self._say, partial(self._tell, key, begun, seconds))
@@ -233,7 +232,7 @@ def work(job: Job, told: Iterator[dict[str, Any]], say: Saying) -> None:
                 leash.wait()
                 start = time.perf_counter()
                 made = current.make(message["make"], message["lean"])
-                fetched: tuple[Future[Saved], ...] = ()
+                fetched: tuple[Future[Any], ...] = ()
                 if current.job.team.rank == 0:
                     _, key = message["make"][-1]
                     fetched = voice.tell(key, made, place, time.perf_counter() - start)

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tasks.engine.draft import Saved
 from tasks.engine.job import Job
 from tasks.engine.step import Made, Step
 from tasks.engine.transfer import beside
@@ -60,18 +59,24 @@ class Host:
         self._writing = ThreadPoolExecutor(WRITERS, thread_name_prefix="blockquant-write")
         self._reading = ThreadPoolExecutor(READERS, thread_name_prefix="blockquant-values")
 
-    def begun(self, made: Made, place: Path) -> tuple[Made, tuple[Future[Saved], ...]]:
+    def begun(self, made: Made, place: Path) -> tuple[Made, tuple[Future[Any], ...]]:
         """The same result, its files and values begun; files lie in the folder ``place``.
 
         Returns:
-            It, and what is done once its tensors are fetched.
+            It, and what is done once the device need keep nothing of it for the host.
         """
         fetch, write, read = (
             partial(self._given_to, threads, made)
             for threads in (self._fetching, self._writing, self._reading)
         )
         fetched = made.draft.write_ahead(place, fetch, write, self._job.store.describe)
-        return replace(made, value=begun(made.value, read)), fetched
+        values: list[Future[Any]] = []
+
+        def work_out(work: Callable[[], Any]) -> Future[Any]:
+            values.append(read(work))
+            return values[-1]
+
+        return replace(made, value=begun(made.value, work_out)), (*fetched, *values)
 
     def _given_to(
         self, threads: ThreadPoolExecutor, made: Made, work: Callable[[], Done]

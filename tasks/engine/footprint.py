@@ -110,8 +110,8 @@ def stages(job: Job) -> dict[str, int]:
         copied = max(sum(stored[n].size for n in b.full(b.tensors)) for b in job.plan.blocks)
         found = {name: size + copied for name, size in found.items()}
         if "observe" in found:
-            # codes of the block before, and what is exported of them, are still copied to the host
-            found["observe"] += sizes.block * (8 + job.scheme.weight.number_format.bits) // 8
+            # what is exported of the block before is still copied to the host
+            found["observe"] += sizes.block * job.scheme.weight.number_format.bits // 8
         if "advance" in found:
             # the next block comes beside the pass
             found["advance"] += copied

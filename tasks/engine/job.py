@@ -299,6 +299,11 @@ def result_tensors(job: Job, key: str, file: str) -> Mapping[str, torch.Tensor]:
     return job.memo.get(_result_kind(file), key, read) if kept else read()
 
 
+def forget_result(job: Job, key: str) -> None:
+    """Keep a step's result on disk alone: no other step takes it from memory."""
+    job.memo.forget(*map(_result_kind, result_files(job, key)))
+
+
 def result_files(job: Job, key: str) -> tuple[str, ...]:
     """Names of the files of a step's result, be it written or not."""
     held = job.held.get(key)

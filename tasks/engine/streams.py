@@ -25,7 +25,7 @@ from tasks.engine.decoder import (
 )
 from tasks.engine.errors import RunError
 from tasks.engine.export_format import INPUT_SCALE, restore_block
-from tasks.engine.job import Job, require, result_files, result_tensors
+from tasks.engine.job import Job, forget_result, require, result_files, result_tensors
 from tasks.engine.store import load_tensors
 from tasks.engine.transfer import beside, host_memory, reached, to_host
 from tasks.engine.values import Later
@@ -203,6 +203,9 @@ def pass_block(job: Job, stream: Stream, hidden: Tensor, packed: str | None) -> 
     weights = restore_block(stored, plan.quantized, job.scheme, job.compute_dtype)
     ending = f".{INPUT_SCALE}"
     scales = {n.removesuffix(ending): t for n, t in stored.items() if n.endswith(ending)}
+    # a GPU has room for the pass instead
+    del stored
+    forget_result(job, packed)
     return through_block(
         job, block, weights, hidden, activation_hook(job.scheme.activation, scales)
     )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import tasks.engine.draft as files
 import tasks.engine.step as module
@@ -21,6 +25,7 @@ from tasks.engine.residency import DeviceMemoryError
 from tasks.engine.step import Made, Result, step
 from tasks.engine.store import Store, checksum, load_tensors
 from tasks.engine.team import ALONE, Team
+from tasks.engine.values import Later, resolved
 
 pytestmark = [
     pytest.mark.usefixtures("services"),
@@ -290,3 +295,26 @@ def test_what_a_device_made_is_fetched_whatever_the_disk_is_at(
     for block, made in enumerate(begun):
         ((_, path),) = made.draft.wait().items()
         assert int(load_tensors(path)["sum"]) == block
+
+
+def test_a_tensor_that_a_value_is_worked_out_of_is_let_go_then(work: Work, tmp_path: Path) -> None:
+    job: Any = work
+    codes, go_on = torch.ones(3), threading.Event()
+    gone = weakref.ref(codes)
+
+    def digest(of: Tensor) -> str:
+        assert go_on.wait(30)
+        return str(int(of.sum()))
+
+    made = replace(
+        add.make(job, "key", "", block=0), value={"digest": Later(partial(digest, codes))}
+    )
+    begun, kept = Host(job).begun(made, tmp_path / "key")
+    del codes, made
+    assert gone() is not None and not all(future.done() for future in kept)
+    go_on.set()
+    for future in kept:
+        future.result(10)
+    gc.collect()
+    assert gone() is None
+    assert resolved(begun.value) == {"digest": "3"}
