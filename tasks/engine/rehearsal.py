@@ -103,8 +103,9 @@ def _searched(job: Job, steps: Sequence[ResolvedStep], columns: int) -> None:
     """What is found out about a weight before it is rounded, GPTQ's rounding, and the report."""
     inputs = torch.eye(columns, device=job.device, dtype=job.compute_dtype)[None]
     statistics = completed(add_batch(empty_statistics(columns, job.device), inputs, last=False))
+    ones = torch.ones(ROWS, columns, dtype=job.dtype, device=job.device)
     for step in steps:
-        _searched_by(job, step, torch.ones_like(_weight(job, columns)), statistics)
+        _searched_by(job, step, ones, statistics)
     for kind in (job.dtype, torch.float32):
         _reported(job, _weight(job, columns, kind), statistics.gram)
 
