@@ -138,7 +138,7 @@ def test_the_schedule_fires_and_works_once(up: Up, work: dict[str, str], tmp_pat
     schedule = {"schedule": {"interval": 10}, "active": True, "parameters": parameters}
     (made,) = up.api("POST", f"deployments/{nightly['id']}/schedules", json=[schedule])
     try:
-        first = eventually(lambda: named(up, nightly, "Completed"), "a run that works")
+        first = eventually(lambda: named(up, nightly, "Completed"), "a run that works", 240)
         before, files = entries(parameters), stamps(output)
         second = eventually(lambda: named(up, nightly, "Skipped"), "a run that does nothing")
     finally:
