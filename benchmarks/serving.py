@@ -109,7 +109,9 @@ def main(
         rows = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
         rows = [row for row in rows if "speed" in row]
         known = {row["recipe"] for row in rows}
-        for name in [name for name in (SOURCE, *names) if name not in known]:
+        for name in (SOURCE, *names):
+            if name in known:
+                continue
             rows.append(row_of(bench, name, made.get(name, {})))
             # a long run that is cut off keeps what it has
             kept.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

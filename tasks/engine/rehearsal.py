@@ -47,7 +47,7 @@ def rehearse(job: Job) -> None:
     block = job.plan.blocks[0]
     widths = sorted({job.source.tensors[n].shape[1] for n in block.full(block.weights)})
     # sets up what compiles, for all threads
-    largest_of_all([_weight(job, widths[0])])
+    largest_of_all([_weight(job, widths[0], job.dtype)])
     parts = [partial(_rounded, job, widths, kind) for kind in (job.dtype, torch.float32)]
     calibrated = [step for step in job.steps if step.calib is not None]
     if calibrated:
@@ -92,9 +92,9 @@ def _launched(device: str, part: Callable[[], None]) -> None:
         part()
 
 
-def _weight(job: Job, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+def _weight(job: Job, columns: int, dtype: torch.dtype) -> Tensor:
     """One to round, of zeros but for one entry."""
-    weight = torch.zeros(ROWS, columns, dtype=dtype or job.dtype, device=job.device)
+    weight = torch.zeros(ROWS, columns, dtype=dtype, device=job.device)
     weight[0, 0] = 1.0
     return weight
 
