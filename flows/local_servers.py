@@ -123,9 +123,8 @@ def _worker(services: Services, number: int) -> None:
         "BLOCKQUANT_REPOSITORY": str(services.repository),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "blockquant",
     }
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--type", "process"]
-    command += ["--pool", POOL, "--name", worker_name(number), "--limit", str(services.runs)]
-    os.execv(sys.executable, command)
+    command = [sys.executable, "-m", "flows.local_worker"]
+    os.execv(sys.executable, [*command, POOL, worker_name(number), str(services.runs)])
 
 
 def main(name: str) -> None:

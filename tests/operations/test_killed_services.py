@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.ops, pytest.mark.timeout(1500), pytest.mark.xdist_grou
 BLOCKS = 2
 # how a process of each kind is known by its command; a run's by its environment
 COMMANDS = {
-    "worker": "prefect worker start",
+    "worker": "flows.local_worker",
     "prefect": "flows.local_servers prefect",
     "mlflow": "flows.local_servers mlflow",
 }
