@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,13 +96,15 @@ def clean_environment(**more: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT)} | more
 
 
-def free_ports() -> dict[str, str]:
-    """Ports that nobody uses: two that are brought up at once would both find the usual ones."""
-    with (
-        socket.create_server(("127.0.0.1", 0)) as one,
-        socket.create_server(("127.0.0.1", 0)) as other,
-    ):
-        return dict(zip(PORTS, (str(s.getsockname()[1]) for s in (one, other)), strict=True))
+def lasting_ports(count: int) -> list[int]:
+    """Free ports that the system gives to nobody who asks for any: they are still free later."""
+    found: list[int] = []
+    for port in random.sample(range(20000, 30000), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError("no ports are free")
 
 
 @contextmanager
@@ -119,7 +122,9 @@ def telling(up: Up) -> Iterator[None]:
 def brought_up(home: Path, **settings: str) -> Iterator[Up]:
     """Bring services up, and down at the end; nothing of them is left."""
     home.mkdir(parents=True, exist_ok=True)
-    env = clean_environment(BLOCKQUANT_HOME=str(home), **(free_ports() | settings))
+    # of two that are brought up at once, both would find the usual ones
+    ports = dict(zip(PORTS, map(str, lasting_ports(len(PORTS))), strict=True))
+    env = clean_environment(BLOCKQUANT_HOME=str(home), **(ports | settings))
     bare = Up(home, "", "", env)
     try:
         started = bare.run("up", module="flows.local_services")

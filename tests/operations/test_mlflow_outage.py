@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,16 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.conftest import ROOT, Cli
-from tests.operations.services import eventually
+from tests.operations.services import eventually, lasting_ports
 
 pytestmark = [pytest.mark.ops, pytest.mark.usefixtures("services")]
-
-
-def lasting_port() -> int:
-    """A free port that the system gives to nobody who asks for any: it is still free later."""
-    for port in random.sample(range(20000, 30000), 100):
-        with suppress(OSError), closing(socket.create_server(("127.0.0.1", port))):
-            return port
-    raise OSError("no port is free")
 
 
 class Server:
     """An MLflow server on a port of its own, which can be killed and started again."""
 
     def __init__(self, home: Path) -> None:
-        self._port = lasting_port()
+        (self._port,) = lasting_ports(1)
         self._home = home
         self._process: subprocess.Popen[bytes] | None = None
         self.uri = f"http://127.0.0.1:{self._port}"
