@@ -123,6 +123,8 @@ def _worker(services: Services, number: int) -> None:
         "BLOCKQUANT_REPOSITORY": str(services.repository),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "blockquant",
     }
+    # the server is on this machine: asking it costs little, and a person waits for a run to begin
+    os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")
     command = [sys.executable, "-m", "flows.local_worker"]
     os.execv(sys.executable, [*command, POOL, worker_name(number), str(services.runs)])
 

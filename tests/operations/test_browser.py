@@ -22,9 +22,9 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.conftest import skip_or_fail
 from tests.models import DEMO_MODEL, make_text
-from tests.operations.services import ROOT, Up, brought_up
+from tests.operations.services import ROOT, Up
 
-pytestmark = [pytest.mark.ops, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ops, pytest.mark.timeout(600), pytest.mark.xdist_group("services")]
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 LIMIT_S = 60
@@ -58,19 +58,17 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+def ran(up: Up, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """A searched recipe on the demo model, through servers that ``make up`` starts."""
     if BROWSER is None or DRIVER is None:
         skip_or_fail("no Chromium here; make ops-packages installs Debian's")
     folder = tmp_path_factory.mktemp("seen")
     text = make_text(folder / "words.txt", words=3000)
     given = [word for each in OVERRIDES for word in ("--set", each.format(text=text))]
-    with brought_up(folder / "home", BLOCKQUANT_WORKERS="1") as up:
-        output = folder / "demo-w4a16"
-        named = ("awq_w4a16", "--model", DEMO_MODEL, "--output", output)
-        done = up.run("quantize", *named, *given, "--json", module="flows.cli")
-        assert done.returncode == 0, done.stderr
-        yield Ran(up, json.loads(done.stdout), MlflowClient(up.mlflow))
+    named = ("awq_w4a16", "--model", DEMO_MODEL, "--output", folder / "demo-w4a16")
+    done = up.run("quantize", *named, *given, "--json", module="flows.cli")
+    assert done.returncode == 0, done.stderr
+    return Ran(up, json.loads(done.stdout), MlflowClient(up.mlflow))
 
 
 @pytest.fixture(scope="module")
