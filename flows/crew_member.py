@@ -48,8 +48,10 @@ from tasks.engine.values import resolved
 
 log = logging.getLogger("blockquant")
 
-# steps that a device may be behind of what it was asked for
+# steps that a device may be behind of what it was asked for; where a pass through a block begins,
+# which takes the most memory, only the pass through the one before: what was exported is fetched
 AHEAD_STEPS = 2
+AHEAD_OF_PASS = 1
 
 
 def job_of(given: Assignment, rank: int, devices: Sequence[str]) -> Job:
@@ -75,6 +77,14 @@ class Work:
         self._plan = passed.plan(self.job)
         self._calls = self._plan.calls()
         self._call: Call | None = next(self._calls, None)
+        self._calibrated = passed.calibrated
+        self._block = 0
+
+    @property
+    def ahead(self) -> int:
+        """How many steps the device may be behind as the next one is asked for."""
+        passes = self._calibrated and self._call is not None and self._call.block != self._block
+        return AHEAD_OF_PASS if passes else AHEAD_STEPS
 
     def make(self, calls: Sequence[tuple[str, str]], lean: bool) -> Made:
         """Compute the result of a call.
@@ -99,6 +109,7 @@ class Work:
                     # what was read for a first block that was found
                     drop_embedding(self.job)
                 made = call.step.make(self.job, key, *call.args, block=call.block)
+                self._block = call.block
             self._call = _sent(self._calls, key)
         assert made is not None
         return made
@@ -219,7 +230,7 @@ def work(job: Job, told: Iterator[dict[str, Any]], say: Saying) -> None:
     current: Work | None = None
     place = Path()
     voice = Voice(job, say)
-    leash = Leash(AHEAD_STEPS)
+    leash = Leash()
     try:
         for message in told:
             if "end" in message:
@@ -229,7 +240,7 @@ def work(job: Job, told: Iterator[dict[str, Any]], say: Saying) -> None:
                     current.end()
                 current, place = Work(job, Pass.of(message["pass"])), Path(message["place"])
             elif current is not None:
-                leash.wait()
+                leash.wait(current.ahead)
                 start = time.perf_counter()
                 made = current.make(message["make"], message["lean"])
                 fetched: tuple[Future[Any], ...] = ()

@@ -109,12 +109,9 @@ def stages(job: Job) -> dict[str, int]:
         stored = job.source.tensors
         copied = max(sum(stored[n].size for n in b.full(b.tensors)) for b in job.plan.blocks)
         found = {name: size + copied for name, size in found.items()}
-        if "observe" in found:
-            # what is exported of the block before is still copied to the host
-            found["observe"] += sizes.block * job.scheme.weight.number_format.bits // 8
         if "advance" in found:
-            # the next block comes beside the pass
-            found["advance"] += copied
+            # that copy is the next block then, and what is exported is still copied to the host
+            found["advance"] += sizes.block * job.scheme.weight.number_format.bits // 8
     return found | {"verify": _verify(job, sizes), "evaluate": _evaluate(job, sizes)}
 
 

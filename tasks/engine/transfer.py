@@ -101,9 +101,8 @@ class Leash:
     What is asked for takes its memory at once, and what it used before is not yet free.
     """
 
-    def __init__(self, steps: int) -> None:
-        """Begin with nothing asked; ``steps`` may be asked for that the device did not reach."""
-        self._steps = steps
+    def __init__(self) -> None:
+        """Begin with nothing asked."""
         self._asked: deque[tuple[torch.cuda.Event, tuple[Future[Any], ...]]] = deque()
 
     def ask(self, ready: torch.cuda.Event | None, fetched: tuple[Future[Any], ...] = ()) -> None:
@@ -116,13 +115,13 @@ class Leash:
         if ready is not None:
             self._asked.append((ready, fetched))
 
-    def wait(self) -> None:
-        """Wait until one more step may be asked for.
+    def wait(self, steps: int) -> None:
+        """Wait until no more than ``steps`` were asked for that the device did not reach.
 
         Raises:
             Exception: something could not be fetched.
         """
-        while len(self._asked) > self._steps:
+        while len(self._asked) > steps:
             ready, fetched = self._asked.popleft()
             ready.synchronize()
             for copy in fetched:

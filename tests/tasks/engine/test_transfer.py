@@ -89,15 +89,17 @@ def test_a_leash_waits_for_the_oldest_steps() -> None:
         def synchronize(self) -> None:
             reached.append(self.number)
 
-    leash = Leash(2)
+    leash = Leash()
     for number in range(5):
-        leash.wait()
+        leash.wait(2)
         leash.ask(Event(number))  # type: ignore[arg-type]
     assert reached == [0, 1], "before the fourth and the fifth"
     leash.ask(None)
-    leash.wait()
-    leash.wait()
+    leash.wait(2)
+    leash.wait(2)
     assert reached == [0, 1, 2]
+    leash.wait(1)
+    assert reached == [0, 1, 2, 3], "fewer are asked for ahead"
 
 
 def test_a_leash_waits_for_what_is_fetched() -> None:
@@ -111,13 +113,13 @@ def test_a_leash_waits_for_what_is_fetched() -> None:
             return super().result(timeout)
 
     order: list[str] = []
-    leash = Leash(0)
+    leash = Leash()
     first, second = Copy(), Copy()
     first.set_result(1)
     second.set_exception(OSError("no memory to copy to"))
     leash.ask(Event(), (first,))  # type: ignore[arg-type]
-    leash.wait()
+    leash.wait(0)
     assert order == ["reached", "fetched"]
     leash.ask(Event(), (second,))  # type: ignore[arg-type]
     with pytest.raises(OSError, match="no memory"):
-        leash.wait()
+        leash.wait(0)
