@@ -48,9 +48,10 @@ from tasks.engine.values import resolved
 
 log = logging.getLogger("blockquant")
 
-# steps that a device may be behind of what it was asked for; where a pass through a block begins,
-# which takes the most memory, only the pass through the one before: what was exported is fetched
+# steps that a device may be behind of what it was asked for
 AHEAD_STEPS = 2
+# the same where a block is begun, which takes the most memory: what is exported of the one before
+# has left the device, and the pass through that one is what it is at
 AHEAD_OF_PASS = 1
 
 

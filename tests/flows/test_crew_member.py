@@ -51,4 +51,4 @@ def test_a_pass_through_a_block_waits_for_more(
     assert {ahead for _, ahead in seen} <= {AHEAD_OF_PASS, AHEAD_STEPS}
     # that of the first block has nothing before it
     assert [name for name, ahead in seen if ahead == AHEAD_OF_PASS] == passes
-    assert len(seen) > 2 * BLOCKS - 1
+    assert len(seen) >= 2 * BLOCKS
