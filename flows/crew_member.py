@@ -50,8 +50,8 @@ log = logging.getLogger("blockquant")
 
 # steps that a device may be behind of what it was asked for
 AHEAD_STEPS = 2
-# the same where a block is begun, which takes the most memory: what is exported of the one before
-# has left the device, and the pass through that one is what it is at
+# the same where a block is begun, which takes the most memory: no more than the pass through the
+# one before, so that what is exported of that one has left the device
 AHEAD_OF_PASS = 1
 
 

@@ -19,22 +19,23 @@ from functools import partial
 STUCK_S = 60.0
 
 
-async def ending_when_stuck(work: Awaitable[None], limit_s: float = STUCK_S) -> None:
-    """Await work; where the event loop stands still for ``limit_s`` seconds, the process ends.
+async def ending_when_stuck(awaited: Awaitable[None], limit_s: float = STUCK_S) -> None:
+    """Await something; where the event loop stands still for ``limit_s`` seconds, the process ends.
 
     By status 1, each thread's stack on standard error. The runs of a worker go on without it. What
     is left to do at the end of the process has the same time.
     """
+    watch = partial(faulthandler.dump_traceback_later, limit_s, exit=True)
 
     async def beat() -> None:
         while True:
             await asyncio.sleep(limit_s / 10)
-            faulthandler.dump_traceback_later(limit_s, exit=True)
+            watch()
 
-    faulthandler.dump_traceback_later(limit_s, exit=True)
+    watch()
     beating = asyncio.create_task(beat())
     try:
-        await work
+        await awaited
     finally:
         beating.cancel()
 
