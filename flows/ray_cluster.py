@@ -44,7 +44,7 @@ def cluster(runner: Runner) -> Iterator[Any]:
                 os.environ["RAY_AUTH_MODE"] = "token"
                 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-"))
-            cores = (runner.threads or 1) * (runner.at_once or 1)
+            cores = (runner.threads or 1) * (runner.children_at_once or 1)
             given: Mapping[str, Any] = {
                 "address": "local",
                 "num_cpus": max(cores, os.cpu_count() or 1),

@@ -40,7 +40,7 @@ def run_children(children: Sequence[Child], runner: Runner, place: Surroundings)
     """
     if runner.kind == RAY:
         yield from _on_ray(children, runner, place)
-    elif (runner.at_once or 1) == 1:
+    elif runner.children_at_once == 1:
         for child in children:
             with shown(err):
                 ended = run_child(**_arguments(child, place), return_state=True)
@@ -71,7 +71,8 @@ def _in_processes(
     waiting = list(children)
     while waiting:
         lost: list[Child] = []
-        for child, value, reason in _in_pool(waiting, runner.at_once or 1, runner.devices, place):
+        workers = runner.children_at_once or 1
+        for child, value, reason in _in_pool(waiting, workers, runner.devices, place):
             if reason is LOST:
                 lost.append(child)
             else:
@@ -138,7 +139,7 @@ def _on_ray(children: Sequence[Child], runner: Runner, place: Surroundings) -> I
         def submit(child: Child) -> PrefectFuture[Any]:
             return pool.submit(run_child, _arguments(child, place))
 
-        for child, future in _ended(children, submit, runner.at_once):
+        for child, future in _ended(children, submit, runner.children_at_once):
             try:
                 value, reason = future.result(), None
             except Exception as error:

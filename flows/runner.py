@@ -21,7 +21,7 @@ class Runner:
         address: a Ray cluster's; None for one that comes and goes with the sweep.
         cores: of a child; None for this machine's, shared among those that run at once.
         gpus: of a child, on Ray; None for one where the device is CUDA.
-        at_once: how many children run at once; on Ray None is as many as the cluster has room for.
+        at_once: how many children run at once; None for what `children_at_once` says.
         device: of the children.
     """
 
@@ -37,9 +37,20 @@ class Runner:
         """Threads of a child; None for those of this process."""
         if self.cores is not None:
             return self.cores
-        if self.kind == LOCAL and (self.at_once or 1) == 1:
+        at_once = self.children_at_once or 1
+        if self.kind == LOCAL and at_once == 1:
             return None
-        return max(1, torch.get_num_threads() // (self.at_once or 1))
+        return max(1, torch.get_num_threads() // at_once)
+
+    @property
+    def children_at_once(self) -> int | None:
+        """How many children run at once: by default one for each device of this machine.
+
+        None is as many as Ray's cluster has room for.
+        """
+        if self.at_once is None and self.kind == LOCAL:
+            return len(self.devices)
+        return self.at_once
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -84,7 +84,8 @@ def sweep(
         address: of a Ray cluster; without one, a cluster of this machine is started and ended.
         cores: of a child; by default this machine's, shared among those that run at once.
         gpus: of a child on Ray; by default one where the device is CUDA.
-        at_once: how many children run at once: by default one, and on Ray what there is room for.
+        at_once: how many children run at once: by default one, with ``cuda`` one for each GPU, and
+            on Ray what there is room for.
         log_file: a log to keep with the sweep's MLflow run.
 
     Returns:

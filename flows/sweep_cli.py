@@ -45,7 +45,8 @@ def sweep(
         int | None, typer.Option("--gpus", min=0, help="Of a child, on Ray; 1 with cuda.")
     ] = None,
     at_once: Annotated[
-        int | None, typer.Option("--at-once", min=1, help="Children that run at once.")
+        int | None,
+        typer.Option("--at-once", min=1, help="Children that run at once; 1, or 1 a GPU."),
     ] = None,
     keep_incompatible: KeepOption = False,
     overwrite: OverwriteOption = False,

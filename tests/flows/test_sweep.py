@@ -177,6 +177,10 @@ def test_cores_are_shared_among_children_at_once(monkeypatch: pytest.MonkeyPatch
     assert Runner("ray").threads == 8
     assert Runner("ray", at_once=4, cores=3).threads == 3
     assert Runner("ray").gpus_of_child == 0
+    with monkeypatch.context() as two_gpus:
+        two_gpus.setattr(torch.cuda, "device_count", lambda: 2)
+        assert Runner(device="cuda").threads == 4
+        assert Runner(device="cuda:1").threads is None
     assert Runner("ray", device="cuda").gpus_of_child == 1
     assert Runner("ray", device="cuda", gpus=2).gpus_of_child == 2
 
@@ -271,4 +275,7 @@ def test_children_on_this_machine_share_its_gpus(
     kind: str, device: str, count: int, devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    assert Runner(kind, device=device).devices == devices
+    runner = Runner(kind, device=device)
+    assert runner.devices == devices
+    assert runner.children_at_once == (None if kind == "ray" else len(devices))
+    assert Runner(kind, device=device, at_once=5).children_at_once == 5

@@ -48,18 +48,22 @@ RECIPES = {
     "tuned/best_w4a16": ["steps.0.quant.special.ratios=4"],
 }
 STEPS = ("tuned/best_w4a16",)
+# those that read no text
+IN_TURN = ("rtn_w4a16", "fp8/rtn_fp8")
 # the check of every change runs those that take shares of most kinds
 MARKS = {"awq_w4a16": [], "gptq_w4a16": [], "tuned/best_w4a16": [pytest.mark.ops]}
 
 
 def overrides(recipe: str, text: Path, samples: int = SAMPLES) -> list[str]:
     sections = ["steps.0.calib", "steps.1.calib"] if recipe in STEPS else ["calib"]
+    if recipe in IN_TURN:
+        sections = []
     source = f"{{name: text, path: {text}, n_samples: {samples}, seq_len: 32}}"
     return [
         *(f"{section}={source}" for section in sections),
         f"eval={{name: text, path: {text}, windows: 2, seq_len: 32}}",
         *("serving.smoke_test=false", "serving.check_kernels=false", "eval.report=false"),
-        *RECIPES[recipe],
+        *RECIPES.get(recipe, []),
     ]
 
 
@@ -358,20 +362,7 @@ def test_without_calibration_each_block_is_one_device_s(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def run(name: str, device: str, store: str | None = None) -> dict[str, Any]:
-        given = [f"eval={{name: text, path: {words}, windows: 2, seq_len: 32}}"]
-        given += ["serving.smoke_test=false", "serving.check_kernels=false", "eval.report=false"]
-        result: dict[str, Any] = quantize_model(
-            "rtn_w4a16",
-            str(tiny),
-            str(home / name),
-            given,
-            store=str(home / f"store-{store or name}"),
-            device=device,
-        )
-        return result
-
-    run("alone", "cpu")
+    quantized(home, tiny, words, "alone", "rtn_w4a16", "cpu")
     made_to_run(TELLING, home / "telling", monkeypatch)
     started = []
     start = flows.shift.take_started
@@ -379,7 +370,7 @@ def test_without_calibration_each_block_is_one_device_s(
         flows.shift, "take_started", lambda *args: started.append(start(*args)) or started[-1]
     )
     with caplog.at_level("WARNING", "blockquant"):
-        result = run("two", "cpu,cpu")
+        result = quantized(home, tiny, words, "two", "rtn_w4a16")
     assert not any(member.seat.calibrated for member in started[0].members)
     assert contents(home / "two") == contents(home / "alone")
     assert result["phases"][AHEAD] > 0 and result["phases"][IN_TASK] == 0
@@ -387,7 +378,7 @@ def test_without_calibration_each_block_is_one_device_s(
     said = [r.getMessage() for r in caplog.records if "is rounded by process" in r.getMessage()]
     assert list(dict.fromkeys(line.split()[-1] for line in said)) == pids, "a block each, of two"
     # they are what one device would find: their keys do not tell how many there were
-    again = run("again", "cpu,cpu", "alone")
+    again = quantized(home, tiny, words, "alone", "rtn_w4a16")
     blocks = [step for step in again["steps"] if "block" in step["step"]]
     assert blocks and all(step["cached"] for step in blocks)
     assert left_running() == []
@@ -442,6 +433,16 @@ def test_two_gpus_give_the_same_bytes_each_time(
     assert contents(home / "again") == contents(home / "first")
     alone = quantized(home, tiny, words, "alone", recipe, "cuda:0")
     assert first["metrics"]["nll"] == pytest.approx(alone["metrics"]["nll"], rel=0.02)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+@pytest.mark.parametrize("recipe", IN_TURN)
+def test_two_gpus_that_take_blocks_in_turn_find_what_one_does(
+    home: Path, tiny: Path, words: Path, recipe: str
+) -> None:
+    quantized(home, tiny, words, "two", recipe, "cuda:0,cuda:1")
+    quantized(home, tiny, words, "alone", recipe, "cuda:0")
+    assert contents(home / "two") == contents(home / "alone")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")

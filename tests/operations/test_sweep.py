@@ -243,6 +243,18 @@ def test_a_child_that_fails_stops_no_other_one(place: Place) -> None:
     assert sorted(c.info.status for c in children) == ["FAILED", "FINISHED", "FINISHED"]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+def test_children_use_two_gpus_and_find_what_one_does(place: Place) -> None:
+    two = swept(place, "two-gpus", device="cuda")
+    _, children = tracked(place, two["mlflow"]["run"])
+    assert [child.info.status for child in children] == ["FINISHED"] * 3
+    assert {child.data.tags["device"] for child in children} == {"cuda:0", "cuda:1"}
+    first, second, _ = sorted((child.info.start_time, child.info.end_time) for child in children)
+    assert second[0] < first[1], "one beside the other"
+    one = swept(place, "one-gpu", device="cuda:1")
+    assert checkpoints(two) == checkpoints(one)
+
+
 def test_on_ray_it_gives_the_same_bytes(
     place: Place, first: dict[str, Any], two_workers: None
 ) -> None:
