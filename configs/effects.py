@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.fields import NoEffect, Section
-from configs.schema import Quant, Recipe, needs_calibration
+from configs.methods import needs_calibration
+from configs.schema import Quant, Recipe
 from configs.special_keys import OmniQuantSpecial
 from configs.vocabulary import WeightAlgorithm
 

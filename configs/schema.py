@@ -22,6 +22,14 @@ from configs.fields import (
     effective,
 )
 from configs.gate_schema import Gate
+from configs.methods import (
+    finds_scales_on_the_way,
+    has_clip,
+    has_learned_clip,
+    has_learned_transform,
+    has_transform,
+    needs_calibration,
+)
 from configs.serving_schema import Serving
 from configs.special_keys import SPECIAL_KEYS, GptqSpecial, NoSpecial, Special
 from configs.vocabulary import (
@@ -50,7 +58,6 @@ __all__ = [
     "Serving",
     "Step",
     "Weight",
-    "needs_calibration",
 ]
 
 Data = TypeVar("Data", Calibration, Evaluation)
@@ -201,10 +208,7 @@ class Quant(Section):
 
     @model_validator(mode="after")
     def _searched_ranges_are_used(self) -> Quant:
-        special = self.special
-        on_the_way = isinstance(special, GptqSpecial) and not special.static_groups
-        grouped = self.weight.granularity is WeightGranularity.PER_GROUP
-        if on_the_way and grouped and self.weight.calib_algo is WeightAlgorithm.MSE:
+        if finds_scales_on_the_way(self) and self.weight.calib_algo is WeightAlgorithm.MSE:
             raise ValueError(
                 "weight.calib_algo mse searches ranges before the first column is rounded: write "
                 "special.static_groups: true, or calib_algo: minmax"
@@ -341,6 +345,22 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _clips_are_used(self) -> Recipe:
+        clips: str | None = None
+        for number, (quant, _) in enumerate(self._written_steps()):
+            if has_transform(quant) or has_learned_transform(quant):
+                clips = None
+            if clips is not None and finds_scales_on_the_way(quant):
+                raise ValueError(
+                    f"steps.{number}.quant.special.static_groups: false, so no scale heeds the "
+                    f"ranges that {clips} finds: write static_groups: true, or {clips}: false"
+                )
+            if has_clip(quant) or has_learned_clip(quant):
+                key = "weight_clip" if has_clip(quant) else "lwc"
+                clips = f"steps.{number}.quant.special.{key}"
+        return self
+
+    @model_validator(mode="after")
     def _text_for_all(self) -> Recipe:
         for quant, calib in self._written_steps():
             if needs_calibration(quant) and calib is None:
@@ -362,12 +382,6 @@ class Recipe(Section):
                     "would be evaluated on the text it was calibrated with; give another seed"
                 )
         return self
-
-
-def needs_calibration(quant: Quant) -> bool:
-    """Whether a quantization reads calibration text: its method does, or static act scales."""
-    static = quant.act is not None and quant.act.static
-    return static or quant.method not in METHODS_WITHOUT_CALIBRATION
 
 
 def _seeded(section: Data, seed: int) -> Data:

@@ -6,18 +6,25 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from configs.methods import (
+    has_clip,
+    has_learned_clip,
+    has_learned_transform,
+    has_learning,
+    has_transform,
+)
 from configs.schema import ResolvedStep
 from tasks.advance import advance
-from tasks.clip import clip, has_clip
+from tasks.clip import clip
 from tasks.engine.ahead import Call, Plan
 from tasks.engine.job import Job
 from tasks.engine.streams import Stream, Streams, start_stream
 from tasks.engine.team import ALONE
 from tasks.engine.version import Version
-from tasks.learn import has_learned_clip, has_learned_transform, has_learning, learn
+from tasks.learn import learn
 from tasks.pack import pack
 from tasks.quantize import Origin, makes_up, quantize
-from tasks.transform import has_transform, transform
+from tasks.transform import transform
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,11 @@ class BlockPlan:
         if floats is not None and has_learning(quant):
             key = yield Call(learn, (self.step, Streams(stream, floats)), block)
             decision = key if has_learned_transform(quant) else None
-            clipped = key if has_learned_clip(quant) else clipped
+            if has_learned_clip(quant):
+                clipped = key
+            elif decision is not None:
+                # ranges of weights that are scaled now
+                clipped = None
         if has_clip(quant):
             clipped = yield Call(clip, (self.step, stream, decision), block)
         return Choice(decision, clipped)

@@ -9,7 +9,7 @@ from torch import Tensor
 from quantizers.devices import compiles_kernels
 from quantizers.errors import NonFiniteError
 from quantizers.number_formats import codes_in_float32, rounded_to_float8
-from quantizers.scales import matrix_shape, weight_scales
+from quantizers.scales import matrix_shape, own_copies, weight_scales
 from quantizers.schemes import Granularity, WeightScheme
 
 __all__ = [
@@ -142,8 +142,10 @@ def round_group(
         ]
     stacked = torch.cat(list(weights))
     ((scale, zero_point),) = _scales([stacked], scheme, clips[:1], refuse)
-    # each its own copy: files hold no tensor twice
-    return [quantize_weight(weight, scale.clone(), zero_point, scheme) for weight in weights]
+    return [
+        quantize_weight(weight, *own, scheme)
+        for weight, own in zip(weights, own_copies(scale, zero_point, len(weights)), strict=True)
+    ]
 
 
 def _scales(

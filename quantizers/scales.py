@@ -49,6 +49,15 @@ def weight_scales(
     )
 
 
+def own_copies(
+    scale: Tensor, zero_point: Tensor | None, count: int
+) -> list[tuple[Tensor, Tensor | None]]:
+    """A scale and zero point that linears share, once for each: files hold no tensor twice."""
+    return [
+        (scale.clone(), None if zero_point is None else zero_point.clone()) for _ in range(count)
+    ]
+
+
 def scales_of(
     extremes: tuple[Tensor, Tensor],
     scheme: WeightScheme,

@@ -41,11 +41,6 @@ LEARNED = "learned.safetensors"
 MSE_STEPS, MSE_SHRINK = 80, 0.8
 
 
-def has_clip(quant: Quant) -> bool:
-    """Whether the method clips weights."""
-    return isinstance(quant.special, AwqSpecial | GptqSpecial) and quant.special.weight_clip
-
-
 def _depends_on(
     job: Job, recipe_step: ResolvedStep, stream: Stream, decision: str | None, block: int
 ) -> dict[str, Any]:

@@ -48,21 +48,6 @@ from tasks.transform import GroupInputs, group_problem, input_lineage
 log = logging.getLogger("blockquant")
 
 
-def has_learning(quant: Quant) -> bool:
-    """Whether the method learns."""
-    return isinstance(quant.special, OmniQuantSpecial)
-
-
-def has_learned_transform(quant: Quant) -> bool:
-    """Whether channel scales are learned."""
-    return isinstance(quant.special, OmniQuantSpecial) and quant.special.let
-
-
-def has_learned_clip(quant: Quant) -> bool:
-    """Whether clip factors are learned."""
-    return isinstance(quant.special, OmniQuantSpecial) and quant.special.lwc
-
-
 def _depends_on(
     job: Job, recipe_step: ResolvedStep, streams: Streams, block: int
 ) -> dict[str, Any]:

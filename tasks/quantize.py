@@ -73,7 +73,7 @@ def _depends_on(job: Job, origin: Origin, block: int) -> dict[str, Any]:
     return {
         "method": str(quant.method),
         "scheme": scheme_lineage(job),
-        "inputs": input_lineage(job, quant) if _static(job) else None,
+        "inputs": input_lineage(job, quant) if _static(job) or _rounds_inputs(quant) else None,
         "special": _rounding_keys(origin),
         "ranges": "mse" if mse else "minmax",
         "linears": list(job.plan.blocks[block].quantized),
@@ -94,6 +94,11 @@ def _rounding_keys(origin: Origin) -> dict[str, Any] | None:
     unread = CLIP_KEYS if special.descend else (*CLIP_KEYS, "descend")
     found = {key: value for key, value in effective(special).items() if key not in unread}
     return found | ({"code": code_digest(_DESCENT)} if special.descend else {})
+
+
+def _rounds_inputs(quant: Quant) -> bool:
+    """Whether codes depend on how the inputs of a block's later linears are rounded."""
+    return isinstance(quant.special, GptqSpecial) and quant.special.true_sequential
 
 
 def makes_up(quant: Quant) -> bool:

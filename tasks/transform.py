@@ -72,12 +72,6 @@ def input_lineage(job: Job, quant: Quant) -> Any:
     return [lineage, str(act.calib_algo), act.percentile]
 
 
-def has_transform(quant: Quant) -> bool:
-    """Whether the method changes weights before they are rounded."""
-    trans = not isinstance(quant.special, AwqSpecial) or quant.special.trans
-    return quant.method in _METHODS and trans
-
-
 def _depends_on(job: Job, recipe_step: ResolvedStep, stream: Stream, block: int) -> dict[str, Any]:
     quant = recipe_step.quant
     special = {k: v for k, v in effective(quant.special).items() if k not in ("trans", *CLIP_KEYS)}

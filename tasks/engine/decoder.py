@@ -268,6 +268,7 @@ def device_fingerprint(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers_version(),
         "micro_batch": f"{MICRO_BATCH_TOKENS[where.type]} tokens",
+        "between products": code_digest(*CODE),
     }
     if where.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
@@ -277,7 +278,6 @@ def device_fingerprint(device: str) -> dict[str, str]:
     major, minor = torch.cuda.get_device_capability(where)
     return facts | {
         "device": f"cuda {name} sm{major}{minor} {torch.version.cuda}",
-        "between products": code_digest(*CODE),
         "triton": triton_version(),
         **{name: os.environ[name] for name in PRODUCT_VARIABLES if name in os.environ},
     }

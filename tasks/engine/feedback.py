@@ -16,7 +16,7 @@ from quantizers.coordinate_descent import descend
 from quantizers.gptq import GramFactor, factorize, gptq, made_up_target
 from quantizers.rounding import ClipRange, QuantizedWeight, dequantize, round_group
 from quantizers.scale_refit import better_rows, refit_scales
-from quantizers.scales import weight_scales
+from quantizers.scales import own_copies, weight_scales
 from quantizers.schemes import Granularity, WeightScheme
 from tasks.engine.collect import block_statistics, observe, observe_beside
 from tasks.engine.doubts import Doubt, settle
@@ -210,9 +210,8 @@ def _round_group(
     if scheme.granularity is Granularity.TENSOR:
         low, high = pairs[0]
         stacked = torch.cat(list(weights))
-        scale, zero = weight_scales(stacked, scheme, clip_low=low, clip_high=high)
-        # each its own copy: files hold no tensor twice
-        scales: list[Parameters | None] = [(scale.clone(), zero) for _ in weights]
+        found = weight_scales(stacked, scheme, clip_low=low, clip_high=high)
+        scales: list[Parameters | None] = [*own_copies(*found, len(weights))]
     elif scheme.granularity is Granularity.GROUP and not special.static_groups:
         scales = [None for _ in weights]
     else:

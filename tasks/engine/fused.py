@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantizers.between_products import rms_norm, rotated_positions, swiglu
 
-# of quantizers/: what a result on a GPU depends on beside torch and transformers
+# of quantizers/: what a result depends on beside torch and transformers
 CODE = ("quantizers.between_products", "quantizers.between_products_kernel")
 _ROTARY = "apply_rotary_pos_emb"
 

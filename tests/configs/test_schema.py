@@ -287,6 +287,36 @@ def test_a_search_for_ranges_needs_scales_that_are_found_before():
     parse(quant={**gptq, "special": {}}, calib={"name": "pileval"})
 
 
+AWQ = {"method": "Awq", "special": {"weight_clip": True}}
+LEARNED = {"method": "OmniQuant", "special": {"lwc": True}}
+SCALED = {"method": "OmniQuant", "special": {"lwc": False, "let": True}}
+
+
+@pytest.mark.parametrize(
+    ("before", "refused"),
+    [
+        ([AWQ], "steps.0.quant.special.weight_clip"),
+        ([LEARNED], "steps.0.quant.special.lwc"),
+        ([AWQ, {"method": "RTN"}], "steps.0.quant.special.weight_clip"),
+        ([SCALED, AWQ], "steps.1.quant.special.weight_clip"),
+        ([{**AWQ, "special": {"weight_clip": False}}], None),
+        # ranges hold until weights are scaled
+        ([AWQ, SCALED], None),
+        ([AWQ, {"method": "SmoothQuant"}], None),
+        ([{"method": "RTN"}], None),
+    ],
+)
+def test_ranges_of_a_step_need_scales_that_are_found_before(before, refused):
+    weight = {"bit": 4, "granularity": "per_group", "group_size": 128}
+    gptq = {"method": "GPTQ", "special": {"static_groups": False}}
+    steps = [{"quant": {**quant, "weight": weight}} for quant in (*before, gptq)]
+    said = f"steps.{len(before)}.quant.special.static_groups: false.*{refused} finds"
+    with nullcontext() if refused is None else pytest.raises(RecipeError, match=said):
+        parse_recipe({"steps": steps, "calib": {"name": "pileval"}}, "x.yml")
+    steps[-1]["quant"]["special"] = {}
+    parse_recipe({"steps": steps, "calib": {"name": "pileval"}}, "x.yml")
+
+
 @pytest.mark.parametrize(("granularity", "served"), [("per_tensor", False), ("per_channel", True)])
 def test_scales_that_rows_share_are_not_refitted(granularity, served):
     weight = {"bit": "e4m3", "granularity": granularity}

@@ -49,6 +49,33 @@ def test_no_result_is_asked_for_twice(given: tuple[str, ...], tmp_path: Path) ->
     assert not asked[2, "advance"], "nothing comes after the last block"
 
 
+@pytest.mark.parametrize(
+    ("step", "clipped"),
+    [
+        ("RTN", "ranges"),
+        ("OmniQuant, special: {lwc: false, let: true}", None),
+        ("OmniQuant, special: {lwc: true, let: true}", "learned"),
+        ("OmniQuant, special: {lwc: true, let: false}", "learned"),
+        ("Awq, special: {weight_clip: false}", None),
+    ],
+)
+def test_ranges_hold_until_weights_are_scaled_or_others_are_found(
+    step: str, clipped: str | None, tmp_path: Path
+) -> None:
+    weight = "weight: {bit: 4, granularity: per_group, group_size: 32}"
+    written = [f"  - quant: {{{weight}, method: {each}}}\n" for each in ("Awq", step)]
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text("calib: {name: pileval}\nsteps:\n" + "".join(written))
+    model = open_source(make_checkpoint(tmp_path / "model", "llama", blocks=2))
+    loaded = load_recipe(str(recipe), ["serving.check_kernels=false"])
+    job = Job(loaded, model, Store(tmp_path / "store"), Memo(), "cpu", 1 << 30)
+    tokens = None if job.steps[1].calib is None else "tokens"
+    plan = Pass(1, tokens, SOURCE, ("ranges", "ranges"), True).plan(job)
+    learned = [key for call, key in keyed(job, plan.calls()) if call.step.name == "learn"]
+    expected = learned if clipped == "learned" else [clipped, clipped]
+    assert [choice.clipped for choice in plan.choices] == expected
+
+
 @pytest.mark.parametrize(("size", "tokens", "stride"), [(1, None, 1), (3, None, 3), (3, "t", 1)])
 def test_a_pass_that_shares_nothing_gives_each_its_own_blocks(
     size: int, tokens: str | None, stride: int, tmp_path: Path

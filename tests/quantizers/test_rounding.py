@@ -13,6 +13,7 @@ from quantizers.rounding import (
     expand_scale,
     quantize_dequantize_weight,
     quantize_weight,
+    round_group,
     round_to_nearest,
 )
 from quantizers.scales import weight_scales
@@ -167,6 +168,18 @@ def test_clip_factors_shrink_the_extremes(device, how, shape):
     assert torch.equal(half[0], weight_scales(weight / 2, how)[0])
     if not how.symmetric:
         assert torch.equal(plain[1], half[1])
+
+
+def test_linears_of_one_scale_have_a_copy_each():
+    how = scheme(INT8, Granularity.TENSOR, symmetric=False)
+    weights = [matrix(4, 16), matrix(6, 16) * 3 + 1]
+    whole = round_to_nearest(torch.cat(weights), how)
+    first, second = round_group(weights, how, [None, None])
+    assert torch.equal(torch.cat((first.codes, second.codes)), whole.codes)
+    for name in ("scale", "zero_point"):
+        one, other, shared = (getattr(found, name) for found in (first, second, whole))
+        assert torch.equal(one, shared) and torch.equal(other, shared)
+        assert one.data_ptr() != other.data_ptr()
 
 
 def test_clip_factors_act_on_their_own_side_and_group():

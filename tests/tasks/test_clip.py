@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from configs.methods import has_clip
 from quantizers.clipping import clip_factors
 from quantizers.rounding import dequantize, round_to_nearest
-from tasks.clip import CLIP, FACTORS, block_clip, clip, has_clip, rounding_ranges
+from tasks.clip import CLIP, FACTORS, block_clip, clip, rounding_ranges
 from tasks.engine.job import Job
 from tasks.engine.store import Entry
 from tasks.engine.streams import start_stream

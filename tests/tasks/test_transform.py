@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from configs.methods import has_transform
 from quantizers.channel_transform import ChannelTransform
 from tasks.engine.collect import SAMPLE_ROWS, block_statistics, sampled_rows
 from tasks.engine.errors import RunError
@@ -19,7 +20,7 @@ from tasks.engine.store import Entry
 from tasks.engine.streams import Stream, start_stream
 from tasks.engine.version import DECISION, block_transforms, transformed_block
 from tasks.quantize import INPUT_SCALES, Origin, block_codes, quantize
-from tasks.transform import has_transform, transform
+from tasks.transform import transform
 from tests.models import make_checkpoint
 from tests.tasks.conftest import JobOf, make_entry, put_tokens, random_tokens
 

@@ -24,6 +24,8 @@ from tasks.engine.decoder import (
     run_block,
 )
 from tasks.engine.errors import InputError
+from tasks.engine.fused import CODE
+from tasks.engine.lineage import code_digest
 from tests.models import GEMMA2, make_checkpoint
 from tests.tasks.conftest import random_tokens
 
@@ -244,6 +246,7 @@ def test_a_padding_token_is_one_like_others(tmp_path: Path, kind: str) -> None:
 
 def test_fingerprint_of_a_cpu() -> None:
     found = device_fingerprint("cpu")
+    assert found["between products"] == code_digest(*CODE)
     assert found["torch"] == torch.__version__
     assert found["transformers"] == transformers.__version__
     assert found["device"].endswith(f"threads={torch.get_num_threads()}")
@@ -258,6 +261,7 @@ def test_fingerprint_of_a_gpu_has_what_its_products_depend_on(
     for name in PRODUCT_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     found = device_fingerprint("cuda:1")
+    assert found["between products"] == code_digest(*CODE)
     assert found["device"].startswith("cuda H200 sm90") and found["triton"] == "3.6"
     assert found == device_fingerprint("cuda:0")
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
