@@ -126,6 +126,12 @@ class Job:
         """Why SGLang would not serve the export, None if it would."""
         if (reason := unserved(self.recipe)) is not None:
             return reason
+        architecture = self.plan.architecture
+        if architecture.head_is_embedding and not self.plan.tied:
+            return (
+                f"model.path: SGLang computes logits of {architecture.model_type} with the "
+                f"embedding, not with the {architecture.head} that this model has"
+            )
         for block in self.plan.blocks:
             names = {name: block.prefix + name for name in block.quantized}
             shapes = {name: matrix_shape(self.source, full) for name, full in names.items()}
