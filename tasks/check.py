@@ -21,17 +21,24 @@ from configs.special_keys import OmniQuantSpecial
 from configs.vocabulary import Method
 from tasks.calibration_set import calibration_set
 from tasks.engine.architectures import Architecture, architecture_of
+from tasks.engine.encoding import require_tokenizer
 from tasks.engine.errors import InputError
 from tasks.engine.hub import fetched, is_hub_id, look_up
 from tasks.engine.job import Job
 from tasks.engine.kernel_limits import require_parallel
 from tasks.engine.memo import Memo
-from tasks.engine.output import staging_folder
+from tasks.engine.places import (
+    check_apart,
+    check_disk,
+    check_output,
+    check_replaced,
+    check_store,
+)
 from tasks.engine.plan import require_fit, require_sizes
 from tasks.engine.prediction import Prediction, predict, sampled
-from tasks.engine.publication import REPORT, begun, published_by
+from tasks.engine.publication import begun, published_by
 from tasks.engine.settings import settings
-from tasks.engine.source import Source, free_bytes, open_source
+from tasks.engine.source import Source, open_source
 from tasks.engine.step import Step
 from tasks.engine.store import Entry, Store
 from tasks.engine.task_list import require_tasks
@@ -43,10 +50,6 @@ from tasks.load_model import load_model
 from tasks.upload import check_upload
 
 log = logging.getLogger("blockquant")
-
-# bytes of a name and of a path, as Linux has them; below a path are files of ours
-LONGEST_NAME = 255
-LONGEST_PATH = 4095 - 2 * 256
 
 
 @dataclass(frozen=True)
@@ -122,13 +125,16 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
     check_uri(settings().tracking_uri)
     devices = check_devices(request)
     source = _open_model(request)
-    _check_overwritten(request, source)
+    if request.output is not None:
+        check_apart(request.output, source.path)
+        check_replaced(request.output, {"model": source.path, "store": request.store})
     if "quantization_config" in source.config:
         raise InputError(
             f"model {source.path}: is quantized already; give the checkpoint before quantization"
         )
     _check_rotation(request.recipe, architecture_of(source.config))
     require_sizes(source)
+    require_tokenizer(source)
     if request.recipe.save.save_sgl:
         gpus = request.recipe.serving.tensor_parallel
         require_parallel(source.config, gpus, "serving.tensor_parallel")
@@ -291,59 +297,18 @@ def _check_rotation(recipe: Recipe, architecture: Architecture) -> None:
 
 
 def _check_places(request: Request) -> None:
-    _check_names("store", request.store, request.store)
-    _check_writable("store", request.store, request.store)
-    output = request.output
-    if output is None:
+    check_store(request.store)
+    if request.output is None:
         return
-    _check_names("output", output, staging_folder(output))
-    if output.is_symlink():
-        raise InputError(
-            f"--output {output}: is a symbolic link; give the folder that it leads to, or another"
-        )
-    if begun(request.store, output) is None:
+    check_output(request.output)
+    if begun(request.store, request.output) is None:
         _refuse_existing(request)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output}: is a file; give a folder's name")
-    _check_writable("output", output, output.absolute().parent)
 
 
 def _refuse_existing(request: Request) -> None:
     output = request.output
     if output is not None and output.exists() and not request.overwrite:
         raise InputError(f"--output {output}: exists already; give another or use --overwrite")
-
-
-def _check_names(option: str, place: Path, written: Path) -> None:
-    """Refuse names that no disk takes; ``written`` is the longest that ``place`` leads to."""
-    longest = max(len(os.fsencode(name)) for name in written.parts)
-    if longest > LONGEST_NAME or len(os.fsencode(written)) > LONGEST_PATH:
-        raise InputError(f"--{option} {place}: is too long a name; give a shorter one")
-
-
-def _check_writable(option: str, place: Path, folder: Path) -> None:
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"--{option} {place}: {folder} cannot be written to; give another folder")
-
-
-def _check_overwritten(request: Request, source: Source) -> None:
-    """Refuse an output whose replacement would take away what the run reads, or another's work."""
-    if request.output is None or not request.output.exists():
-        return
-    output = request.output.resolve()
-    for what, place in (("model", source.path), ("store", request.store)):
-        if place.resolve().is_relative_to(output):
-            raise InputError(
-                f"--output {request.output}: replacing it would remove the {what} {place}; "
-                "give another folder"
-            )
-    if any(output.iterdir()) and not (output / REPORT).is_file():
-        raise InputError(
-            f"--output {request.output}: is no export of blockquant (no {REPORT} in it) and is not "
-            "replaced; give another folder, or empty it"
-        )
 
 
 def _available_memory(device: str) -> int:
@@ -368,18 +333,9 @@ def _check_room(job: Job, request: Request, prediction: Prediction) -> None:
             f"--memory: {what} about {prediction.least_bytes / 1e6:.1f} MB on {request.device}, "
             f"but {allowed / 1e6:.1f} are free or allowed; {mend}"
         )
-    _check_disk("store", request.store, prediction.store_bytes)
+    check_disk("store", request.store, prediction.store_bytes)
     if request.output is not None:
-        _check_disk("output", request.output.absolute().parent, prediction.export_bytes)
-
-
-def _check_disk(option: str, place: Path, needed: int) -> None:
-    free = free_bytes(place)
-    if free < needed:
-        raise InputError(
-            f"--{option} {place}: the export takes {needed / 1e6:.1f} MB, but "
-            f"{free / 1e6:.1f} MB are free; free some or give another folder"
-        )
+        check_disk("output", request.output.absolute().parent, prediction.export_bytes)
 
 
 def describe(job: Job, prediction: Prediction) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def load_tokenizer(source: Source) -> Any:
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    found = [file for name in TOKENIZER_FILES if (file := source.path / name).is_file()]
+    found = tokenizer_files(source)
     if not found:
         raise InputError(
             f"model {source.path}: no tokenizer files, but the recipe needs text; copy "
@@ -43,8 +43,50 @@ def load_tokenizer(source: Source) -> Any:
     try:
         return _loaded(source.path, marks)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"model {source.path}: the tokenizer cannot be read ({reason})") from error
+        raise _unreadable(source, error) from error
+
+
+def tokenizer_files(source: Source) -> list[Path]:
+    """Files of a tokenizer that lie beside the weights."""
+    return [file for name in TOKENIZER_FILES if (file := source.path / name).is_file()]
+
+
+def require_tokenizer(source: Source) -> None:
+    """Check that the tokenizer's own file, where there is one, is whole and this model's.
+
+    Raises:
+        InputError: it cannot be read, or has tokens that the model does not know.
+    """
+    file = source.path / "tokenizer.json"
+    if not file.is_file():
+        return
+    try:
+        tokens = _size(file, mark_of(file))
+    except Exception as error:  # as above
+        raise _unreadable(source, error) from error
+    known = int(source.config.get("vocab_size", 0))
+    if 0 < known < tokens:
+        raise InputError(
+            f"model {source.path}: its tokenizer has {tokens} tokens, and the model knows {known}; "
+            "copy the tokenizer that belongs to it"
+        )
+
+
+@lru_cache(maxsize=8)
+def _size(file: Path, mark: tuple[int, ...]) -> int:
+    """Tokens of a file with this mark, without those that users add."""
+    del mark
+    # transformers takes seconds, which a run that is found does without
+    from tokenizers import Tokenizer
+
+    return int(Tokenizer.from_file(str(file)).get_vocab_size(with_added_tokens=False))
+
+
+def _unreadable(source: Source, error: Exception) -> InputError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(
+        f"model {source.path}: the tokenizer cannot be read ({reason}); copy its files once more"
+    )
 
 
 # a large one takes a second, and a run asks for it six times

@@ -18,6 +18,7 @@ from tasks.engine.behind import Behind
 from tasks.engine.decoder import Decoder, build_decoder, device_fingerprint
 from tasks.engine.doubts import Doubts
 from tasks.engine.draft import Draft
+from tasks.engine.encoding import tokenizer_files
 from tasks.engine.errors import InputError
 from tasks.engine.export_format import Scheme, scheme_of
 from tasks.engine.kernel_limits import Shapes, misfits
@@ -126,6 +127,11 @@ class Job:
         """Why SGLang would not serve the export, None if it would."""
         if (reason := unserved(self.recipe)) is not None:
             return reason
+        if not tokenizer_files(self.source):
+            return (
+                f"model {self.source.path}: no tokenizer files, which a server needs; copy "
+                "tokenizer.json and tokenizer_config.json beside the weights"
+            )
         architecture = self.plan.architecture
         if architecture.head_is_embedding and not self.plan.tied:
             return (

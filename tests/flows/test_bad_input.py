@@ -824,27 +824,31 @@ def test_no_tokenizer(
     refused("quantize", "rtn_w4a16", "--model", model, *calib_text(words), says=said)
 
 
-def test_no_tokenizer_where_none_is_needed(
-    here: Here, copy_of: Callable[..., Path], tiny: Path
+def test_no_tokenizer_where_no_text_is_read(
+    here: Here, copy_of: Callable[..., Path], tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = copy_of(tiny)
     for file in model.glob("tokenizer*"):
         file.unlink()
     outcome = here("check", "rtn_w4a16", "--model", model, "--json")
-    assert (outcome.status, outcome.err) == (0, "")
+    assert outcome.status == 0
+    assert "no tokenizer files, which a server needs; copy tokenizer.json" in caplog.text
 
 
+@pytest.mark.parametrize("reads_text", [False, True])
 def test_damaged_tokenizer(
-    refused: Refused, copy_of: Callable[..., Path], tiny: Path, words: Path
+    refused: Refused, copy_of: Callable[..., Path], tiny: Path, words: Path, reads_text: bool
 ) -> None:
     model = copy_of(tiny)
     os.truncate(model / "tokenizer.json", 1000)
-    said = ("the tokenizer cannot be read", str(model))
-    refused("quantize", "rtn_w4a16", "--model", model, *calib_text(words), says=said)
+    said = ("the tokenizer cannot be read", str(model), "copy its files once more")
+    text = calib_text(words) if reads_text else ()
+    refused("quantize", "rtn_w4a16", "--model", model, *text, says=said)
 
 
-def test_tokens_that_the_model_does_not_know(
-    refused: Refused, copy_of: Callable[..., Path], tiny: Path, words: Path
+@pytest.mark.parametrize("reads_text", [False, True])
+def test_a_tokenizer_of_another_model(
+    refused: Refused, copy_of: Callable[..., Path], tiny: Path, words: Path, reads_text: bool
 ) -> None:
     model = copy_of(tiny)
     tensors = load_file(model / "model.safetensors")
@@ -852,8 +856,23 @@ def test_tokens_that_the_model_does_not_know(
         tensors[name] = tensors[name][:300].clone()
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     edit_config(model, vocab_size=300)
-    said = ("the tokenizer gives token", "the model knows 300", "tokenizer that belongs to it")
-    refused("quantize", "rtn_w4a16", "--model", model, *calib_text(words), says=said)
+    said = ("its tokenizer has 8192 tokens", "the model knows 300", "tokenizer that belongs to it")
+    text = calib_text(words) if reads_text else ()
+    refused("quantize", "rtn_w4a16", "--model", model, *text, says=said)
+
+
+def test_tokens_that_the_model_does_not_know(
+    refused: Refused, copy_of: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    model = copy_of(tiny)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    added = tokenizer["added_tokens"][0] | {"id": 8192, "content": "<unheard>"}
+    tokenizer["added_tokens"].append(added)
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = tmp_path / "text.txt"
+    text.write_text("a word <unheard> " * 2000)
+    said = ("the tokenizer gives token 8192", "the model knows 8192", "tokenizer that belongs")
+    refused("quantize", "rtn_w4a16", "--model", model, *calib_text(text), says=said)
 
 
 def test_calibration_windows_over_the_context(refused: Refused, tiny: Path, words: Path) -> None:
@@ -938,6 +957,21 @@ def test_output_that_is_a_symbolic_link(
     said = (f"--output {tmp_path}/link", "is a symbolic link", "the folder that it leads to")
     output = ("--output", tmp_path / "link", *overwrite)
     refused("quantize", "rtn_w4a16", "--model", tiny, *output, says=said)
+
+
+@pytest.mark.parametrize("name", ["/", "out/.."])
+def test_output_without_a_name(refused: Refused, tiny: Path, name: str) -> None:
+    said = ("--output /", "has no name of its own", "give a new folder's name")
+    refused("quantize", "rtn_w4a16", "--model", tiny, "--output", name, says=said)
+
+
+@pytest.mark.parametrize("name", ["out", "out/deeper"])
+def test_output_inside_of_the_model(
+    refused: Refused, copy_of: Callable[..., Path], tiny: Path, name: str
+) -> None:
+    model = copy_of(tiny)
+    said = (f"--output {model / name}", f"lies in the model's folder {model}", "give another")
+    refused("quantize", "rtn_w4a16", "--model", model, "--output", model / name, says=said)
 
 
 @pytest.mark.parametrize(
