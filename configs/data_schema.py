@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from configs.fields import Count, NoEffect, NotHashed, Section, Seed, choice
 from configs.vocabulary import DataName, EvaluationDtype, EvaluationType
@@ -55,6 +55,18 @@ class Calibration(_Data):
     seq_len: Length = 512
     preproc: str | None = None
     seed: Seed | None = None
+    _place: str = PrivateAttr("calib")
+
+    @property
+    def place(self) -> str:
+        """Where the recipe has it: what its keys begin with."""
+        return self._place
+
+    def placed(self, place: str) -> Calibration:
+        """The same, where the recipe has it elsewhere."""
+        found = self.model_copy()
+        found._place = place
+        return found
 
     @model_validator(mode="after")
     def _text_can_be_found(self) -> Calibration:
@@ -114,6 +126,11 @@ class Evaluation(_Data):
     eval_token_consist: Annotated[
         bool | None, NoEffect("agreement with the source model is always measured")
     ] = None
+
+    @property
+    def place(self) -> str:
+        """Where the recipe has it: what its keys begin with."""
+        return "eval"
 
     @model_validator(mode="after")
     def _text_can_be_found(self) -> Evaluation:

@@ -332,7 +332,10 @@ class Recipe(Section):
     def _written_steps(self) -> tuple[tuple[Quant, Calibration | None], ...]:
         if self.quant is not None:
             return ((self.quant, self.calib),)
-        return tuple((step.quant, step.calib or self.calib) for step in self.steps or ())
+        return tuple(
+            (step.quant, step.calib.placed(f"steps.{n}.calib") if step.calib else self.calib)
+            for n, step in enumerate(self.steps or ())
+        )
 
     @model_validator(mode="after")
     def _one_way_to_quantize(self) -> Recipe:

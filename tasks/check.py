@@ -252,11 +252,12 @@ def check_devices(request: Request) -> tuple[str, ...]:
     steps = request.recipe.resolved_steps()
     if any(isinstance(step.quant.special, OmniQuantSpecial) for step in steps):
         raise InputError(f"{place}: OmniQuant learns on one device; give one")
-    samples = [step.calib.n_samples for step in steps if step.calib is not None]
-    if min(samples, default=len(devices)) < len(devices):
-        raise InputError(
-            f"{place}: calib.n_samples is {min(samples)}, less than a sample for each; use more"
-        )
+    for calib in (step.calib for step in steps if step.calib is not None):
+        if calib.n_samples < len(devices):
+            raise InputError(
+                f"{place}: {calib.place}.n_samples is {calib.n_samples}, less than a sample for "
+                "each; use more"
+            )
     return devices
 
 

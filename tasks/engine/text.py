@@ -95,7 +95,7 @@ def text_of(section: Calibration | Evaluation) -> TextSource:
     """The text that a section of a recipe names."""
     evaluation = isinstance(section, Evaluation)
     return TextSource(
-        "eval" if evaluation else "calib",
+        section.place,
         str(section.name),
         section.path,
         section.split,

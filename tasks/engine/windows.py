@@ -95,8 +95,7 @@ def check_section(
     Raises:
         InputError: no text, no tokenizer, too short, or windows longer than the model's context.
     """
-    place = "eval" if isinstance(section, Evaluation) else "calib"
-    require_context(source, section.seq_len, f"{place}.seq_len")
+    require_context(source, section.seq_len, f"{section.place}.seq_len")
     if section.name is DataName.SELF_GENERATED:
         return
     found = cut()

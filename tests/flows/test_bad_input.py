@@ -814,6 +814,16 @@ def test_data_set_that_cannot_be_reached(
     refused("quantize", "rtn_w4a16", "--model", tiny, *sets, says=said)
 
 
+def test_text_of_a_step_of_its_own(refused: Refused, tiny: Path, words: Path) -> None:
+    # what is given is read by steps without a section of their own
+    given = ("--set", "calib.name=text", "--set", f"calib.path={words}")
+    said = ("steps.0.calib.name", "pileval", "--set steps.0.calib.name=text", "steps.0.calib.path")
+    refused("quantize", "w4a16_combin", "--model", tiny, *given, says=said)
+    missing = ("--set", "steps.0.calib.name=text", "--set", f"steps.0.calib.path={words}.not")
+    said = ("steps.0.calib.path", f"{words}.not", "no such file")
+    refused("quantize", "w4a16_combin", "--model", tiny, *given, *missing, says=said)
+
+
 def test_no_tokenizer(
     refused: Refused, copy_of: Callable[..., Path], tiny: Path, words: Path
 ) -> None:
