@@ -116,7 +116,7 @@ def _find(source: str) -> Path:
     try:
         if given.is_file():
             return given
-        if given.is_dir():
+        if given.is_dir() and source not in shipped_names():
             raise RecipeError(f"{source}: is a folder, not a recipe; {_offer(source)}")
     except OSError as error:
         raise RecipeError(f"{source}: cannot be read: {error.strerror}") from None

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,11 +50,27 @@ from tasks.engine.errors import InputError, one_line
 
 app = typer.Typer(
     name="blockquant",
-    help="Quantize large language models for SGLang, block by block.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(store_app, name="store")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"blockquant {version('blockquant')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    asked: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Quantize large language models for SGLang, block by block."""
+
+
 app.command()(champion)
 app.command()(serve)
 app.command()(serve_check)
@@ -228,14 +245,20 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Reopen a checkpoint and check every tensor of it, and that SGLang's kernels take them."""
-    from tasks.verify import digests_of, require_served, verify_folder
+    from tasks.verify import digests_of, require_served, unserved_of, verify_folder
 
-    report = verify_folder(checkpoint, digests_of(checkpoint))
+    digests = digests_of(checkpoint)
+    report = verify_folder(checkpoint, digests)
     report["tensor_parallel"] = require_served(checkpoint, tensor_parallel)
+    report |= {"compared": digests is not None, "unserved": unserved_of(checkpoint)}
     if as_json:
         print(json.dumps(report))
         return
     _show_pairs(f"{checkpoint} is whole", report)
+    if digests is None:
+        _say(f"{checkpoint}: no digests of codes are in its report, and none were compared")
+    if report["unserved"]:
+        _say(f"{checkpoint}: SGLang does not serve it: {report['unserved']}")
 
 
 @app.command()
@@ -265,7 +288,7 @@ def evaluate(
     place = check_device(device)
     require_context(model.source, window, "--window")
     if source is not None:
-        _require_one_vocabulary(model.source.config, source.source.config)
+        _require_one_shape(model.source.config, source.source.config)
     given = TextSource(COMMAND_LINE, "text", str(text), evaluation=True)
     tokens = evaluation_windows(model.source, given, window, windows)
     report = measure(model, tokens, source, device=place, dtype=str(dtype))
@@ -275,12 +298,13 @@ def evaluate(
     out.print(summary(report), highlight=False, soft_wrap=True)
 
 
-def _require_one_vocabulary(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    if ours.get("vocab_size") != theirs.get("vocab_size"):
-        raise InputError(
-            f"--reference: knows {theirs.get('vocab_size')} tokens, the checkpoint "
-            f"{ours.get('vocab_size')}; give the model that it was quantized from"
-        )
+def _require_one_shape(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        if ours.get(key) != theirs.get(key):
+            raise InputError(
+                f"--reference: its {key} is {theirs.get(key)}, the checkpoint's {ours.get(key)}; "
+                "give the model that it was quantized from"
+            )
 
 
 @app.command()

@@ -21,11 +21,12 @@ def champion(
     from tasks.engine.errors import InputError
     from tasks.engine.registry import champions
     from tasks.engine.settings import settings
-    from tasks.engine.tracking import check_uri, prepared_client
+    from tasks.engine.tracking import answering, check_uri
 
     place = settings()
     check_uri(place.tracking_uri)
-    found = champions(prepared_client(place))
+    with answering(place) as client:
+        found = champions(client)
     if model is not None:
         found = [one for one in found if one["model"] == model]
         if not found:

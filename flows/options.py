@@ -13,6 +13,8 @@ from tasks.engine.errors import InputError
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 # as shells and Typer say it
 INTERRUPTED = 130
+# fewer bytes than that without a unit are a number whose unit was forgotten
+LEAST_BYTES = 10**6
 
 out = Console()
 err = Console(stderr=True)
@@ -59,4 +61,6 @@ def bytes_of(text: str | None) -> int | None:
         asked = 0
     if asked < 1:
         raise InputError(f"--memory {text}: not a size; write 40GiB or 500MB")
+    if text.strip().isdecimal() and asked < LEAST_BYTES:
+        raise InputError(f"--memory {text}: are bytes; write {text.strip()}GiB or another unit")
     return asked

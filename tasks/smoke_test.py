@@ -278,8 +278,8 @@ def can_serve(python: str) -> Serves:
         ) from error
     if found["sglang"] is None:
         raise NotServedError(
-            f"no SGLang in {python}; let serving.python name the interpreter of an environment "
-            "that has it"
+            f"no SGLang in {python}; name an interpreter that has it: --python of serve and "
+            "serve-check, serving.python of a recipe"
         )
     if found["gpu"] is None:
         raise NotServedError(f"no GPU that {python} can use")

@@ -155,6 +155,12 @@ def _report_of(folder: Path) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
+def unserved_of(folder: Path) -> str | None:
+    """Why a checkpoint's report says that SGLang does not serve it, None where it does not."""
+    reason = _report_of(folder).get("unserved")
+    return None if reason is None else str(reason)
+
+
 def digests_of(folder: Path) -> dict[str, str] | None:
     """Read the codes' digests from a checkpoint's report, or None where there is none."""
     try:

@@ -170,8 +170,8 @@ def _compared(
         yield Reason(
             not tolerances.same_evaluation,
             f"{against} was evaluated on {champion.evaluation or 'what is not known'}, this on "
-            f"{figures.evaluation or 'what is not known'} "
-            "(gate.against_champion.same_evaluation)",
+            f"{figures.evaluation or 'what is not known'}; "
+            "measure on that, or accept it with gate.against_champion.same_evaluation=false",
         )
     for name, key, better in (
         ("NLL increase", "nll_increase", -1),

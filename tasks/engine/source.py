@@ -201,6 +201,8 @@ def open_source(path: Path, digest_memo: Path | None = None, hub_id: str | None 
     """
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
+        if folder.is_file():
+            raise InputError(f"model {path}: is a file; give the folder that it is in")
         raise InputError(f"model {path}: no such folder; give a folder with safetensors files")
     config = read_config(folder)
     tensors: dict[str, TensorInfo] = {}

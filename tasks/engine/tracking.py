@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -307,6 +308,24 @@ def _client(uri: str) -> MlflowClient:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def answering(settings: Settings) -> Iterator[MlflowClient]:
+    """A client for who only looks.
+
+    Raises:
+        RunError: the tracking server does not answer.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield prepared_client(settings)
+    except MlflowException as error:
+        raise RunError(
+            f"MLflow at {masked(settings.tracking_uri)} cannot be asked "
+            f"({(str(error).splitlines() or [''])[0][:80]}); start it, or set MLFLOW_TRACKING_URI"
+        ) from error
 
 
 def client_modules(uri: str) -> tuple[str, ...]:

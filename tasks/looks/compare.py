@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.engine.errors import InputError
 from tasks.engine.settings import Settings
-from tasks.engine.tracking import EXPERIMENT, check_uri, prepared_client
+from tasks.engine.tracking import EXPERIMENT, answering, check_uri
 
 # figures that are compared: those of one value each, not a curve over the blocks
 _FIGURES = ("eval.", "served.", "export.", "lm_eval.", "seconds.")
@@ -101,31 +101,31 @@ def all_runs(settings: Settings) -> list[Tracked]:
     # to look is no reason to create one
     if local != settings.tracking_uri and not Path(local).exists():
         return []
-    client = prepared_client(settings)
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
-        return []
-    found: list[Tracked] = []
-    page = None
-    while True:
-        part = client.search_runs(
-            [experiment.experiment_id], order_by=["attributes.start_time DESC"], page_token=page
-        )
-        found += [
-            Tracked(
-                run.info.run_id,
-                run.info.run_name or "",
-                run.info.status,
-                run.info.start_time or 0,
-                dict(run.data.params),
-                dict(run.data.metrics),
-                dict(run.data.tags),
+    with answering(settings) as client:
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            return []
+        found: list[Tracked] = []
+        page = None
+        while True:
+            part = client.search_runs(
+                [experiment.experiment_id], order_by=["attributes.start_time DESC"], page_token=page
             )
-            for run in part
-        ]
-        page = part.token
-        if not page:
-            return found
+            found += [
+                Tracked(
+                    run.info.run_id,
+                    run.info.run_name or "",
+                    run.info.status,
+                    run.info.start_time or 0,
+                    dict(run.data.params),
+                    dict(run.data.metrics),
+                    dict(run.data.tags),
+                )
+                for run in part
+            ]
+            page = part.token
+            if not page:
+                return found
 
 
 def _find(known: Sequence[Tracked], asked: str) -> Tracked:

@@ -40,6 +40,12 @@ def test_a_file_wins_over_a_shipped_name(tmp_path, monkeypatch):
     assert recipe.quant.weight.bit == 3
 
 
+def test_a_folder_does_not_hide_a_shipped_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rtn_w4a16").mkdir()
+    assert load_recipe("rtn_w4a16").quant is not None
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -262,6 +262,11 @@ def test_missing_folder(refused: Refused, tmp_path: Path) -> None:
     refused("quantize", "rtn_w4a16", "--model", tmp_path / "nowhere", says=said)
 
 
+def test_a_file_in_place_of_its_folder(refused: Refused, tiny: Path) -> None:
+    said = (f"model {tiny}/model.safetensors", "is a file", "the folder that it is in")
+    refused("quantize", "rtn_w4a16", "--model", tiny / "model.safetensors", says=said)
+
+
 def test_hub_that_cannot_be_reached(refused: Refused) -> None:
     said = ("model nobody/nothing", "no such folder here", "hub", "give a local folder")
     refused("quantize", "rtn_w4a16", "--model", "nobody/nothing", says=said)
@@ -1064,6 +1069,7 @@ def test_output_over_the_store(refused: Refused, tmp_path: Path, tiny: Path) -> 
         (("--memory", "plenty"), ("--memory plenty", "not a size", "40GiB")),
         (("--memory", "-1GB"), ("--memory -1GB", "not a size", "40GiB")),
         (("--memory", "0"), ("--memory 0", "not a size", "40GiB")),
+        (("--memory", "40"), ("--memory 40", "are bytes", "40GiB")),
         (("--set", "quant.weight"), ("'quant.weight'", "key.path=value")),
         (("--set", "quant.wieght.bit=8"), ("quant.wieght", "did you mean 'weight'?")),
         (("--set", "quant.method.name=RTN"), ("lies below 'RTN'",)),
@@ -1124,13 +1130,21 @@ def test_evaluation_text(refused: Refused, tmp_path: Path, tiny: Path) -> None:
     assert ".path" not in line
 
 
-def test_reference_of_another_vocabulary(
-    refused: Refused, tmp_path: Path, tiny: Path, words: Path
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ({"vocabulary": 9000}, ("its vocab_size is 9000", "checkpoint's 8192")),
+        ({"hidden": 64}, ("its hidden_size is 64", "checkpoint's 128")),
+        ({"blocks": 3}, ("its num_hidden_layers is 3", "checkpoint's 2")),
+    ],
+)
+def test_a_reference_of_another_shape(
+    refused: Refused, tmp_path: Path, tiny: Path, words: Path, shape: Any, says: tuple[str, ...]
 ) -> None:
-    other = make_checkpoint(tmp_path / "other", vocabulary=9000)
-    said = ("--reference", "9000", "8192")
-    options = ("--windows", 1, "--window", 32)
-    refused("evaluate", tiny, "--text", words, "--reference", other, *options, says=said)
+    other = make_checkpoint(tmp_path / "other", **shape)
+    options = ("--windows", 1, "--window", 32, "--reference", other)
+    said = ("--reference", *says, "that it was quantized from")
+    refused("evaluate", tiny, "--text", words, *options, says=said)
 
 
 def test_verify_of_what_was_not_quantized(refused: Refused, tmp_path: Path, tiny: Path) -> None:

@@ -14,6 +14,7 @@ import sys
 import termios
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,11 @@ def test_recipes(here: Here, tmp_path: Path) -> None:
         (line,) = [line for line in shown.out.splitlines() if f" {row['name']} " in line]
         assert row["scheme"] in line
     assert tree(tmp_path) == before
+
+
+def test_the_version(here: Here) -> None:
+    outcome = here("--version")
+    assert (outcome.status, outcome.out) == (0, f"blockquant {version('blockquant')}\n")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("quantize", "--help")])
@@ -328,6 +334,7 @@ def test_verify(here: Here, made: Made) -> None:
     report = outcome.json
     assert (report["linears"], report["tensors"]) == (14, len(tensors_of(made.folder)))
     assert report["logit_difference"] < 1e-4
+    assert (report["compared"], report["unserved"]) == (True, None)
     shown = here("verify", made.folder)
     assert (shown.status, shown.err) == (0, "")
     assert shown.out.splitlines()[0] == f"{made.folder} is whole"
@@ -546,7 +553,21 @@ def test_scales_are_known_by_the_report_alone(
     folder = copy_of(made.folder)
     (folder / "blockquant.json").unlink()
     change_tensors(doubled_scale)(folder)
-    assert here("verify", folder).status == 0
+    outcome = here("verify", folder)
+    assert outcome.status == 0 and "is whole" in outcome.out
+    assert f"{folder}: no digests of codes are in its report" in outcome.err
+    assert here("verify", folder, "--json").json["compared"] is False
+
+
+def test_what_sglang_does_not_serve_is_said_where_a_checkpoint_is_verified(
+    here: Here, copy_of: Callable[..., Path], made: Made
+) -> None:
+    folder = copy_of(made.folder)
+    report = json.loads((folder / "blockquant.json").read_text())
+    (folder / "blockquant.json").write_text(json.dumps(report | {"unserved": "unpacked codes"}))
+    outcome = here("verify", folder)
+    assert outcome.status == 0
+    assert f"{folder}: SGLang does not serve it: unpacked codes" in outcome.err
 
 
 # evaluate

@@ -132,3 +132,15 @@ def test_servers_that_are_away_are_said(here: Here, monkeypatch: pytest.MonkeyPa
     assert outcome.status == 0, outcome.err
     assert outcome.json["mlflow"].startswith("no answer: ")
     assert outcome.json["prefect"].startswith("no answer: ")
+
+
+@pytest.mark.parametrize("command", [("champion",), ("compare", "one", "other")])
+def test_a_tracking_server_that_is_away_is_one_line(
+    here: Here, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://name:word@127.0.0.1:9")
+    outcome = here(*command)
+    (line,) = outcome.err.splitlines()
+    assert outcome.status == 1
+    assert line.startswith("blockquant: MLflow at http://***@127.0.0.1:9 cannot be asked (")
+    assert line.endswith("); start it, or set MLFLOW_TRACKING_URI") and "word" not in line

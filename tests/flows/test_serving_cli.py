@@ -158,7 +158,7 @@ def test_serve_check_that_fails_says_why_in_a_line(here, home, recorded_checkpoi
     assert "of the published report (at most 0.005 is allowed)" in line
     outcome = here("serve-check", recorded_checkpoint)
     assert outcome.status == 1
-    assert f"no SGLang in {sys.executable}; let serving.python" in outcome.err
+    assert f"no SGLang in {sys.executable}; name an interpreter" in outcome.err
 
 
 def test_serve_check_tells_a_run(quantized, here, replayed, recorded_checkpoint, home, tmp_path):

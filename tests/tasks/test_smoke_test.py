@@ -188,7 +188,7 @@ def test_bounds_follow_the_activations(recorded_checkpoint, replayed, log):
 
 
 def test_without_sglang_it_is_not_served(recorded_checkpoint, log):
-    with pytest.raises(NotServedError, match=f"no SGLang in {sys.executable}; let serving.python"):
+    with pytest.raises(NotServedError, match=f"no SGLang in {sys.executable}; name an interpreter"):
         check(recorded_checkpoint, None, log)
     state = smoke_test(recorded_checkpoint, Serving(), "cpu", log)
     assert state.name == "Skipped" and state.is_completed()
