@@ -12,7 +12,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-__all__ = ["Rotation", "RotationKind", "draw_rotation", "fold_norm", "hadamard", "rotate"]
+__all__ = ["Rotation", "RotationKind", "draw_rotation", "fold_norm", "rotate"]
 
 
 class RotationKind(StrEnum):
@@ -41,10 +41,11 @@ class Rotation:
 
 
 def draw_rotation(size: int, seed: int, kind: RotationKind = RotationKind.HADAMARD) -> Rotation:
-    """Draw a rotation on the CPU, the same for a seed everywhere.
+    """Draw a rotation on the CPU.
 
-    HADAMARD needs a size of the form c * 2^k with a core c that Paley's constructions give; other
-    sizes get a random orthogonal matrix.
+    HADAMARD needs a size of the form c * 2^k, with a core c that Paley's constructions give from a
+    prime; the same for a seed everywhere. Other sizes get a random orthogonal matrix, whose last
+    bits are those of the machine's QR decomposition.
     """
     generator = torch.Generator().manual_seed(seed)
     core_size = None if kind is RotationKind.RANDOM else _core_size(size)
@@ -83,15 +84,6 @@ def fold_norm(weight: Tensor, norm: Tensor, offset: float = 0.0) -> Tensor:
         offset: 1 where the norm multiplies by 1 + weight, as Gemma's do.
     """
     return weight.to(torch.float64) * (norm.to(torch.float64) + offset)
-
-
-def hadamard(size: int) -> Tensor | None:
-    """A Hadamard matrix (size, size) float64, entries 1 and -1; None where none is constructed."""
-    core_size = _core_size(size)
-    if core_size is None:
-        return None
-    rotation = Rotation(torch.ones(size, dtype=torch.float64), _paley(core_size))
-    return (rotate(torch.eye(size, dtype=torch.float64), rotation) * math.sqrt(size)).round()
 
 
 def _core_size(size: int) -> int | None:
