@@ -17,7 +17,7 @@ MANIFEST = "blockquant-upload.json"
 
 
 def check_upload(url: str | None) -> None:
-    """Check that ``url`` names a place that fsspec can reach; nothing is asked of it.
+    """Check that ``url`` names a place that can be read, with nothing but an upload of ours in it.
 
     Raises:
         InputError: it does not, or it holds a password.
@@ -36,6 +36,15 @@ def check_upload(url: str | None) -> None:
         fsspec.get_filesystem_class(parts.scheme)
     except (ImportError, ValueError) as error:
         raise InputError(f"--upload {url}: {one_line(error)}") from error
+    try:
+        _there(*fsspec.core.url_to_fs(url.rstrip("/")), url)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"--upload {url}: cannot be read ({one_line(error)}); mend the address, or the "
+            "credentials in the environment"
+        ) from error
 
 
 def upload(folder: Path, url: str) -> dict[str, Any]:

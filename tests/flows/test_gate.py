@@ -158,8 +158,9 @@ def test_the_nightly_keeps_a_champion_and_does_not_make_a_refused_one_again(
 
 
 def test_an_upload_that_fails_leaves_the_decision(quantized, home, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    failed = quantized("out", more=("--upload", f"file://{tmp_path}/file/place"))
+    # a place that can be read, and not be written to
+    (tmp_path / "link").symlink_to(tmp_path / "away")
+    failed = quantized("out", more=("--upload", f"file://{tmp_path}/link/place"))
     assert failed.status == 1 and "--upload" in failed.err
     client = client_of(home)
     (version,) = client.search_model_versions(f"name = '{MODEL}'")
@@ -169,7 +170,7 @@ def test_an_upload_that_fails_leaves_the_decision(quantized, home, tmp_path):
     assert run.data.tags["served"] == version.tags["served"] == "no"
     assert version.tags["location"] == str(tmp_path / "out")
     assert "report.html" in {file.path for file in client.list_artifacts(version.run_id)}
-    (tmp_path / "file").unlink()
-    done = quantized("out", more=("--upload", f"file://{tmp_path}/file/place"))
+    (tmp_path / "away").mkdir()
+    done = quantized("out", more=("--upload", f"file://{tmp_path}/link/place"))
     assert done.status == 0, done.err
     assert done.json["uploaded"]["sent"] > 0 and done.json["gate"]["version"] == "1"

@@ -123,5 +123,25 @@ def test_an_address_that_is_none(url: str, said: str) -> None:
 
 
 def test_an_address(tmp_path: Path) -> None:
-    for url in (None, "s3://bucket/folder", f"file://{tmp_path}", "memory://place"):
+    for url in (None, f"file://{tmp_path}/place", "memory://place"):
         check_upload(url)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_an_upload_would_not_get(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="holds files, but none of an upload"):
+        check_upload(f"file://{checkpoint}")
+    with pytest.raises(InputError, match=r"cannot be read .*mend the address"):
+        check_upload(f"file://{checkpoint}/config.json/place")
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "word",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="cannot be read") as raised:
+        check_upload("s3://bucket/folder")
+    assert "\n" not in str(raised.value) and "word" not in str(raised.value)
