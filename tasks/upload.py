@@ -37,7 +37,8 @@ def check_upload(url: str | None) -> None:
     except (ImportError, ValueError) as error:
         raise InputError(f"--upload {url}: {one_line(error)}") from error
     try:
-        _there(*fsspec.core.url_to_fs(url.rstrip("/")), url)
+        place, root = fsspec.core.url_to_fs(url.rstrip("/"))
+        _there(place, root, url)
     except InputError:
         raise
     except Exception as error:
