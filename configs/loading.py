@@ -222,6 +222,8 @@ def _with_value(node: Any, keys: Sequence[str], value: Any, text: str) -> Any:
         return [*node[:index], item, *node[index + 1 :]]
     if node is not None and not isinstance(node, Mapping):
         raise RecipeError(f"override {text!r}: '{key}' lies below {node!r}, which has no keys")
+    if node is None and key.isdigit():
+        raise RecipeError(f"override {text!r}: '{key}' is of a list that the recipe does not have")
     section = dict(node or {})
     section[key] = _with_value(section.get(key), rest, value, text) if rest else value
     return section

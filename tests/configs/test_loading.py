@@ -122,6 +122,8 @@ def test_overrides_reach_the_items_of_a_list(tmp_path):
     assert [step.quant.weight.bit for step in recipe.resolved_steps()] == [8, 4]
     with pytest.raises(RecipeError, match=r"'2' is no item of a list of 2; write 0 to 1"):
         load_recipe(file, ["steps.2.quant.weight.bit=4"])
+    with pytest.raises(RecipeError, match="'0' is of a list that the recipe does not have"):
+        load_recipe("rtn_w4a16", ["steps.0.quant.weight.bit=8"])
 
 
 @pytest.mark.parametrize(
