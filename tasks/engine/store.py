@@ -239,7 +239,9 @@ class Store:
             if record.name not in kept:
                 record.unlink(missing_ok=True)
         # of journals, those that have something to tell keep theirs
-        told = [p for p in (self.root / "journal").glob("*.lock") if not _tells(p)]
+        journals = self.root / "journal"
+        locks = [*journals.glob("*.lock"), *journals.glob("*.telling")]
+        told = [lock for lock in locks if not _tells(lock)]
         for lock in [*(self.root / "locks").glob("*"), *told]:
             if lock.stem not in kept:
                 # whoever waits for a lock whose file is gone takes a new one: filelock sees to it

@@ -436,12 +436,14 @@ def test_collect_removes_old_publications_and_locks_of_journals(store: Store) ->
     for name, age in (("old", 1000), ("new", 10), ("held", 1000)):
         (records / name).write_text("work")
         os.utime(records / name, (time.time() - age,) * 2)
-    for name in ("sent.lock", "kept.lock", "kept.sqlite", "busy.lock"):
+    kept = ["busy.lock", "busy.telling", "kept.lock", "kept.sqlite", "kept.telling"]
+    for name in (*kept, "sent.lock", "sent.telling"):
         (journals / name).write_text("")
-    with store.lock(run_lock("held")), FileLock(journals / "busy.lock"):
+    busy = FileLock(journals / "busy.lock"), FileLock(journals / "busy.telling")
+    with store.lock(run_lock("held")), busy[0], busy[1]:
         store.collect(older_than_s=500)
     assert sorted(p.name for p in records.iterdir()) == ["held", "new"]
-    assert sorted(p.name for p in journals.iterdir()) == ["busy.lock", "kept.lock", "kept.sqlite"]
+    assert sorted(p.name for p in journals.iterdir()) == kept
 
 
 def test_lock_waits_no_longer_than_asked(store: Store) -> None:
