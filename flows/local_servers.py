@@ -74,10 +74,12 @@ def worker_name(number: int) -> str:
 
 def _prefect(services: Services) -> None:
     """Serve Prefect's API and pages, with its scheduler."""
-    from flows.prefect_api import serve_until_told
+    from flows.prefect_api import own_pages, serve_until_told
 
     os.environ.pop("PREFECT_API_URL", None)
     os.environ["PREFECT_UI_API_URL"] = f"{services.prefect_url}/api"
+    for name, value in own_pages(services.prefect_port).items():
+        os.environ.setdefault(name, value)
     lock = settings().prefect_home / "server-start.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("127.0.0.1", services.prefect_port)) as listening:
