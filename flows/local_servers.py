@@ -25,6 +25,9 @@ _PREFECT_DATABASES = (
     "PREFECT_SERVER_DATABASE_PASSWORD",
     "PREFECT_API_DATABASE_PASSWORD",
 )
+# kept in PREFECT_HOME: in memory, a server that ends forgets who has a slot, which stays taken
+LEASES = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"
+LEASES_IN_FILES = "prefect.server.concurrency.lease_storage.filesystem"
 # options of `mlflow server`, by its own names of them
 BACKEND = "MLFLOW_BACKEND_STORE_URI"
 DESTINATION = "MLFLOW_ARTIFACTS_DESTINATION"
@@ -78,7 +81,8 @@ def _prefect(services: Services) -> None:
 
     os.environ.pop("PREFECT_API_URL", None)
     os.environ["PREFECT_UI_API_URL"] = f"{services.prefect_url}/api"
-    for name, value in own_pages(services.prefect_port).items():
+    given = own_pages(services.prefect_port) | {LEASES: LEASES_IN_FILES}
+    for name, value in given.items():
         os.environ.setdefault(name, value)
     lock = settings().prefect_home / "server-start.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)

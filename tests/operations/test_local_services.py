@@ -1,15 +1,91 @@
-"""What `make up` starts: who may ask it."""
+"""What `make up` starts, and how it ends: who may ask, and what is left of runs under way."""
 
 from __future__ import annotations
 
+import json
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
+from mlflow import MlflowClient
 
-from tests.operations.services import Up
+from tests.models import make_checkpoint, make_text
+from tests.operations.services import Up, eventually
+from tests.operations.test_deployments import RECIPE
 
 pytestmark = [pytest.mark.ops, pytest.mark.timeout(600), pytest.mark.xdist_group("services")]
+
+# of a run that is still under way when it is ended
+BLOCKS = 40
+
+
+@pytest.fixture(scope="module")
+def long_work(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A recipe with a model of many blocks."""
+    folder = tmp_path_factory.mktemp("long")
+    recipe = folder / "recipe.yml"
+    recipe.write_text(RECIPE.format(text=make_text(folder / "words.txt", words=3000)))
+    model = make_checkpoint(folder / "model", blocks=BLOCKS)
+    return {"recipe": str(recipe), "model": str(model)}
+
+
+def under_way(up: Up, work: dict[str, str], folder: Path) -> tuple[str, str]:
+    """Have the nightly work; the ids of its run in Prefect and in MLflow."""
+    output = str(folder / "out")
+    parameters = work | {"output": output, "store": str(folder / "store")}
+    run = up.submit("requantize/nightly", parameters)
+    client = MlflowClient(up.mlflow)
+
+    def found() -> str | None:
+        experiment = client.get_experiment_by_name("blockquant")
+        if experiment is None:
+            return None
+        runs = client.search_runs([experiment.experiment_id], f"params.output = '{output}'")
+        return runs[0].info.run_id if runs else None
+
+    return run, eventually(found, "the run in MLflow")
+
+
+def slots(up: Up) -> int:
+    """How many slots of the nightly's limit are taken."""
+    nightly = up.api("GET", "deployments/name/requantize/nightly")
+    taken = nightly["global_concurrency_limit"]["active_slots"]
+    assert isinstance(taken, int)
+    return taken
+
+
+def up_again(up: Up) -> None:
+    again = up.run("up", module="flows.local_services")
+    assert again.stdout == f"Prefect: {up.prefect}\nMLflow: {up.mlflow}\n", again.stderr
+
+
+def expire(leases: Path) -> None:
+    """Let every lease end now: five minutes are long for a test."""
+    past = datetime(2000, 1, 1, tzinfo=UTC).isoformat()
+    index = leases / "expirations.json"
+    for lease in json.loads(index.read_text()):
+        path = leases / f"{lease}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"expiration": past}))
+    index.write_text(json.dumps(dict.fromkeys(json.loads(index.read_text()), past)))
+
+
+def test_a_slot_is_free_again_after_all_was_killed(
+    up: Up, long_work: dict[str, str], tmp_path: Path
+) -> None:
+    under_way(up, long_work, tmp_path)
+    assert slots(up) == 1
+    killed = up.processes()
+    for process in killed:
+        process.kill()
+    psutil.wait_procs(killed, timeout=20)
+    up_again(up)
+    # the new server knows who had it
+    assert slots(up) == 1
+    expire(up.home / "prefect" / "concurrency_leases")
+    eventually(lambda: slots(up) == 0, "a slot that is free", 60)
 
 
 def test_no_page_but_prefect_s_own_may_ask_its_api(up: Up) -> None:
