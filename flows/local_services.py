@@ -33,7 +33,10 @@ from tasks.engine.settings import home, settings
 PORTS = {"BLOCKQUANT_PREFECT_PORT": 4200, "BLOCKQUANT_MLFLOW_PORT": 5000}
 # a new database is created and migrated first
 START_LIMIT_S = 300.0
-STOP_LIMIT_S = 60.0
+# of a worker, whose runs end first, and of a server; then of all
+WORKER_STOP_S = 60
+SERVER_STOP_S = 15
+STOP_LIMIT_S = 120.0
 # of the name of a unix socket; supervisor makes it under a longer one first
 LONGEST_SOCKET = 95
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -178,7 +181,8 @@ def _config(services: Services) -> dict[str, dict[str, str]]:
         },
         "supervisorctl": {"serverurl": f"unix://{folder}/control.sock"},
     }
-    for name in ("mlflow", "prefect", *(f"worker-{n}" for n in range(services.workers))):
+    workers = [f"worker-{n}" for n in range(services.workers)]
+    for name in ("mlflow", "prefect", *workers):
         command = shlex.join([sys.executable, "-m", "flows.local_servers", name])
         sections[f"program:{name}"] = {
             "command": command.replace("%", "%%"),
@@ -189,7 +193,9 @@ def _config(services: Services) -> dict[str, dict[str, str]]:
             "startretries": "5",
             "stopasgroup": "true",
             "killasgroup": "true",
-            "stopwaitsecs": "15",
+            # the highest is stopped first: runs end while the servers hear of it
+            "priority": "2" if name in workers else "1",
+            "stopwaitsecs": str(WORKER_STOP_S if name in workers else SERVER_STOP_S),
             "redirect_stderr": "true",
             "stdout_logfile": f"{folder}/{name}.log",
             "stdout_logfile_maxbytes": "10MB",

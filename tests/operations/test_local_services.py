@@ -88,6 +88,18 @@ def test_a_slot_is_free_again_after_all_was_killed(
     eventually(lambda: slots(up) == 0, "a slot that is free", 60)
 
 
+def test_runs_under_way_end_before_the_servers(
+    up: Up, long_work: dict[str, str], tmp_path: Path
+) -> None:
+    run, tracked = under_way(up, long_work, tmp_path)
+    assert up.run("down", module="flows.local_services").stdout == "ended\n"
+    assert up.processes() == []
+    up_again(up)
+    assert up.api("GET", f"flow_runs/{run}")["state"]["type"] == "CRASHED"
+    assert MlflowClient(up.mlflow).get_run(tracked).info.status == "FAILED"
+    assert slots(up) == 0
+
+
 def test_no_page_but_prefect_s_own_may_ask_its_api(up: Up) -> None:
     def allowed(origin: str) -> str | None:
         return preflight(up.prefect, origin).headers.get("access-control-allow-origin")
