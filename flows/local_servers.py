@@ -99,13 +99,17 @@ def _mlflow(services: Services) -> None:
         SERVE_ARTIFACTS_ENV_VAR,
     )
 
-    from tasks.engine.tracking import prepared_client
+    from tasks.engine.tracking import prepare_experiment, prepared_client
 
     place = settings()
     base = place.prefect_home.parent
     backend = os.environ.pop(BACKEND, None) or f"sqlite:///{base / 'mlflow.db'}"
+    here = Settings(place.store, backend, place.artifact_root, place.prefect_home)
     # of processes that create one local database at once, each waits for the other
-    prepared_client(Settings(place.store, backend, place.artifact_root, place.prefect_home))
+    prepared_client(here)
+    if backend.startswith("sqlite:") and not os.environ.get(DESTINATION):
+        # the server would create it with artifacts that nobody but its own clients can keep
+        prepare_experiment(here)
     os.environ |= {
         BACKEND_STORE_URI_ENV_VAR: backend,
         SERVE_ARTIFACTS_ENV_VAR: "true",

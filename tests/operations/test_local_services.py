@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,25 @@ def test_runs_under_way_end_before_the_servers(
     assert up.api("GET", f"flow_runs/{run}")["state"]["type"] == "CRASHED"
     assert MlflowClient(up.mlflow).get_run(tracked).info.status == "FAILED"
     assert slots(up) == 0
+
+
+def test_a_run_beside_the_servers_keeps_its_artifacts(up: Up, words: Path, tmp_path: Path) -> None:
+    # a home that servers made, and a command that is told of none
+    alone = {k: v for k, v in up.env.items() if k not in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL")}
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(RECIPE.format(text=words))
+    asked = ("quantize", recipe, "--model", make_checkpoint(tmp_path / "model"), "--json")
+    beside = replace(up, env=alone)
+    done = beside.run(*asked, "--output", tmp_path / "out", module="flows.cli")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["mlflow"]
+    assert told["uri"].startswith("sqlite:") and told["left"] == 0
+    client = MlflowClient(up.mlflow)
+    assert client.get_run(told["run"]).info.status == "FINISHED"
+    assert "recipe.yml" in {file.path for file in client.list_artifacts(told["run"])}
+    # as MLflow's page asks for it
+    shown = {"path": "recipe.yml", "run_uuid": told["run"]}
+    assert "Identity" in httpx.get(f"{up.mlflow}/get-artifact", params=shown).text
 
 
 def test_no_page_but_prefect_s_own_may_ask_its_api(up: Up) -> None:
