@@ -126,6 +126,8 @@ def test_a_failed_block_is_retried_alone(
     finished = tracked(up, output)
     assert finished.info.run_id == of_mlflow.info.run_id
     assert finished.info.status == "FINISHED" and "failure" not in finished.data.tags
+    # what blockquant says is read on the run's page
+    assert_logged(up, {"id": run}, f"published {output}")
     client = MlflowClient(up.mlflow)
     points = client.get_metric_history(finished.info.run_id, "weight_error.mean")
     assert [point.step for point in points] == [0, 1]
