@@ -26,7 +26,7 @@ from filelock import FileLock
 from supervisor.xmlrpc import SupervisorTransport
 
 from flows.local_servers import POOL, SERVICES, Services, saved, worker_name
-from flows.prefect_api import NEVER_PROXIED, OFFLINE
+from flows.prefect_api import OFFLINE, unproxied
 from tasks.engine.errors import InputError, RunError, one_line
 from tasks.engine.settings import home, settings
 
@@ -83,11 +83,11 @@ def down() -> bool:
     with FileLock(folder / "up.lock"):
         ran = _is_running(folder)
         if ran:
-            supervisor = int((folder / "supervisord.pid").read_text())
-            with suppress(OSError, Fault):
+            # it may end by itself meanwhile
+            with suppress(OSError, Fault, psutil.NoSuchProcess, psutil.TimeoutExpired):
+                supervisor = psutil.Process(_control(folder).supervisor.getPID())
                 _control(folder).supervisor.shutdown()
-            with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
-                psutil.Process(supervisor).wait(STOP_LIMIT_S)
+                supervisor.wait(STOP_LIMIT_S)
         return _end_leftovers(folder) > 0 or ran
 
 
@@ -97,18 +97,25 @@ def environment(services: Services) -> dict[str, str]:
     # another server's, and a value that would be written into the deployments
     for name in ("PREFECT_API_URL", "BLOCKQUANT_REPOSITORY"):
         kept.pop(name, None)
-    hosts = ",".join(filter(None, [kept.get("NO_PROXY", ""), *NEVER_PROXIED]))
     place = {"BLOCKQUANT_HOME": str(home()), SERVICES: str(services.folder)}
     prefect = {"PREFECT_HOME": str(settings().prefect_home)}
-    return {**OFFLINE, **prefect, **kept, **place, "NO_PROXY": hosts, "no_proxy": hosts}
+    return {**OFFLINE, **prefect, **kept, **place, **unproxied(kept)}
 
 
 def _chosen(folder: Path, before: Services | None) -> Services:
-    """The ports and workers asked for; else those of the last time, where they are free."""
+    """The ports and workers asked for; else those of the last time, where they are free.
+
+    Raises:
+        InputError: a port that was asked for is taken.
+    """
     last = (before.prefect_port, before.mlflow_port) if before else (None, None)
     ports: list[int] = []
     for (name, default), used in zip(PORTS.items(), last, strict=True):
-        ports.append(_number(name) or _free_port(used or default, ports))
+        given = _number(name)
+        port = _free_port(given or used or default, ports)
+        if given is not None and port != given:
+            raise InputError(f"{name}: {given} is taken; give another one or unset it")
+        ports.append(port)
     workers = _number("BLOCKQUANT_WORKERS") or 1
     runs = _number("BLOCKQUANT_WORKER_RUNS") or 1
     return Services(folder, REPOSITORY, ports[0], ports[1], workers, runs)

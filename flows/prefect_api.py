@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -77,9 +77,16 @@ def quiet_defaults(prefect_home: Path) -> None:
     os.environ.setdefault("PREFECT_HOME", str(prefect_home))
     # logs go to the API and to our own log; a person sees progress and one line of error
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ |= unproxied(os.environ)
+
+
+def unproxied(environment: Mapping[str, str]) -> dict[str, str]:
+    """``NO_PROXY`` and ``no_proxy`` as they are, and loopback in both."""
+    found = {}
     for name in ("NO_PROXY", "no_proxy"):
-        kept = [host for host in os.environ.get(name, "").split(",") if host.strip()]
-        os.environ[name] = ",".join([*kept, *(host for host in NEVER_PROXIED if host not in kept)])
+        kept = [host for host in environment.get(name, "").split(",") if host.strip()]
+        found[name] = ",".join([*kept, *(host for host in NEVER_PROXIED if host not in kept)])
+    return found
 
 
 def own_pages(port: int) -> dict[str, str]:
