@@ -1,4 +1,4 @@
-"""The nightly flow: quantize again where the source, the recipe or the code is new."""
+"""The nightly flow: quantize again where the source, the recipe or blockquant's version is new."""
 
 from __future__ import annotations
 
