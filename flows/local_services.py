@@ -25,6 +25,7 @@ import psutil
 from filelock import FileLock
 from supervisor.xmlrpc import SupervisorTransport
 
+from flows.local_deployments import definitions, ids, keep, stale
 from flows.local_servers import POOL, SERVICES, Services, saved, worker_name
 from flows.prefect_api import OFFLINE, unproxied
 from tasks.engine.errors import InputError, RunError, one_line
@@ -261,10 +262,15 @@ def _is_online(services: Services, number: int) -> bool:
 
 
 def _deploy(services: Services) -> None:
+    """Deploy what is missing or was described anew since; what an operator set stays."""
     pool = f"{services.prefect_url}/api/work_pools/{POOL}"
     if not _answers(pool):
         _prefect(services, "work-pool", "create", "--type", "process", POOL)
-    _prefect(services, "--no-prompt", "deploy", "--all")
+    api, wanted = f"{services.prefect_url}/api", definitions(services.repository)
+    names = stale(wanted, ids(api, wanted), services.folder)
+    if names:
+        _prefect(services, "--no-prompt", "deploy", *(f"--name={name}" for name in names))
+        keep(wanted, ids(api, wanted), services.folder)
 
 
 def _prefect(services: Services, *arguments: str) -> None:
