@@ -81,13 +81,21 @@ def _end_when_told(worker: ProcessWorker) -> asyncio.Task[None]:
         for asked, limit_s in ((signal.SIGTERM, RUN_LIMIT_S), (signal.SIGKILL, KILLED_LIMIT_S)):
             _signal_runs(asked)
             deadline = time.monotonic() + limit_s
-            while worker.limiter.borrowed_tokens and time.monotonic() < deadline:
+            while _is_busy(worker) and time.monotonic() < deadline:
                 await asyncio.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
     worker.get_and_submit_flow_runs = take_until_told  # type: ignore[method-assign]
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
     return asyncio.create_task(end())
+
+
+def _is_busy(worker: ProcessWorker) -> bool:
+    """Whether it has a run, or is to tell the server how one ended."""
+    # one that has not begun to work has no limiter
+    with suppress(RuntimeError):
+        return worker.limiter.borrowed_tokens > 0
+    return False
 
 
 def _signal_runs(asked: signal.Signals) -> None:
