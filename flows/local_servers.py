@@ -25,6 +25,9 @@ _PREFECT_DATABASES = (
     "PREFECT_SERVER_DATABASE_PASSWORD",
     "PREFECT_API_DATABASE_PASSWORD",
 )
+# kept in PREFECT_HOME: in memory, a server that ends forgets who has a slot, which stays taken
+LEASES = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"
+LEASES_IN_FILES = "prefect.server.concurrency.lease_storage.filesystem"
 # options of `mlflow server`, by its own names of them
 BACKEND = "MLFLOW_BACKEND_STORE_URI"
 DESTINATION = "MLFLOW_ARTIFACTS_DESTINATION"
@@ -74,10 +77,13 @@ def worker_name(number: int) -> str:
 
 def _prefect(services: Services) -> None:
     """Serve Prefect's API and pages, with its scheduler."""
-    from flows.prefect_api import serve_until_told
+    from flows.prefect_api import own_pages, serve_until_told
 
     os.environ.pop("PREFECT_API_URL", None)
     os.environ["PREFECT_UI_API_URL"] = f"{services.prefect_url}/api"
+    given = own_pages(services.prefect_port) | {LEASES: LEASES_IN_FILES}
+    for name, value in given.items():
+        os.environ.setdefault(name, value)
     lock = settings().prefect_home / "server-start.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("127.0.0.1", services.prefect_port)) as listening:
@@ -93,13 +99,17 @@ def _mlflow(services: Services) -> None:
         SERVE_ARTIFACTS_ENV_VAR,
     )
 
-    from tasks.engine.tracking import prepared_client
+    from tasks.engine.tracking import prepare_experiment, prepared_client
 
     place = settings()
     base = place.prefect_home.parent
     backend = os.environ.pop(BACKEND, None) or f"sqlite:///{base / 'mlflow.db'}"
+    here = Settings(place.store, backend, place.artifact_root, place.prefect_home)
     # of processes that create one local database at once, each waits for the other
-    prepared_client(Settings(place.store, backend, place.artifact_root, place.prefect_home))
+    prepared_client(here)
+    if backend.startswith("sqlite:") and not os.environ.get(DESTINATION):
+        # the server would create it with artifacts that nobody but its own clients can keep
+        prepare_experiment(here)
     os.environ |= {
         BACKEND_STORE_URI_ENV_VAR: backend,
         SERVE_ARTIFACTS_ENV_VAR: "true",

@@ -25,15 +25,19 @@ import psutil
 from filelock import FileLock
 from supervisor.xmlrpc import SupervisorTransport
 
+from flows.local_deployments import definitions, ids, keep, stale
 from flows.local_servers import POOL, SERVICES, Services, saved, worker_name
-from flows.prefect_api import NEVER_PROXIED, OFFLINE
+from flows.prefect_api import OFFLINE, unproxied
 from tasks.engine.errors import InputError, RunError, one_line
 from tasks.engine.settings import home, settings
 
 PORTS = {"BLOCKQUANT_PREFECT_PORT": 4200, "BLOCKQUANT_MLFLOW_PORT": 5000}
 # a new database is created and migrated first
 START_LIMIT_S = 300.0
-STOP_LIMIT_S = 60.0
+# of a worker, whose runs end first, and of a server; then of all
+WORKER_STOP_S = 60
+SERVER_STOP_S = 15
+STOP_LIMIT_S = 120.0
 # of the name of a unix socket; supervisor makes it under a longer one first
 LONGEST_SOCKET = 95
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -80,11 +84,11 @@ def down() -> bool:
     with FileLock(folder / "up.lock"):
         ran = _is_running(folder)
         if ran:
-            supervisor = int((folder / "supervisord.pid").read_text())
-            with suppress(OSError, Fault):
+            # it may end by itself meanwhile
+            with suppress(OSError, Fault, psutil.NoSuchProcess, psutil.TimeoutExpired):
+                supervisor = psutil.Process(_control(folder).supervisor.getPID())
                 _control(folder).supervisor.shutdown()
-            with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
-                psutil.Process(supervisor).wait(STOP_LIMIT_S)
+                supervisor.wait(STOP_LIMIT_S)
         return _end_leftovers(folder) > 0 or ran
 
 
@@ -94,18 +98,25 @@ def environment(services: Services) -> dict[str, str]:
     # another server's, and a value that would be written into the deployments
     for name in ("PREFECT_API_URL", "BLOCKQUANT_REPOSITORY"):
         kept.pop(name, None)
-    hosts = ",".join(filter(None, [kept.get("NO_PROXY", ""), *NEVER_PROXIED]))
     place = {"BLOCKQUANT_HOME": str(home()), SERVICES: str(services.folder)}
     prefect = {"PREFECT_HOME": str(settings().prefect_home)}
-    return {**OFFLINE, **prefect, **kept, **place, "NO_PROXY": hosts, "no_proxy": hosts}
+    return {**OFFLINE, **prefect, **kept, **place, **unproxied(kept)}
 
 
 def _chosen(folder: Path, before: Services | None) -> Services:
-    """The ports and workers asked for; else those of the last time, where they are free."""
+    """The ports and workers asked for; else those of the last time, where they are free.
+
+    Raises:
+        InputError: a port that was asked for is taken.
+    """
     last = (before.prefect_port, before.mlflow_port) if before else (None, None)
     ports: list[int] = []
     for (name, default), used in zip(PORTS.items(), last, strict=True):
-        ports.append(_number(name) or _free_port(used or default, ports))
+        given = _number(name)
+        port = _free_port(given or used or default, ports)
+        if given is not None and port != given:
+            raise InputError(f"{name}: {given} is taken; give another one or unset it")
+        ports.append(port)
     workers = _number("BLOCKQUANT_WORKERS") or 1
     runs = _number("BLOCKQUANT_WORKER_RUNS") or 1
     return Services(folder, REPOSITORY, ports[0], ports[1], workers, runs)
@@ -178,7 +189,8 @@ def _config(services: Services) -> dict[str, dict[str, str]]:
         },
         "supervisorctl": {"serverurl": f"unix://{folder}/control.sock"},
     }
-    for name in ("mlflow", "prefect", *(f"worker-{n}" for n in range(services.workers))):
+    workers = [f"worker-{n}" for n in range(services.workers)]
+    for name in ("mlflow", "prefect", *workers):
         command = shlex.join([sys.executable, "-m", "flows.local_servers", name])
         sections[f"program:{name}"] = {
             "command": command.replace("%", "%%"),
@@ -189,7 +201,9 @@ def _config(services: Services) -> dict[str, dict[str, str]]:
             "startretries": "5",
             "stopasgroup": "true",
             "killasgroup": "true",
-            "stopwaitsecs": "15",
+            # the highest is stopped first: runs end while the servers hear of it
+            "priority": "2" if name in workers else "1",
+            "stopwaitsecs": str(WORKER_STOP_S if name in workers else SERVER_STOP_S),
             "redirect_stderr": "true",
             "stdout_logfile": f"{folder}/{name}.log",
             "stdout_logfile_maxbytes": "10MB",
@@ -248,10 +262,15 @@ def _is_online(services: Services, number: int) -> bool:
 
 
 def _deploy(services: Services) -> None:
+    """Deploy what is missing or was described anew since; what an operator set stays."""
     pool = f"{services.prefect_url}/api/work_pools/{POOL}"
     if not _answers(pool):
         _prefect(services, "work-pool", "create", "--type", "process", POOL)
-    _prefect(services, "--no-prompt", "deploy", "--all")
+    api, wanted = f"{services.prefect_url}/api", definitions(services.repository)
+    names = stale(wanted, ids(api, wanted), services.folder)
+    if names:
+        _prefect(services, "--no-prompt", "deploy", *(f"--name={name}" for name in names))
+        keep(wanted, ids(api, wanted), services.folder)
 
 
 def _prefect(services: Services, *arguments: str) -> None:

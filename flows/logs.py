@@ -19,6 +19,18 @@ class MaskedLines(logging.Formatter):
         return masked(super().format(record))
 
 
+def heard_by_prefect() -> None:
+    """Have Prefect hear our log from its own level on, where it was asked to keep that.
+
+    ``PREFECT_LOGGING_EXTRA_LOGGERS`` alone leaves the root logger's level: warnings.
+    """
+    from prefect.settings import PREFECT_LOGGING_EXTRA_LOGGERS
+
+    logger = logging.getLogger("blockquant")
+    if logger.name in PREFECT_LOGGING_EXTRA_LOGGERS.value() and logger.level == logging.NOTSET:
+        logger.setLevel(logging.getLogger("prefect.extra").level)
+
+
 @contextmanager
 def keeping_log(path: Path) -> Iterator[Path]:
     """Keep the log in a file, beside what else is kept or shown of it."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -57,6 +57,8 @@ LEAN_SERVER = {
         for name in ("TASK_RUN_RECORDER", "EVENT_PERSISTER")
     },
 }
+# which web pages may read what the API answers, and so post to it
+ORIGINS = "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"
 OFFLINE = {
     "DO_NOT_TRACK": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -75,9 +77,21 @@ def quiet_defaults(prefect_home: Path) -> None:
     os.environ.setdefault("PREFECT_HOME", str(prefect_home))
     # logs go to the API and to our own log; a person sees progress and one line of error
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ |= unproxied(os.environ)
+
+
+def unproxied(environment: Mapping[str, str]) -> dict[str, str]:
+    """``NO_PROXY`` and ``no_proxy`` as they are, and loopback in both."""
+    found = {}
     for name in ("NO_PROXY", "no_proxy"):
-        kept = [host for host in os.environ.get(name, "").split(",") if host.strip()]
-        os.environ[name] = ",".join([*kept, *(host for host in NEVER_PROXIED if host not in kept)])
+        kept = [host for host in environment.get(name, "").split(",") if host.strip()]
+        found[name] = ",".join([*kept, *(host for host in NEVER_PROXIED if host not in kept)])
+    return found
+
+
+def own_pages(port: int) -> dict[str, str]:
+    """Let no web page ask a server on loopback but its own: any may by default."""
+    return {ORIGINS: ",".join(f"http://{host}:{port}" for host in NEVER_PROXIED)}
 
 
 @dataclass
@@ -93,18 +107,22 @@ class Waiting:
         """Start one; by default on a port that is free."""
         # the port is taken here: while the server waits for its turn, nobody else can have it
         with socket.create_server(("127.0.0.1", port)) as listening:
+            taken = listening.getsockname()[1]
             process = subprocess.Popen(
                 [sys.executable, "-m", "flows.prefect_api", str(listening.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 # what it asks of itself it does not ask through its port
-                env=LEAN_SERVER | {k: v for k, v in os.environ.items() if k != API_URL},
+                env={
+                    **(LEAN_SERVER | own_pages(taken)),
+                    **{k: v for k, v in os.environ.items() if k != API_URL},
+                },
                 pass_fds=(listening.fileno(),),
                 # an interrupt at the terminal is for the command, which tells of it
                 start_new_session=True,
             )
-            return cls(process, listening.getsockname()[1])
+            return cls(process, taken)
 
     def begin(self, said: Path, home: Path) -> str:
         """Have it serve, its output, if any, kept in ``said``; its API's URL."""

@@ -16,6 +16,7 @@ from flows.course import Course
 from flows.crew import Crew, crew_of
 from flows.crew_start import started_early
 from flows.finishing import look, publish_products, sample, scored, serve, settled, show, uploaded
+from flows.logs import heard_by_prefect
 from flows.steps import State, apply, calibration, passes
 from flows.tracked import failure_kept, open_tracked
 from tasks.check import Request, check, request_of
@@ -81,6 +82,7 @@ def quantize_model(
         Where the checkpoint lies if it is published, its metrics, the MLflow run, and which steps
         were found.
     """
+    heard_by_prefect()
     request = request_of(
         recipe,
         model=model,

@@ -1,4 +1,4 @@
-"""The nightly flow: quantize again where the source, the recipe or the code is new."""
+"""The nightly flow: quantize again where the source, the recipe or blockquant's version is new."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.states import Completed
 
+from flows.logs import heard_by_prefect
 from flows.quantize_model import quantize_model
 from tasks.changes import news, waiting
 from tasks.check import check, request_of
@@ -51,6 +52,7 @@ def requantize(
     Raises:
         InputError: the request cannot be worked with, or the recipe publishes nothing.
     """
+    heard_by_prefect()
     parameters: dict[str, Any] = {
         "model": model,
         "output": output,

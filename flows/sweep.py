@@ -19,6 +19,7 @@ from prefect.runtime import flow_run
 from configs.sweep_schema import Sweep, as_given
 from flows.child_run import Surroundings
 from flows.children import Checked, Child, checked_sweep
+from flows.logs import heard_by_prefect
 from flows.options import err
 from flows.ray_cluster import handed_over
 from flows.run_children import run_children
@@ -94,6 +95,7 @@ def sweep(
     Raises:
         SweepError: children failed; the others are done.
     """
+    heard_by_prefect()
     asked = Runner(runner, address, cores, gpus, at_once, device)
     common = {
         "overrides": list(overrides),

@@ -100,7 +100,7 @@ def _refusal(
         Away: it may take it later.
     """
     if not is_refusal(error, message):
-        raise Away(type(error).__name__) from error
+        raise Away(one_line(error)[:300]) from error
     line = masked(" ".join(str(error).split()))[:300]
     if message.kind == "open":
         # without its run nothing else can be told
@@ -112,7 +112,7 @@ def _refusal(
         if restored(settings, journal.fact("experiment") or ""):
             return None
     except Exception as unrestored:
-        raise Away(type(unrestored).__name__) from unrestored
+        raise Away(one_line(unrestored)[:300]) from unrestored
     return line
 
 

@@ -349,6 +349,13 @@ def prepared_client(settings: Settings) -> MlflowClient:
     return client
 
 
+def prepare_experiment(settings: Settings) -> None:
+    """Create the experiment where there is none, its artifacts in a folder of this machine."""
+    client = prepared_client(settings)
+    if client.get_experiment_by_name(EXPERIMENT) is None:
+        _experiment(client, settings)
+
+
 def _create_database(database: Path) -> None:
     """Create and migrate the database under another name: killed half-way, it could not be used."""
     unfinished = database.with_name(f".{database.name}.new")

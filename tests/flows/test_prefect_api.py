@@ -181,3 +181,10 @@ def test_a_stand_in_for_a_guarded_server_is_asked_as_prefect_asks(
         finally:
             server.shutdown()
             serving.result()
+
+
+def test_no_web_page_may_ask_the_local_server(services: dict[str, str]) -> None:
+    asked = {"Origin": "http://example.org", "Access-Control-Request-Method": "POST"}
+    answer = httpx.options(f"{services['PREFECT_API_URL']}/flow_runs/filter", headers=asked)
+    assert answer.status_code == 400
+    assert "access-control-allow-origin" not in answer.headers

@@ -67,9 +67,31 @@ def test_a_second_up_changes_nothing(up: Up) -> None:
     before = {p.pid for p in up.processes()}
     # supervisor, two servers, a worker
     assert len(before) == 4
+    schedule, mine = nightly_of(up)["schedules"][0]["id"], {"recipe": "awq_w4a16"}
+    place = f"deployments/{nightly_of(up)['id']}"
+    described = nightly_of(up)["parameters"]
+    up.api("PATCH", f"{place}/schedules/{schedule}", json={"active": False})
+    up.api("PATCH", place, json={"parameters": described | mine})
+    assert started_again(up) == before
+    # as an operator left it
+    assert not nightly_of(up)["schedules"][0]["active"]
+    assert nightly_of(up)["parameters"] == described | mine
+    # as if it had been described otherwise when it was deployed
+    (up.home / "services" / "deployed.json").unlink()
+    assert started_again(up) == before
+    assert nightly_of(up)["schedules"][0]["active"]
+    assert nightly_of(up)["parameters"] == described
+
+
+def nightly_of(up: Up) -> Any:
+    return up.api("GET", "deployments/name/requantize/nightly")
+
+
+def started_again(up: Up) -> set[int]:
+    """Start what does not run; the processes there are then."""
     again = up.run("up", module="flows.local_services")
-    assert again.stdout == f"Prefect: {up.prefect}\nMLflow: {up.mlflow}\n"
-    assert {p.pid for p in up.processes()} == before
+    assert again.stdout == f"Prefect: {up.prefect}\nMLflow: {up.mlflow}\n", again.stderr
+    return {p.pid for p in up.processes()}
 
 
 def test_a_deployment_is_run_to_completed(
@@ -126,6 +148,8 @@ def test_a_failed_block_is_retried_alone(
     finished = tracked(up, output)
     assert finished.info.run_id == of_mlflow.info.run_id
     assert finished.info.status == "FINISHED" and "failure" not in finished.data.tags
+    # what blockquant says is read on the run's page
+    assert_logged(up, {"id": run}, f"published {output}")
     client = MlflowClient(up.mlflow)
     points = client.get_metric_history(finished.info.run_id, "weight_error.mean")
     assert [point.step for point in points] == [0, 1]

@@ -224,6 +224,22 @@ def test_what_a_proxy_never_takes_is_set_aside(
         assert (found.data.tags["told"], found.info.status) == ("yes", "FINISHED")
 
 
+def test_why_nothing_is_taken_is_said_in_one_line(
+    place: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("not at\nhttp://me:word@127.0.0.1/ here " + "x" * 400)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    with told_run(place, "work") as run:
+        run.open("work", "a run", {}, {})
+        run.log_text("text", "file.txt")
+        assert told(run)["left"]
+    (line,) = [one for one in caplog.messages if "does not answer" in one]
+    assert "MlflowException: not at http://***@127.0.0.1/ here xxx" in line
+    assert "word" not in line and "\n" not in line and len(line) < 450
+
+
 def test_an_answer_of_a_proxy_to_mlflows_client_is_told_apart() -> None:
     def said(status: int) -> MlflowException:
         return MlflowException(
