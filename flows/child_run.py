@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
 from prefect.states import Crashed, Failed
 
+from flows.child_pool import interruptible
 from flows.logs import keeping_log
 from flows.quantize_model import quantize_model
 from tasks.engine.errors import one_line
@@ -64,9 +66,15 @@ def work_at(name: str, parameters: dict[str, Any], place: Surroundings) -> Any:
     """Work at a child; what another process that died left Running is Crashed from now on."""
     with surrounded(place), keeping_log(Path(place.logs) / f"{name}.log") as kept:
         try:
-            end_lost_runs(name)
-            flow = quantize_model.with_options(flow_run_name=name)
-            return flow(**parameters, log_file=str(kept))
+            with interruptible.wait():
+                end_lost_runs(name)
+                flow = quantize_model.with_options(flow_run_name=name)
+                return flow(**parameters, log_file=str(kept))
+        except KeyboardInterrupt:
+            # a pool's thread that hears of one ends, and leaves its processes
+            if parent_process() is None:
+                raise
+            return Failed(message="interrupted")
         except Exception as error:
             log.debug("failed", exc_info=error)
             # as a line: not every error can be told to another process

@@ -7,6 +7,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -165,15 +166,19 @@ def _run(checked: Checked, runner: Runner, place: Settings) -> list[Outcome]:
     )
     children = [_of(checked.identity, child) for child in checked.children]
     outcomes: dict[str, Outcome] = {}
-    for child, result, reason in run_children(children, runner, surroundings):
-        outcome = Outcome(child.name, child.model, child.recipe, child.overrides, result, reason)
-        outcomes[child.name] = outcome
-        if reason is not None:
-            _end_lost(place, checked.works[child.name], reason)
-        line = f"{len(outcomes)} of {len(children)}: {_line(outcome)}"
-        log.info(line)
-        if err.is_terminal:
-            err.print(line, markup=False, highlight=False, soft_wrap=True)
+    # closed at once where this is interrupted: children are to end first
+    with closing(run_children(children, runner, surroundings)) as ran:
+        for child, result, reason in ran:
+            outcome = Outcome(
+                child.name, child.model, child.recipe, child.overrides, result, reason
+            )
+            outcomes[child.name] = outcome
+            if reason is not None:
+                _end_lost(place, checked.works[child.name], reason)
+            line = f"{len(outcomes)} of {len(children)}: {_line(outcome)}"
+            log.info(line)
+            if err.is_terminal:
+                err.print(line, markup=False, highlight=False, soft_wrap=True)
     return [outcomes[child.name] for child in children]
 
 

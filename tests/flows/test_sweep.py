@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +260,24 @@ def test_a_child_that_kills_its_process_stops_no_other_one(
     # what children tell of themselves goes to the server that there is
     others = [process.cmdline() for process in psutil.Process().children()]
     assert not [command for command in others if "prefect.server.api.server:create_app" in command]
+
+
+@pytest.mark.ops
+def test_children_end_where_what_waits_for_them_is_interrupted(
+    services: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_children, "run_child", dying.child)
+
+    @flow
+    def one_of(*names: str) -> str:
+        children = [Child(name, "m", "r", (), {}) for name in names]
+        place = Surroundings(str(tmp_path), str(tmp_path))
+        with closing(run_children.run_children(children, Runner(at_once=2), place)) as ran:
+            return next(ran)[0].name
+
+    begun = time.monotonic()
+    assert one_of("a", "waiter") == "a"
+    assert time.monotonic() - begun < 40 and not active_children()
 
 
 @pytest.mark.parametrize(
