@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from prefect.runtime import flow_run
 
 from configs.sweep_schema import Sweep, as_given
 from flows.child_run import Surroundings
-from flows.children import Checked, Child, checked_sweep
+from flows.children import Checked, checked_sweep
 from flows.options import err
 from flows.ray_cluster import handed_over
 from flows.run_children import run_children
@@ -164,7 +165,8 @@ def _run(checked: Checked, runner: Runner, place: Settings) -> list[Outcome]:
         runner.threads,
         handed_over() if runner.kind == RAY else {},
     )
-    children = [_of(checked.identity, child) for child in checked.children]
+    parent = {"parent": checked.identity}
+    children = [replace(c, parameters=c.parameters | parent) for c in checked.children]
     outcomes: dict[str, Outcome] = {}
     # closed at once where this is interrupted: children are to end first
     with closing(run_children(children, runner, surroundings)) as ran:
@@ -175,6 +177,8 @@ def _run(checked: Checked, runner: Runner, place: Settings) -> list[Outcome]:
             outcomes[child.name] = outcome
             if reason is not None:
                 _end_lost(place, checked.works[child.name], reason)
+                # shown in the end, with the table
+                log.debug("%s failed: %s", child.name, reason)
             line = f"{len(outcomes)} of {len(children)}: {_line(outcome)}"
             log.info(line)
             if err.is_terminal:
@@ -194,14 +198,9 @@ def _end_lost(place: Settings, work: str, reason: str) -> None:
         log.warning("MLflow is not told of a failure: another process tells of that run")
 
 
-def _of(identity: str, child: Child) -> Child:
-    parameters = {**child.parameters, "parent": identity}
-    return Child(child.name, child.model, child.recipe, child.overrides, parameters)
-
-
 def _line(outcome: Outcome) -> str:
     if outcome.result is None:
-        return f"{outcome.name} failed: {outcome.reason}"
+        return f"{outcome.name} failed"
     size = f"{outcome.size / 1e6:.1f} MB"
     return (
         f"{outcome.name}: KL {outcome.kl:.5f}, {size} "
@@ -259,8 +258,9 @@ def _points(outcomes: Sequence[Outcome], time_ms: int) -> list[Point]:
 
 def _failure_line(loaded: Sweep, outcomes: Sequence[Outcome]) -> str:
     failed = [o for o in outcomes if o.result is None]
-    named = "; ".join(f"{o.name}: {o.reason}" for o in failed)
+    named = ", ".join(o.name for o in failed)
+    others = "" if len(failed) == len(outcomes) else "the others are done, and "
     return (
-        f"sweep {loaded.name}: {len(failed)} of {len(outcomes)} children failed ({named}); the "
-        "others are done, and the same command goes on with these"
+        f"sweep {loaded.name}: {len(failed)} of {len(outcomes)} children failed ({named}); "
+        f"{others}the same command goes on with these"
     )
