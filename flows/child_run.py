@@ -11,7 +11,6 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
-import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -29,6 +28,7 @@ from prefect.states import Crashed, Failed
 from flows.child_pool import interruptible
 from flows.logs import keeping_log
 from flows.quantize_model import quantize_model
+from flows.runner import computing_with
 from tasks.engine.errors import one_line
 
 log = logging.getLogger("blockquant")
@@ -84,15 +84,12 @@ def work_at(name: str, parameters: dict[str, Any], place: Surroundings) -> Any:
 @contextlib.contextmanager
 def surrounded(place: Surroundings) -> Iterator[None]:
     """Work in the folder, with the variables and the threads of whoever asked."""
-    threads = torch.get_num_threads()
     before = {name: os.environ.get(name) for name in place.environment}
     os.environ.update(place.environment)
-    torch.set_num_threads(place.cores or threads)
     try:
-        with contextlib.chdir(place.folder):
+        with contextlib.chdir(place.folder), computing_with(place.cores):
             yield
     finally:
-        torch.set_num_threads(threads)
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
