@@ -324,6 +324,8 @@ def test_children_end_where_what_waits_for_them_is_interrupted(
     begun = time.monotonic()
     assert one_of("a", "waiter") == "a"
     assert time.monotonic() - begun < 40 and not active_children()
+    ran, ended = ((tmp_path / name).read_text().split() for name in ("ran", "ended"))
+    assert sorted(ran) == sorted(ended)
 
 
 @pytest.mark.parametrize(
