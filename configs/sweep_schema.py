@@ -113,6 +113,8 @@ class Sweep(_Named):
 def load_sweep(path: str | Path) -> Sweep:
     """Read a sweep from a file, or a shipped one by its name; its own name is that of the file.
 
+    Models of a shipped one that lie beside the code are found there, wherever it is run from.
+
     Args:
         path: a file, or a shipped name such as ``demo``; a file wins.
 
@@ -120,7 +122,8 @@ def load_sweep(path: str | Path) -> Sweep:
         RecipeError: whatever is wrong, in one line.
     """
     source = str(path)
-    data = read_yaml(_find(source), source)
+    file = _find(source)
+    data = read_yaml(file, source)
     if not isinstance(data, Mapping):
         raise RecipeError(f"{source}: holds no sweep; it needs lists models: and recipes:")
     try:
@@ -129,12 +132,21 @@ def load_sweep(path: str | Path) -> Sweep:
         place, text = describe(error, data, Sweep)
         line = ": ".join(part for part in (source, place, text) if part)
         raise RecipeError(" ".join(line.splitlines())) from None
-    return parsed.model_copy(update={"name": parsed.name or _slug(Path(source).stem) or "sweep"})
+    name = parsed.name or _slug(Path(source).stem) or "sweep"
+    models = parsed.models
+    if file.resolve().parent == _SHIPPED:
+        models = tuple(_beside_the_code(model) for model in models)
+    return parsed.model_copy(update={"name": name, "models": models})
 
 
 def shipped_sweeps() -> list[str]:
     """Return the names of the sweeps that come with the package, sorted."""
     return sorted(file.stem for file in _SHIPPED.glob("*.yml"))
+
+
+def _beside_the_code(model: SweepModel) -> SweepModel:
+    there = _SHIPPED.parent.parent / model.path
+    return model.model_copy(update={"path": str(there)}) if there.is_dir() else model
 
 
 def _find(source: str) -> Path:

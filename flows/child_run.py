@@ -7,10 +7,10 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
-import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -25,8 +25,10 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
 from prefect.states import Crashed, Failed
 
+from flows.child_pool import interruptible
 from flows.logs import keeping_log
 from flows.quantize_model import quantize_model
+from flows.runner import computing_with
 from tasks.engine.errors import one_line
 
 log = logging.getLogger("blockquant")
@@ -64,9 +66,15 @@ def work_at(name: str, parameters: dict[str, Any], place: Surroundings) -> Any:
     """Work at a child; what another process that died left Running is Crashed from now on."""
     with surrounded(place), keeping_log(Path(place.logs) / f"{name}.log") as kept:
         try:
-            end_lost_runs(name)
-            flow = quantize_model.with_options(flow_run_name=name)
-            return flow(**parameters, log_file=str(kept))
+            with interruptible.wait():
+                end_lost_runs(name)
+                flow = quantize_model.with_options(flow_run_name=name)
+                return flow(**parameters, log_file=str(kept))
+        except KeyboardInterrupt:
+            # a pool's thread that hears of one ends, and leaves its processes
+            if parent_process() is None:
+                raise
+            return Failed(message="interrupted")
         except Exception as error:
             log.debug("failed", exc_info=error)
             # as a line: not every error can be told to another process
@@ -76,15 +84,12 @@ def work_at(name: str, parameters: dict[str, Any], place: Surroundings) -> Any:
 @contextlib.contextmanager
 def surrounded(place: Surroundings) -> Iterator[None]:
     """Work in the folder, with the variables and the threads of whoever asked."""
-    threads = torch.get_num_threads()
     before = {name: os.environ.get(name) for name in place.environment}
     os.environ.update(place.environment)
-    torch.set_num_threads(place.cores or threads)
     try:
-        with contextlib.chdir(place.folder):
+        with contextlib.chdir(place.folder), computing_with(place.cores):
             yield
     finally:
-        torch.set_num_threads(threads)
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:

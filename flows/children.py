@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.sweep_schema import OverrideSet, Sweep, SweepModel, SweepRecipe, load_sweep
-from flows.runner import Runner, check_runner
+from flows.runner import Runner, check_runner, computing_with
 from tasks.check import check, request_of
 from tasks.engine.errors import InputError
 from tasks.engine.job import Job
 from tasks.engine.publication import work_identity
+from tasks.report import require_same_means
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ def checked_sweep(
     check_runner(runner)
     loaded = load_sweep(name)
     children = expand(loaded, common, output)
-    checked = check_children(str(loaded.name), children, runner.checked_on)
+    with computing_with(runner.threads):
+        checked = check_children(
+            str(loaded.name), children, runner.checked_on, elsewhere=runner.elsewhere
+        )
     return loaded, checked
 
 
@@ -127,13 +131,16 @@ def _absolute(path: str) -> str:
     return str(there.absolute()) if there.exists() else path
 
 
-def check_children(name: str, children: Sequence[Child], device: str | None = None) -> Checked:
+def check_children(
+    name: str, children: Sequence[Child], device: str | None = None, elsewhere: bool = False
+) -> Checked:
     """Check all children as ``blockquant check`` does, before any work.
 
     Args:
         name: of the sweep.
         children: its children.
         device: to check on, where this machine lacks that of the workers.
+        elsewhere: whether they may be computed on another processor than this one.
 
     Raises:
         InputError: what is wrong with which child, or two of them are the same work.
@@ -143,7 +150,7 @@ def check_children(name: str, children: Sequence[Child], device: str | None = No
     works: dict[str, str] = {}
     for child in children:
         try:
-            job, output = _check(child, device)
+            job, output = _check(child, device, elsewhere)
         except ValueError as error:
             raise InputError(f"child {child.name}: {error}") from error
         works[child.name] = work_identity(job, output)
@@ -160,8 +167,11 @@ def check_children(name: str, children: Sequence[Child], device: str | None = No
     return Checked(tuple(children), identity, works, tuple(jobs.values()))
 
 
-def _check(child: Child, device: str | None) -> tuple[Job, Path | None]:
+def _check(child: Child, device: str | None, elsewhere: bool) -> tuple[Job, Path | None]:
     given = {name: value for name, value in child.parameters.items() if name != "name"}
     # the memory that was asked for is another device's
     request = request_of(**given | ({"device": device, "memory": None} if device else {}))
-    return check(request)[0], request.output
+    job, _ = check(request)
+    if not elsewhere:
+        require_same_means(job, request.output, request.overwrite)
+    return job, request.output

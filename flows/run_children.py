@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from typing import Any
 
 from prefect.futures import PrefectFuture, as_completed
-from prefect.task_runners import ProcessPoolTaskRunner
 
+from flows.child_pool import child_pool, uninterrupted
 from flows.child_run import Surroundings, end_lost_runs, run_child
 from flows.children import Child
 from flows.options import err
@@ -30,7 +30,9 @@ Submit = Callable[[Child], PrefectFuture[Any]]
 Ended = tuple[Child, dict[str, Any] | None, str | None]
 
 
-def run_children(children: Sequence[Child], runner: Runner, place: Surroundings) -> Iterator[Ended]:
+def run_children(
+    children: Sequence[Child], runner: Runner, place: Surroundings
+) -> Generator[Ended]:
     """Run children, as many at once as there may be, and yield each as it ends.
 
     A child that fails stops no other one.
@@ -53,11 +55,15 @@ def run_children(children: Sequence[Child], runner: Runner, place: Surroundings)
 def _outcome(run: Callable[[], Any]) -> tuple[dict[str, Any] | None, str | None]:
     try:
         return run(), None
+    except BrokenProcessPool:
+        return None, LOST
     except Exception as error:
         log.debug("a child failed", exc_info=error)
+        library, *_ = type(error).__module__.split(".")
+        if library == "ray":
+            return None, f"its worker died {AGAIN + 1} times ({type(error).__name__})"
         # what a failed state says is the child's own line
-        line = str(error) if type(error).__module__.startswith("prefect.") else one_line(error)
-        return None, line
+        return None, str(error) if library == "prefect" else one_line(error)
 
 
 def _in_processes(
@@ -100,29 +106,22 @@ def _in_pool(
 
     Each begins on the device with the fewest of them.
     """
-    under_way: dict[PrefectFuture[Any], Child] = {}
-    placed: dict[PrefectFuture[Any], str] = {}
+    placed: dict[str, str] = {}
     broken = False
-    with ProcessPoolTaskRunner(max_workers=workers) as pool:
-        while under_way or (waiting and not broken):
-            while waiting and not broken and len(under_way) < workers:
-                device = min(devices, key=list(placed.values()).count)
-                try:
-                    future = pool.submit(run_child, _arguments(waiting[0], place, device=device))
-                    under_way[future], placed[future] = waiting.pop(0), device
-                except BrokenProcessPool:
-                    broken = True
-            if not under_way:
-                return
-            done = next(iter(as_completed(list(under_way))))
-            child = under_way.pop(done)
-            placed.pop(done)
-            try:
-                value, reason = done.result(), None
-            except BrokenProcessPool:
-                value, reason, broken = None, LOST, True
-            except Exception as error:
-                value, reason = _outcome(_raising(error))
+    with child_pool(workers) as pool:
+
+        def submit(child: Child) -> PrefectFuture[Any]:
+            placed[child.name] = min(devices, key=list(placed.values()).count)
+            with uninterrupted():
+                return pool.submit(run_child, _arguments(child, place, device=placed[child.name]))
+
+        def room(under_way: int) -> bool:
+            return under_way < workers and not broken
+
+        for child, future in _ended(waiting, submit, room):
+            del placed[child.name]
+            value, reason = _outcome(future.result)
+            broken = broken or reason is LOST
             yield child, value, reason
 
 
@@ -130,31 +129,25 @@ def _on_ray(children: Sequence[Child], runner: Runner, place: Surroundings) -> I
     """Run children on Ray, which begins again what a worker that died was working at."""
     from prefect_ray.context import remote_options
 
-    room = {"num_cpus": runner.threads or 1, "num_gpus": runner.gpus_of_child}
+    resources = {"num_cpus": runner.threads or 1, "num_gpus": runner.gpus_of_child}
+    at_once = runner.children_at_once
     with ExitStack() as stack:
         pool = stack.enter_context(cluster(runner))
-        require_room(runner, room)
-        stack.enter_context(remote_options(**room, max_retries=AGAIN))
+        require_room(runner, resources)
+        stack.enter_context(remote_options(**resources, max_retries=AGAIN))
 
         def submit(child: Child) -> PrefectFuture[Any]:
             return pool.submit(run_child, _arguments(child, place))
 
-        for child, future in _ended(children, submit, runner.children_at_once):
-            try:
-                value, reason = future.result(), None
-            except Exception as error:
-                value, reason = _outcome(_raising(error))
-                if type(error).__module__.startswith("ray."):
-                    reason = f"its worker died {AGAIN + 1} times ({type(error).__name__})"
-                    end_lost_runs(child.name)
+        def room(under_way: int) -> bool:
+            return at_once is None or under_way < at_once
+
+        for child, future in _ended(list(children), submit, room):
+            value, reason = _outcome(future.result)
+            if reason is not None:
+                # of a worker that died
+                end_lost_runs(child.name)
             yield child, value, reason
-
-
-def _raising(error: Exception) -> Callable[[], Any]:
-    def fail() -> Any:
-        raise error
-
-    return fail
 
 
 def _arguments(child: Child, place: Surroundings, **more: Any) -> dict[str, Any]:
@@ -162,13 +155,16 @@ def _arguments(child: Child, place: Surroundings, **more: Any) -> dict[str, Any]
 
 
 def _ended(
-    children: Iterable[Child], submit: Submit, at_once: int | None
+    waiting: list[Child], submit: Submit, room: Callable[[int], bool]
 ) -> Iterator[tuple[Child, PrefectFuture[Any]]]:
-    """Submit children so that never more than ``at_once`` are under way; yield them as they end."""
-    waiting = list(children)
+    """Submit children out of ``waiting`` while there is room beside those that are under way.
+
+    Yields:
+        Each as it ends.
+    """
     under_way: dict[PrefectFuture[Any], Child] = {}
-    while waiting or under_way:
-        while waiting and (at_once is None or len(under_way) < at_once):
+    while under_way or (waiting and room(0)):
+        while waiting and room(len(under_way)):
             child = waiting.pop(0)
             under_way[submit(child)] = child
         done = next(iter(as_completed(list(under_way))))

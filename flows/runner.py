@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,9 +67,25 @@ class Runner:
         return "cpu" if away and not torch.cuda.is_available() else None
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether what computes may be another processor than the one that checks."""
+        return self.kind == RAY or len(self.devices) > 1
+
+    @property
     def gpus_of_child(self) -> int:
         """GPUs that Ray sets aside for a child."""
         return int(self.device.startswith("cuda")) if self.gpus is None else self.gpus
+
+
+@contextmanager
+def computing_with(threads: int | None) -> Iterator[None]:
+    """Have torch compute with so many threads, where they are said: they decide the last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_runner(runner: Runner) -> None:

@@ -7,6 +7,8 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from prefect.runtime import flow_run
 
 from configs.sweep_schema import Sweep, as_given
 from flows.child_run import Surroundings
-from flows.children import Checked, Child, checked_sweep
+from flows.children import Checked, checked_sweep
 from flows.logs import heard_by_prefect
 from flows.options import err
 from flows.ray_cluster import handed_over
@@ -165,17 +167,24 @@ def _run(checked: Checked, runner: Runner, place: Settings) -> list[Outcome]:
         runner.threads,
         handed_over() if runner.kind == RAY else {},
     )
-    children = [_of(checked.identity, child) for child in checked.children]
+    parent = {"parent": checked.identity}
+    children = [replace(c, parameters=c.parameters | parent) for c in checked.children]
     outcomes: dict[str, Outcome] = {}
-    for child, result, reason in run_children(children, runner, surroundings):
-        outcome = Outcome(child.name, child.model, child.recipe, child.overrides, result, reason)
-        outcomes[child.name] = outcome
-        if reason is not None:
-            _end_lost(place, checked.works[child.name], reason)
-        line = f"{len(outcomes)} of {len(children)}: {_line(outcome)}"
-        log.info(line)
-        if err.is_terminal:
-            err.print(line, markup=False, highlight=False, soft_wrap=True)
+    # closed at once where this is interrupted: children are to end first
+    with closing(run_children(children, runner, surroundings)) as ran:
+        for child, result, reason in ran:
+            outcome = Outcome(
+                child.name, child.model, child.recipe, child.overrides, result, reason
+            )
+            outcomes[child.name] = outcome
+            if reason is not None:
+                _end_lost(place, checked.works[child.name], reason)
+                # shown in the end, with the table
+                log.debug("%s failed: %s", child.name, reason)
+            line = f"{len(outcomes)} of {len(children)}: {_line(outcome)}"
+            log.info(line)
+            if err.is_terminal:
+                err.print(line, markup=False, highlight=False, soft_wrap=True)
     return [outcomes[child.name] for child in children]
 
 
@@ -191,14 +200,9 @@ def _end_lost(place: Settings, work: str, reason: str) -> None:
         log.warning("MLflow is not told of a failure: another process tells of that run")
 
 
-def _of(identity: str, child: Child) -> Child:
-    parameters = {**child.parameters, "parent": identity}
-    return Child(child.name, child.model, child.recipe, child.overrides, parameters)
-
-
 def _line(outcome: Outcome) -> str:
     if outcome.result is None:
-        return f"{outcome.name} failed: {outcome.reason}"
+        return f"{outcome.name} failed"
     size = f"{outcome.size / 1e6:.1f} MB"
     return (
         f"{outcome.name}: KL {outcome.kl:.5f}, {size} "
@@ -256,8 +260,9 @@ def _points(outcomes: Sequence[Outcome], time_ms: int) -> list[Point]:
 
 def _failure_line(loaded: Sweep, outcomes: Sequence[Outcome]) -> str:
     failed = [o for o in outcomes if o.result is None]
-    named = "; ".join(f"{o.name}: {o.reason}" for o in failed)
+    named = ", ".join(o.name for o in failed)
+    others = "" if len(failed) == len(outcomes) else "the others are done, and "
     return (
-        f"sweep {loaded.name}: {len(failed)} of {len(outcomes)} children failed ({named}); the "
-        "others are done, and the same command goes on with these"
+        f"sweep {loaded.name}: {len(failed)} of {len(outcomes)} children failed ({named}); "
+        f"{others}the same command goes on with these"
     )

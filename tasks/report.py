@@ -11,7 +11,9 @@ from typing import Any
 
 from configs.schemes import scheme_name
 from tasks.engine.encoding import files_digest
+from tasks.engine.errors import InputError
 from tasks.engine.job import Job
+from tasks.engine.publication import REPORT
 from tasks.engine.source import CONFIG
 from tasks.engine.store import Entry
 from tasks.export import COMPANIONS
@@ -60,7 +62,7 @@ def make_report(
         "recipe": without_places(job.recipe.canonical()),
         "source": {"name": job.source.name, **source_digests(job)},
         "texts": job.texts,
-        "versions": {"blockquant": version("blockquant"), **job.fingerprint},
+        "versions": means_of(job),
         "bytes": main.exported.value["bytes"],
         "ignored": list(job.plan.ignored),
         "calibration": "; ".join(calibration) or None,
@@ -80,6 +82,35 @@ def make_report(
             for folder, other in others
         },
     }
+
+
+def means_of(job: Job) -> dict[str, str]:
+    """What a checkpoint is made by: versions, and what else decides its last bits."""
+    return {"blockquant": version("blockquant"), **job.fingerprint}
+
+
+def require_same_means(job: Job, output: Path | None, overwrite: bool = False) -> None:
+    """Refuse an output of this very work that was made by other means, before all is computed.
+
+    Raises:
+        InputError: it was, and is not to be replaced.
+    """
+    if output is None or overwrite:
+        return
+    try:
+        before = json.loads((output / REPORT).read_text(encoding="utf-8"))["versions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        # nothing is there, or it is no report: publishing compares the bytes
+        return
+    now = means_of(job)
+    other = [name for name in now if before.get(name) != now[name]]
+    if other:
+        told = "; ".join(f"{name}: {before.get(name)}, now {now[name]}" for name in other)
+        threads = ", take the same threads (--cores of a sweep)" if other == ["device"] else ""
+        raise InputError(
+            f"--output {output}: exists already, and was made by other means ({told}); give "
+            f"another{threads} or use --overwrite"
+        )
 
 
 def source_digests(job: Job) -> dict[str, str]:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from textwrap import dedent
 
@@ -22,8 +23,10 @@ from typer.main import get_command
 
 from configs.loading import load_recipe, shipped_names
 from configs.schemes import export_problems
+from flows.children import checked_sweep
 from flows.cli import app
 from flows.quantize_model import quantize_model
+from flows.runner import Runner
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -214,6 +217,28 @@ def test_overrides_and_the_smallest_recipe_are_valid(tmp_path: Path) -> None:
             given = [arguments[i + 1] for i, word in enumerate(arguments) if word == "--set"]
             if given and "quant.weight.bits=4" not in given:
                 load_recipe(arguments[1], given)
+
+
+def test_the_sweep_in_the_document_is_valid(
+    tiny: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (example,) = fenced(ROOT / "docs" / "sweeps.md", "yaml")
+    sweep = yaml.safe_load(example)
+    combined = [len(sweep[key]) for key in ("models", "recipes", "overrides")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BLOCKQUANT_HOME", str(tmp_path / "home"))
+    for model, folder in zip(sweep["models"], ("models/one", "two"), strict=True):
+        shutil.copytree(tiny, folder)
+        if isinstance(model, dict):
+            model["path"] = folder
+    shutil.copy(ROOT / "configs" / "rtn_w4a16_asym.yml", "my-recipe.yml")
+    Path("mine.yml").write_text(yaml.safe_dump(sweep))
+    # shipped recipes read texts of a hub
+    text = f"name: text, path: {words}, seq_len: 32"
+    given = [f"calib={{{text}, n_samples: 2}}", f"eval={{{text}, report: false}}"]
+    common = {"overrides": [*given, "serving.check_kernels=false"]}
+    _, checked = checked_sweep("mine.yml", None, common, Runner())
+    assert len(checked.children) == prod(combined) == 12
 
 
 def test_deployments_give_what_their_flows_take() -> None:

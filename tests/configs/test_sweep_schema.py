@@ -9,6 +9,8 @@ import pytest
 from configs.errors import RecipeError
 from configs.loading import load_recipe, shipped_names
 from configs.sweep_schema import load_sweep, shipped_sweeps
+from tests.conftest import ROOT
+from tests.models import DEMO_MODEL
 
 SMALLEST = "models: [a]\nrecipes: [b]\n"
 
@@ -40,6 +42,18 @@ set: eval.seq_len=32
     assert [o.label for o in sweep.overrides] == ["group_size-64", "windows-2-seed-1", "plain"]
     assert sweep.overrides[1].set == ("eval.windows=2", "base.seed=1")
     assert sweep.set == ("eval.seq_len=32",)
+
+
+@pytest.mark.parametrize("path", ["demo", str(ROOT / "configs" / "sweeps" / "demo.yml")])
+def test_a_shipped_sweep_finds_its_model_from_anywhere(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (model,) = load_sweep(path).models
+    assert (Path(model.path), model.label) == (DEMO_MODEL, "demo-model")
+    # of one's own, paths are what they are
+    own = sweep_of(tmp_path, "models: [assets/demo-model]\nrecipes: [b]")
+    assert load_sweep(own).models[0].path == "assets/demo-model"
 
 
 @pytest.mark.parametrize(

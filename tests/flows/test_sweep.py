@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,17 @@ import pytest
 import torch
 from prefect import flow
 
-from configs.sweep_schema import load_sweep
+from configs.sweep_schema import Sweep, load_sweep
 from flows import run_children
 from flows.child_run import Surroundings, surrounded
-from flows.children import Child, check_children, expand
+from flows.children import Checked, Child, check_children, checked_sweep, expand
 from flows.runner import Runner, check_runner
+from flows.sweep import _failure_line, _line
 from tasks.engine.errors import InputError
+from tasks.engine.publication import REPORT, begin
+from tasks.engine.settings import settings
+from tasks.report import means_of
+from tasks.sweep import Outcome as Ran
 from tests.conftest import Outcome
 from tests.flows import dying
 from tests.flows.conftest import tree
@@ -185,6 +194,46 @@ def test_cores_are_shared_among_children_at_once(monkeypatch: pytest.MonkeyPatch
     assert Runner("ray", device="cuda", gpus=2).gpus_of_child == 2
 
 
+def test_outputs_of_other_threads_are_refused_before_any_work(
+    home: Path, tiny: Path, tmp_path: Path
+) -> None:
+    path = sweep_file(tmp_path, f"models: [{tiny}]\nrecipes: [rtn_w4a16]")
+
+    def checked(threads: int | None, kind: str = "local", **more: Any) -> Checked:
+        runner = Runner(kind, cores=threads)
+        return checked_sweep(str(path), str(tmp_path / "out"), COMMON | more, runner)[1]
+
+    threads = torch.get_num_threads()
+    first = checked(None)
+    ((child,), (job,)) = first.children, first.jobs
+    output = Path(child.parameters["output"])
+    output.mkdir(parents=True)
+    (output / REPORT).write_text(json.dumps({"versions": means_of(job)}))
+    begin(settings().store, output, first.works[child.name])
+    assert checked(threads).works == first.works
+    with pytest.raises(InputError) as refused:
+        checked(threads + 1)
+    assert f"child {child.name}: --output {output}: exists already" in str(refused.value)
+    for part in (f"threads={threads}, now", f"threads={threads + 1})", "--cores", "--overwrite"):
+        assert part in str(refused.value)
+    assert torch.get_num_threads() == threads
+    checked(threads + 1, overwrite=True)
+    # its workers may be on other machines: they check it themselves
+    checked(threads + 1, "ray")
+
+
+def test_what_failed_is_named_and_others_are_only_said_done_where_they_are() -> None:
+    loaded = Sweep(name="mine", models=("a",), recipes=("r",))
+    done = Ran("b", "m", "r", result={"bytes": 1, "steps": [], "metrics": {"kl": 0.1}})
+    failed = Ran("a", "m", "r", reason="a reason")
+    said = "sweep mine: 1 of {} children failed (a); {}the same command goes on with these"
+    assert _failure_line(loaded, [failed]) == said.format(1, "")
+    both = said.format(2, "the others are done, and ")
+    assert _failure_line(loaded, [done, failed]) == both
+    # the reason is in the table, once
+    assert _line(failed) == "a failed"
+
+
 def test_surroundings_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
@@ -257,6 +306,26 @@ def test_a_child_that_kills_its_process_stops_no_other_one(
     # what children tell of themselves goes to the server that there is
     others = [process.cmdline() for process in psutil.Process().children()]
     assert not [command for command in others if "prefect.server.api.server:create_app" in command]
+
+
+@pytest.mark.ops
+def test_children_end_where_what_waits_for_them_is_interrupted(
+    services: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_children, "run_child", dying.child)
+
+    @flow
+    def one_of(*names: str) -> str:
+        children = [Child(name, "m", "r", (), {}) for name in names]
+        place = Surroundings(str(tmp_path), str(tmp_path))
+        with closing(run_children.run_children(children, Runner(at_once=2), place)) as ran:
+            return next(ran)[0].name
+
+    begun = time.monotonic()
+    assert one_of("a", "waiter") == "a"
+    assert time.monotonic() - begun < 40 and not active_children()
+    ran, ended = ((tmp_path / name).read_text().split() for name in ("ran", "ended"))
+    assert sorted(ran) == sorted(ended)
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,9 @@ def test_a_child_that_fails_stops_no_other_one(place: Place) -> None:
     )
     with pytest.raises(SweepError) as caught:
         swept(place, "failing", sweep=str(sweep))
-    assert "sweep failing: 1 of 2 children failed (bad-recipe: " in str(caught.value)
+    assert "sweep failing: 1 of 2 children failed (bad-recipe); the others are done" in str(
+        caught.value
+    )
     result = caught.value.result
     assert [row["child"] for row in result["children"]] == ["tiny-recipe", "bad-recipe"]
     assert broken in result["children"][1]["failed"]
