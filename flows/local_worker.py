@@ -78,7 +78,9 @@ def _end_when_told(worker: ProcessWorker) -> asyncio.Task[None]:
 
     async def end() -> None:
         await told.wait()
-        for asked, limit_s in ((signal.SIGTERM, RUN_LIMIT_S), (signal.SIGKILL, KILLED_LIMIT_S)):
+        # twice: what a signal raises is lost where Python is just forgetting an object
+        gently = [(signal.SIGTERM, RUN_LIMIT_S / 2)] * 2
+        for asked, limit_s in (*gently, (signal.SIGKILL, KILLED_LIMIT_S)):
             _signal_runs(asked)
             deadline = time.monotonic() + limit_s
             while _is_busy(worker) and time.monotonic() < deadline:

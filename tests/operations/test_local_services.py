@@ -20,7 +20,7 @@ from tests.operations.test_deployments import RECIPE
 pytestmark = [pytest.mark.ops, pytest.mark.timeout(600), pytest.mark.xdist_group("services")]
 
 # of a run that is still under way when it is ended
-BLOCKS = 40
+BLOCKS = 200
 
 
 @pytest.fixture(scope="module")
