@@ -106,10 +106,10 @@ def _mlflow(services: Services) -> None:
     backend = os.environ.pop(BACKEND, None) or f"sqlite:///{base / 'mlflow.db'}"
     here = Settings(place.store, backend, place.artifact_root, place.prefect_home)
     # of processes that create one local database at once, each waits for the other
-    prepared_client(here)
+    client = prepared_client(here)
     if backend.startswith("sqlite:") and not os.environ.get(DESTINATION):
         # the server would create it with artifacts that nobody but its own clients can keep
-        prepare_experiment(here)
+        prepare_experiment(client, here)
     os.environ |= {
         BACKEND_STORE_URI_ENV_VAR: backend,
         SERVE_ARTIFACTS_ENV_VAR: "true",

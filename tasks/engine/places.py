@@ -50,7 +50,7 @@ def check_apart(output: Path, model: Path) -> None:
     Raises:
         InputError: it would be.
     """
-    if output.resolve().is_relative_to(model.resolve()) and output.resolve() != model.resolve():
+    if model.resolve() in output.resolve().parents:
         raise InputError(f"--output {output}: lies in the model's folder {model}; give another")
 
 

@@ -349,9 +349,8 @@ def prepared_client(settings: Settings) -> MlflowClient:
     return client
 
 
-def prepare_experiment(settings: Settings) -> None:
+def prepare_experiment(client: MlflowClient, settings: Settings) -> None:
     """Create the experiment where there is none, its artifacts in a folder of this machine."""
-    client = prepared_client(settings)
     if client.get_experiment_by_name(EXPERIMENT) is None:
         _experiment(client, settings)
 

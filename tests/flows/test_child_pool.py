@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -12,22 +11,23 @@ import pytest
 
 from flows.child_pool import END_S, _Interrupt, uninterrupted
 from tests.conftest import ROOT
+from tests.operations.services import eventually
 
 
 def test_a_process_ends_when_the_one_that_started_it_is_killed(tmp_path: Path) -> None:
     code = "import sys; from tests.flows.waiting import *; start(Path(sys.argv[1]))"
     starter = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
-    limit = time.monotonic() + 60
-    while not (tmp_path / "begun").exists() and time.monotonic() < limit:
-        time.sleep(0.05)
+    eventually((tmp_path / "begun").exists, "a child that waits", 60)
     child = psutil.Process(int((tmp_path / "begun").read_text()))
     starter.kill()
     starter.wait()
-    # one that nobody waits for may stay as a zombie
-    limit = time.monotonic() + END_S + 10
-    while child.is_running() and child.status() != "zombie" and time.monotonic() < limit:
-        time.sleep(0.05)
-    assert not child.is_running() or child.status() == "zombie"
+
+    def ended() -> bool:
+        # one that nobody waits for may stay as a zombie
+        return not child.is_running() or child.status() == "zombie"
+
+    eventually(ended, "the child's end", END_S + 10)
+    assert ended()
     assert (tmp_path / "interrupted").exists()
 
 

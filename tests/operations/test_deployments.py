@@ -28,14 +28,23 @@ serving: {{smoke_test: false}}
 """
 
 
+def recipe_in(folder: Path) -> Path:
+    """Write the recipe, with a text of its own."""
+    recipe = folder / "recipe.yml"
+    recipe.write_text(RECIPE.format(text=make_text(folder / "words.txt", words=3000)))
+    return recipe
+
+
+def work_in(folder: Path, **shape: Any) -> dict[str, str]:
+    """Write the recipe and a model, as ``make_checkpoint`` takes its shape."""
+    model = make_checkpoint(folder / "model", **shape)
+    return {"recipe": str(recipe_in(folder)), "model": str(model)}
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A recipe with a model of two blocks, each in shards of its own."""
-    folder = tmp_path_factory.mktemp("work")
-    model = make_checkpoint(folder / "model", shard_size="200KB")
-    recipe = folder / "recipe.yml"
-    recipe.write_text(RECIPE.format(text=make_text(folder / "words.txt", words=3000)))
-    return {"recipe": str(recipe), "model": str(model)}
+    return work_in(tmp_path_factory.mktemp("work"), shard_size="200KB")
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,8 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.integration.resuming import contents
-from tests.models import make_checkpoint, make_text
 from tests.operations.services import Up, eventually
-from tests.operations.test_deployments import RECIPE
+from tests.operations.test_deployments import work_in
 
 pytestmark = [pytest.mark.ops, pytest.mark.timeout(1500), pytest.mark.xdist_group("services")]
 
@@ -107,11 +106,7 @@ class Round:
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The recipe and the model of all runs."""
-    folder = tmp_path_factory.mktemp("killed")
-    recipe = folder / "recipe.yml"
-    recipe.write_text(RECIPE.format(text=make_text(folder / "words.txt", words=3000)))
-    model = make_checkpoint(folder / "model", blocks=BLOCKS)
-    return {"recipe": str(recipe), "model": str(model)}
+    return work_in(tmp_path_factory.mktemp("killed"), blocks=BLOCKS)
 
 
 def begin(up: Up, given: dict[str, str], folder: Path) -> Round:

@@ -13,9 +13,8 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from tests.models import make_checkpoint, make_text
 from tests.operations.services import Up, eventually
-from tests.operations.test_deployments import RECIPE
+from tests.operations.test_deployments import work_in
 
 pytestmark = [pytest.mark.ops, pytest.mark.timeout(600), pytest.mark.xdist_group("services")]
 
@@ -26,11 +25,7 @@ BLOCKS = 200
 @pytest.fixture(scope="module")
 def long_work(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A recipe with a model of many blocks."""
-    folder = tmp_path_factory.mktemp("long")
-    recipe = folder / "recipe.yml"
-    recipe.write_text(RECIPE.format(text=make_text(folder / "words.txt", words=3000)))
-    model = make_checkpoint(folder / "model", blocks=BLOCKS)
-    return {"recipe": str(recipe), "model": str(model)}
+    return work_in(tmp_path_factory.mktemp("long"), blocks=BLOCKS)
 
 
 def under_way(up: Up, work: dict[str, str], folder: Path) -> tuple[str, str]:
@@ -101,12 +96,11 @@ def test_runs_under_way_end_before_the_servers(
     assert slots(up) == 0
 
 
-def test_a_run_beside_the_servers_keeps_its_artifacts(up: Up, words: Path, tmp_path: Path) -> None:
+def test_a_run_beside_the_servers_keeps_its_artifacts(up: Up, tmp_path: Path) -> None:
     # a home that servers made, and a command that is told of none
     alone = {k: v for k, v in up.env.items() if k not in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL")}
-    recipe = tmp_path / "recipe.yml"
-    recipe.write_text(RECIPE.format(text=words))
-    asked = ("quantize", recipe, "--model", make_checkpoint(tmp_path / "model"), "--json")
+    work = work_in(tmp_path)
+    asked = ("quantize", work["recipe"], "--model", work["model"], "--json")
     beside = replace(up, env=alone)
     done = beside.run(*asked, "--output", tmp_path / "out", module="flows.cli")
     assert done.returncode == 0, done.stderr

@@ -17,10 +17,10 @@ from moto.server import ThreadedMotoServer
 
 from tasks.upload import MANIFEST
 from tests.integration.resuming import contents
-from tests.models import make_checkpoint, make_text
+from tests.models import make_checkpoint
 from tests.operations.postgres import PASSWORD, postgres
 from tests.operations.services import Up, brought_up, eventually, telling
-from tests.operations.test_deployments import RECIPE
+from tests.operations.test_deployments import recipe_in
 
 pytestmark = [pytest.mark.ops, pytest.mark.timeout(600)]
 
@@ -78,8 +78,7 @@ def up(
 def four(up: Up, bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """Parameters of four runs, which begin at once and share a store; all have ended."""
     folder = tmp_path_factory.mktemp("work")
-    recipe = folder / "recipe.yml"
-    recipe.write_text(RECIPE.format(text=make_text(folder / "words.txt", words=3000)))
+    recipe = recipe_in(folder)
     asked = [
         {
             "recipe": str(recipe),
