@@ -16,7 +16,6 @@ from tasks.check import check, request_of
 from tasks.engine.errors import InputError
 from tasks.engine.job import Job
 from tasks.engine.publication import work_identity
-from tasks.report import require_same_means
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,5 @@ def _check(child: Child, device: str | None, elsewhere: bool) -> tuple[Job, Path
     given = {name: value for name, value in child.parameters.items() if name != "name"}
     # the memory that was asked for is another device's
     request = request_of(**given | ({"device": device, "memory": None} if device else {}))
-    job, _ = check(request)
-    if not elsewhere:
-        require_same_means(job, request.output, request.overwrite)
+    job, _ = check(request, elsewhere=elsewhere)
     return job, request.output

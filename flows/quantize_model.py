@@ -37,7 +37,7 @@ from tasks.looks.log_looks import Looked
 from tasks.outside import outside
 from tasks.publish import QUANTIZED, TRANSFORMED, launch_line
 from tasks.register import log_measured, register, served_tags
-from tasks.report import Product, make_report, require_same_means
+from tasks.report import Product, make_report
 from tasks.transformed import transformed
 from tasks.verify import verify
 
@@ -109,7 +109,6 @@ def _checked(
 ) -> dict[str, Any]:
     """Check the request, then work on it, known to MLflow."""
     job, _ = action(check)(request, download=True)
-    require_same_means(job, request.output, request.overwrite)
     for key in ineffective_keys(request.recipe):
         log.info("%s has no effect here and is ignored", key)
     identity = work_identity(job, request.output)

@@ -47,6 +47,7 @@ from tasks.engine.tracking import check_uri
 from tasks.engine.windows import check_section
 from tasks.evaluation_set import evaluation_set
 from tasks.load_model import load_model
+from tasks.report import require_same_means
 from tasks.upload import check_upload
 
 log = logging.getLogger("blockquant")
@@ -104,13 +105,16 @@ def output_folder(recipe: Recipe, name: str, model: str | None, output: str | No
     return Path(named).expanduser().absolute()
 
 
-def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
+def check(
+    request: Request, download: bool = False, elsewhere: bool = False
+) -> tuple[Job, Prediction]:
     """Check a request as a whole.
 
     Args:
         request: what was asked for.
         download: whether a hub model's weights are downloaded once all else is right; its headers
             are enough to check.
+        elsewhere: whether the work may be done on another processor than this one.
 
     Returns:
         The job to run, and what it will cost.
@@ -150,6 +154,8 @@ def check(request: Request, download: bool = False) -> tuple[Job, Prediction]:
     output = request.output
     if output is not None and not published_by(job, output):
         _refuse_existing(request)
+    if output is not None and not (elsewhere or request.overwrite):
+        require_same_means(job, output)
     for step in job.steps:
         if step.calib is not None:
             check_section(source, step.calib, partial(_found, calibration_set, job, step.calib))

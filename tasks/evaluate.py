@@ -69,7 +69,7 @@ def _depends_on(job: Job, exported: str, tokens: str, section: Evaluation) -> di
     }
 
 
-@step(depends_on=_depends_on, version=2, code=("quantizers.activations",))
+@step(depends_on=_depends_on, version=3, code=("quantizers.activations",))
 def evaluate(
     job: Job, draft: Draft, exported: str, tokens: str, section: Evaluation
 ) -> dict[str, Any]:

@@ -89,14 +89,12 @@ def means_of(job: Job) -> dict[str, str]:
     return {"blockquant": version("blockquant"), **job.fingerprint}
 
 
-def require_same_means(job: Job, output: Path | None, overwrite: bool = False) -> None:
+def require_same_means(job: Job, output: Path) -> None:
     """Refuse an output of this very work that was made by other means, before all is computed.
 
     Raises:
-        InputError: it was, and is not to be replaced.
+        InputError: it was.
     """
-    if output is None or overwrite:
-        return
     try:
         before = json.loads((output / REPORT).read_text(encoding="utf-8"))["versions"]
     except (OSError, ValueError, KeyError, TypeError):

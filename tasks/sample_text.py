@@ -39,7 +39,7 @@ def _depends_on(job: Job, exported: str, tokens: str, section: Evaluation) -> di
     }
 
 
-@step(depends_on=_depends_on, code=("quantizers.activations",))
+@step(depends_on=_depends_on, version=2, code=("quantizers.activations",))
 def sample_text(
     job: Job, draft: Draft, exported: str, tokens: str, section: Evaluation
 ) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def _depends_on(job: Job, exported: str, section: Evaluation) -> dict[str, Any]:
     }
 
 
-@step(depends_on=_depends_on, code=("quantizers.activations",))
+@step(depends_on=_depends_on, version=2, code=("quantizers.activations",))
 def task_scores(job: Job, draft: Draft, exported: str, section: Evaluation) -> dict[str, Any]:
     """Score source and export; per task, each metric of both: ``{"source": .., "export": ..}``."""
     del draft

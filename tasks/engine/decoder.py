@@ -80,11 +80,19 @@ class Decoder:
             hidden: (..., D).
             head: (V, D), of the same dtype.
         """
-        logits = (hidden @ head.T).float()
+        logits = _product(hidden, head.T)
         if self.logit_cap is None:
             return logits
         # in place: of a large vocabulary each copy is as large as the head
         return logits.div_(self.logit_cap).tanh_().mul_(self.logit_cap)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """(..., D) times (D, V) in float32; of half precision on CUDA not rounded in between."""
+    if not left.is_cuda or left.dtype == torch.float32:
+        return (left @ right).float()
+    flat = torch.mm(left.flatten(0, -2), right, out_dtype=torch.float32)
+    return flat.unflatten(0, left.shape[:-1])
 
 
 class _Recorder(nn.Module):

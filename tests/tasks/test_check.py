@@ -22,12 +22,14 @@ from tasks.engine.errors import InputError
 from tasks.engine.footprint import FLOAT, SCORE_BYTES, stages
 from tasks.engine.job import Job
 from tasks.engine.precision import compute_dtype
+from tasks.engine.publication import begin, work_identity
 from tasks.engine.source import INDEX, open_source
 from tasks.engine.step import Step
 from tasks.engine.store import MANIFEST
 from tasks.engine.windows import TOKENS
 from tasks.evaluation_set import evaluation_set
 from tasks.load_model import load_model
+from tasks.report import REPORT, means_of
 from tests.models import make_checkpoint
 
 
@@ -82,6 +84,23 @@ def test_output_folder_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert output_folder(asked, "rtn_w4a16", None, "out") == tmp_path / "out"
     asked = recipe("model.path=models/llama")
     assert output_folder(asked, "rtn_w4a16", None, None) == tmp_path / "llama-rtn_w4a16"
+
+
+def test_an_output_made_by_other_means_is_refused(request_for: Callable[..., Request]) -> None:
+    asked = request_for()
+    job, _ = check(asked)
+    assert asked.output is not None
+    asked.output.mkdir()
+    begin(asked.store, asked.output, work_identity(job, asked.output))
+    report = asked.output / REPORT
+    for versions in (means_of(job), means_of(job) | {"torch": "0.1"}):
+        report.write_text(json.dumps({"versions": versions}))
+        check(asked, elsewhere=True)
+        check(replace(asked, overwrite=True))
+        if versions == means_of(job):
+            check(asked)
+    with pytest.raises(InputError, match=r"made by other means \(torch: 0\.1, now"):
+        check(asked)
 
 
 # what an earlier run has found

@@ -134,6 +134,19 @@ def test_logits_are_capped_as_the_config_says(tmp_path: Path, cap: float | None)
     torch.testing.assert_close(in_bits, wanted, atol=0.1, rtol=0.02)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_are_not_rounded_to_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    decoder = build_decoder(config_of(make(tmp_path, "llama")))
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 5, 32, generator=draw).to("cuda", dtype)
+    head = torch.randn(257, 32, generator=draw).to("cuda", dtype)
+    wanted = (hidden.double() @ head.double().T).float()
+    torch.testing.assert_close(decoder.logits(hidden, head), wanted, atol=1e-5, rtol=1e-5)
+    # as rows of one window have it
+    torch.testing.assert_close(decoder.logits(hidden[0], head), wanted[0], atol=1e-5, rtol=1e-5)
+
+
 def test_a_cap_that_the_config_leaves_out_is_that_of_transformers(tmp_path: Path) -> None:
     config = config_of(make(tmp_path, "gemma2"))
     del config["final_logit_softcapping"]

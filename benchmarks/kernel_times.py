@@ -1,6 +1,6 @@
 """What lies between the products of a block: a kernel each beside torch's own operations.
 
-    python benchmarks/kernels.py --device cuda:0
+    python benchmarks/kernel_times.py --device cuda:0
 
 Of one micro-batch in the shape of Llama 3 8B: milliseconds (the median of several runs), and the
 bytes that have to be read and written at least, by that time. Without a GPU torch's own alone.
