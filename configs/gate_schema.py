@@ -71,13 +71,11 @@ def usual_limits(bits: int, float_codes: bool) -> QualityLimits:
     """What a quantization of its kind should hold, about twice what the shipped recipes lose.
 
     Args:
-        bits: of a weight's code.
+        bits: of a weight's code, 4 at least.
         float_codes: e4m3 and the like, which lose more than 8 bit integers.
     """
     if float_codes:
         return QualityLimits(0.02, 0.02, 0.9)
     if bits >= 8:
         return QualityLimits(0.01, 0.01, 0.93)
-    if bits >= 4:
-        return QualityLimits(0.1, 0.1, 0.75)
-    return QualityLimits(0.3, 0.3, 0.7)
+    return QualityLimits(0.1, 0.1, 0.75)

@@ -117,7 +117,7 @@ def _problems(quant: Quant) -> Iterator[str]:
     e5m2 = [n for n, s in (("weight", weight), ("act", act)) if s and s.bit is FloatFormat.E5M2]
     if e5m2:
         for name in e5m2:
-            yield f"{name}.bit: e5m2 is for evaluation here, SGLang loads e4m3 only: write e4m3"
+            yield f"{name}.bit: SGLang loads no e5m2: write e4m3"
     elif act is not None and weight.is_float != act.is_float:
         yield (
             f"act.bit: {_format(act)} activations do not go with {_format(weight)} weights: "

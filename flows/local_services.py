@@ -26,6 +26,7 @@ from filelock import FileLock
 from supervisor.xmlrpc import SupervisorTransport
 
 from flows.local_deployments import definitions, ids, keep, stale
+from flows.local_runs import end_lost
 from flows.local_servers import POOL, SERVICES, Services, saved, worker_name
 from flows.prefect_api import OFFLINE, unproxied
 from tasks.engine.errors import InputError, RunError, one_line
@@ -58,7 +59,8 @@ def up() -> Services:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "up.lock"):
         services = saved(folder)
-        if services is None or not _is_running(folder):
+        anew = services is None or not _is_running(folder)
+        if services is None or anew:
             _end_leftovers(folder)
             services = _chosen(folder, services)
             services.save()
@@ -67,6 +69,8 @@ def up() -> Services:
         _start(services, "prefect")
         _wait(services, "prefect", lambda: _answers(f"{services.prefect_url}/api/health"))
         _deploy(services)
+        if anew:
+            end_lost(f"{services.prefect_url}/api", folder)
         for number in range(services.workers):
             _start(services, f"worker-{number}")
         _wait(services, "mlflow", lambda: _answers(f"{services.mlflow_url}/health"))

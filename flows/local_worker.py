@@ -18,9 +18,13 @@ import time
 from collections.abc import Awaitable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+
+from flows.local_runs import note
+from flows.local_servers import SERVICES
 
 if TYPE_CHECKING:
     from prefect.workers.process import ProcessWorker
@@ -53,8 +57,11 @@ async def ending_when_stuck(awaited: Awaitable[None], limit_s: float = STUCK_S) 
         beating.cancel()
 
 
-async def work(pool: str, name: str, limit: int) -> None:
-    """Work for a pool, at no more runs than ``limit`` at a time, until a signal."""
+async def work(pool: str, name: str, limit: int, folder: Path) -> None:
+    """Work for a pool, at no more runs than ``limit`` at a time, until a signal.
+
+    What it takes is noted in ``folder``.
+    """
     from prefect.utilities.processutils import setup_signal_handlers_worker
     from prefect.workers.process import ProcessWorker
 
@@ -62,19 +69,22 @@ async def work(pool: str, name: str, limit: int) -> None:
     # within the event loop, which hears the first interrupt then
     setup_signal_handlers_worker(os.getpid(), f"the worker {name}", say)
     worker = ProcessWorker(pool, name=name, limit=limit)
-    ending = _end_when_told(worker)
+    ending = _end_when_told(worker, folder)
     with suppress(asyncio.CancelledError):
         await worker.start(printer=say)
     ending.cancel()
 
 
-def _end_when_told(worker: ProcessWorker) -> asyncio.Task[None]:
+def _end_when_told(worker: ProcessWorker, folder: Path) -> asyncio.Task[None]:
     """On SIGTERM take no more runs, have those under way end, then end: Prefect kills them."""
     told = asyncio.Event()
     take = worker.get_and_submit_flow_runs
 
     async def take_until_told() -> list[Any]:
-        return [] if told.is_set() else await take()
+        taken = [] if told.is_set() else await take()
+        for run in taken:
+            note(folder, str(run.id), run.run_count)
+        return taken
 
     async def end() -> None:
         await told.wait()
@@ -114,7 +124,7 @@ def main(pool: str, name: str, limit: str) -> None:
 
     setup_logging()
     with suppress(KeyboardInterrupt):
-        asyncio.run(ending_when_stuck(work(pool, name, int(limit))))
+        asyncio.run(ending_when_stuck(work(pool, name, int(limit), Path(os.environ[SERVICES]))))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def serve(
     checkpoint: CheckpointArgument,
     arguments: ServerArguments = None,
     python: PythonOption = None,
-    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 30000,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Of the server.")] = 30000,
     tensor_parallel: ParallelOption = None,
     only_print: Annotated[
         bool, typer.Option("--print", help="Print the command and do not run it.")

@@ -24,6 +24,9 @@ log = logging.getLogger("blockquant")
 
 # what was learned of a checkpoint that was offered to the registry
 DECISION = "decision"
+# whether MLflow takes the run for one that is under way
+OPEN = "open"
+_ENDS = ("finish", "fail")
 # a server that did not answer is not asked again for so long
 AWAY_S = 30.0
 # how long a thread that has nothing in flight may take to end
@@ -120,7 +123,7 @@ def _send(journal: Journal, settings: Settings, message: Message) -> dict[str, s
     body = dict(message.body)
     if message.kind == "open":
         run = open_run(settings, **body)
-        return {"run": run.id, "experiment": run.experiment}
+        return {"run": run.id, "experiment": run.experiment, OPEN: "yes"}
     run = Run(settings.tracking_uri, journal.fact("run") or "", journal.fact("experiment") or "")
     if message.kind == "offer":
         return {DECISION: json.dumps(offer(run, settings, Offer(**body)))}
@@ -129,7 +132,7 @@ def _send(journal: Journal, settings: Settings, message: Message) -> dict[str, s
     if message.kind == "log_file":
         body["path"] = Path(body["path"])
     getattr(run, message.kind)(**body)
-    return {}
+    return {OPEN: "no"} if message.kind in _ENDS else {}
 
 
 def is_refusal(error: Exception, message: Message) -> bool:

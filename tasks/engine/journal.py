@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import Timeout
 
-from tasks.engine.delivery import DECISION, Away, Halt, Sender, deliver
+from tasks.engine.delivery import DECISION, OPEN, Away, Halt, Sender, deliver
 from tasks.engine.errors import masked
 from tasks.engine.messages import ADDRESS, Journal, journal_of, journals
 from tasks.engine.registry import Offer
@@ -35,6 +35,7 @@ _Messages = list[tuple[str, dict[str, Any]]]
 
 # how long a run's end may wait for what is still to be sent
 END_S = 20.0
+LOST = "its process ended and could not say why; the same work, run again, goes on"
 
 
 def decision_in(journal: Journal) -> dict[str, Any] | None:
@@ -267,7 +268,10 @@ class Sent:
 
 
 def synchronize(journal: Journal, settings: Settings, halt: Halt | None = None) -> Sent:
-    """Send what a journal has left, to the server that had the first of it."""
+    """Send what a journal has left, to the server that had the first of it.
+
+    A run that was left open by a process that is gone has failed.
+    """
     address = journal.fact(ADDRESS)
     elsewhere = address is not None and not journal.is_for(settings.tracking_uri)
     place = replace(settings, tracking_uri=address) if elsewhere and address else settings
@@ -278,7 +282,7 @@ def synchronize(journal: Journal, settings: Settings, halt: Halt | None = None) 
             decision = decision_in(journal)
             if halt is not None and halt.called:
                 return Sent("there was no time for more")
-            if not _end(journal):
+            if not _end(journal, place, halt):
                 return Sent("a run tells of it right now")
             return Sent(None, decision)
     except Timeout:
@@ -294,10 +298,13 @@ def _require_database(uri: str, elsewhere: bool) -> None:
         raise Away("that database is gone")
 
 
-def _end(journal: Journal) -> bool:
+def _end(journal: Journal, settings: Settings, halt: Halt | None) -> bool:
     """Remove a journal if all is sent and no run may tell more."""
     try:
         with journal.telling().acquire(timeout=0):
+            if journal.fact(OPEN) == "yes" and not journal.count():
+                journal.add_all([("fail", {"reason": LOST, "time_ms": _now_ms()})])
+                deliver(journal, settings, halt)
             if journal.count():
                 return False
             journal.drop()

@@ -98,8 +98,8 @@ def test_what_is_served_has_no_problems(weight, act):
         ),
         (CHANNEL, {"bit": 8, "granularity": "per_tensor"}, "act.granularity: SGLang quantizes"),
         # float
-        ({**E4M3, "bit": "e5m2"}, E4M3_TOKEN, "weight.bit: e5m2 is for evaluation here, SGLang"),
-        (E4M3, {**E4M3_TOKEN, "bit": "e5m2"}, "act.bit: e5m2 is for evaluation here, SGLang"),
+        ({**E4M3, "bit": "e5m2"}, E4M3_TOKEN, "weight.bit: SGLang loads no e5m2"),
+        (E4M3, {**E4M3_TOKEN, "bit": "e5m2"}, "act.bit: SGLang loads no e5m2"),
         (
             E4M3,
             None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from flows.local_runs import LOST
 from tests.operations.services import Up, eventually
 from tests.operations.test_deployments import work_in
 
@@ -53,6 +55,13 @@ def slots(up: Up) -> int:
     return taken
 
 
+def answered(up: Up) -> int | None:
+    """How many slots are taken, None where the server does not answer yet."""
+    with suppress(httpx.HTTPError):
+        return slots(up)
+    return None
+
+
 def up_again(up: Up) -> None:
     again = up.run("up", module="flows.local_services")
     assert again.stdout == f"Prefect: {up.prefect}\nMLflow: {up.mlflow}\n", again.stderr
@@ -68,20 +77,37 @@ def expire(leases: Path) -> None:
     index.write_text(json.dumps(dict.fromkeys(json.loads(index.read_text()), past)))
 
 
-def test_a_slot_is_free_again_after_all_was_killed(
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, timeout=20)
+
+
+def test_after_all_was_killed_a_run_under_way_has_crashed(
+    up: Up, long_work: dict[str, str], tmp_path: Path
+) -> None:
+    run, tracked = under_way(up, long_work, tmp_path)
+    assert slots(up) == 1
+    kill(up.processes())
+    up_again(up)
+    state = up.api("GET", f"flow_runs/{run}")["state"]
+    assert (state["type"], state["message"]) == ("CRASHED", LOST)
+    assert slots(up) == 0
+    client = MlflowClient(up.mlflow)
+    assert client.get_run(tracked).info.status == "RUNNING"
+    assert up.run("sync", "--store", tmp_path / "store", module="flows.cli").returncode == 0
+    assert client.get_run(tracked).info.status == "FAILED"
+
+
+def test_a_slot_is_free_again_after_a_run_its_worker_and_the_server_were_killed(
     up: Up, long_work: dict[str, str], tmp_path: Path
 ) -> None:
     under_way(up, long_work, tmp_path)
-    assert slots(up) == 1
-    killed = up.processes()
-    for process in killed:
-        process.kill()
-    psutil.wait_procs(killed, timeout=20)
-    up_again(up)
+    kill([p for p in up.processes() if "supervisord" not in " ".join(p.cmdline())])
     # the new server knows who had it
-    assert slots(up) == 1
+    assert eventually(lambda: answered(up), "the server", 60) == 1
     expire(up.home / "prefect" / "concurrency_leases")
-    eventually(lambda: slots(up) == 0, "a slot that is free", 60)
+    eventually(lambda: answered(up) == 0, "a slot that is free", 60)
 
 
 def test_runs_under_way_end_before_the_servers(

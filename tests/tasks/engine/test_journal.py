@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -254,6 +256,7 @@ def test_messages_outlive_a_killed_process(place, home, away, tmp_path):
     script = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from tests.places import place_in
 from tests.tasks.engine.test_journal import tell
 from tasks.engine.journal import told_run
@@ -269,6 +272,31 @@ with told_run(place_in(Path(sys.argv[1]), sys.argv[2]), "work") as run:
     assert kept.count() == 10
     assert synchronize(kept, place) == Sent(None)
     require_told_once(place)
+
+
+def test_a_run_whose_process_is_gone_has_failed_until_it_goes_on(place: Settings) -> None:
+    def tracked() -> Any:
+        client = MlflowClient(place.tracking_uri)
+        experiment = client.get_experiment_by_name("blockquant")
+        (run,) = client.search_runs([experiment.experiment_id])
+        return run
+
+    with told_run(place, "work") as run:
+        run.open("work", "a run", {}, {})
+        told(run)
+        # as a process leaves it that is killed
+        left = shutil.copy(run.journal.path, run.journal.path.with_name("left.sqlite"))
+        assert synchronize(run.journal, place).reason is not None
+        assert tracked().info.status == "RUNNING"
+    os.replace(left, run.journal.path)
+    assert synchronize(run.journal, place) == Sent(None)
+    assert tracked().info.status == "FAILED"
+    assert tracked().data.tags["failure"].startswith("its process ended")
+    assert journals(place.store) == []
+    with told_run(place, "work") as run:
+        run.open("work", "a run", {}, {})
+        run.finish()
+    assert tracked().info.status == "FINISHED" and "failure" not in tracked().data.tags
 
 
 def test_messages_are_plain_json(place, away, home, tmp_path):
