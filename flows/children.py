@@ -16,6 +16,7 @@ from tasks.check import check, request_of
 from tasks.engine.errors import InputError
 from tasks.engine.job import Job
 from tasks.engine.publication import work_identity
+from tasks.engine.source import one_spelling
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def expand(sweep: Sweep, common: Mapping[str, Any], output: str | None = None) -
     Raises:
         InputError: two children have one name, hence one output.
     """
-    folder = Path(output or sweep.output or f"exports/{sweep.name}").expanduser().absolute()
+    folder = one_spelling(output or sweep.output or f"exports/{sweep.name}")
     several = len(sweep.overrides) > 1
     children = [
         _child(sweep, common, folder, model, recipe, overrides, several)
@@ -126,8 +127,7 @@ def _child(
 
 def _absolute(path: str) -> str:
     """A path that is there, made absolute; a shipped name or a hub id stays."""
-    there = Path(path).expanduser()
-    return str(there.absolute()) if there.exists() else path
+    return str(one_spelling(path)) if Path(path).expanduser().exists() else path
 
 
 def check_children(

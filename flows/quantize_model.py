@@ -23,7 +23,7 @@ from tasks.check import Request, check, request_of
 from tasks.engine.aside import Aside, made_aside
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun, told, told_run
-from tasks.engine.publication import alone, end, work_identity
+from tasks.engine.publication import alone, end, note_work, work_identity
 from tasks.engine.residency import forget_peaks, peaks
 from tasks.engine.settings import Settings, settings
 from tasks.engine.step import Result, action
@@ -113,6 +113,7 @@ def _checked(
         log.info("%s has no effect here and is ignored", key)
     identity = work_identity(job, request.output)
     with alone(job.store, request.output or identity), told_run(place, identity) as run:
+        note_work(job.store.root, identity)
         open_tracked(job, run, request, parent, name)
         kept = Path(log_file) if log_file else None
         crewed = crew_of(job, request)
@@ -123,8 +124,8 @@ def _checked(
             result["mlflow"] = told(run)
             result["gate"] = run.decision
             # the work of a sweep stays begun: the sweep, run again, finds it
-            if request.output is not None and parent is None and not _undecided(result, request):
-                end(job.store.root, request.output)
+            if parent is None and not _undecided(result, request):
+                end(job.store.root, request.output, identity)
             return result
 
 

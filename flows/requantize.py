@@ -71,7 +71,8 @@ def requantize(
     place = settings(Path(store) if store else None)
     # what another night could not tell, whether or not anything is new
     send_kept(place)
-    job, _ = check(asked, download=True)
+    # nothing may be new: what there is room for is checked where something is
+    job, _ = check(asked, download=True, room=False)
     reason, found = news(job, folder), folder
     if reason is not None and (refused := waiting(job, folder)) is not None:
         reason, found = None, refused

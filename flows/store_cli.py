@@ -37,10 +37,10 @@ def store_ls(store: StoreOption = None, as_json: JsonOption = False) -> None:
 @store_app.command("gc")
 def store_gc(
     store: StoreOption = None,
-    days: Annotated[float, typer.Option("--days", min=0, help="Keep what is younger.")] = 30.0,
+    days: Annotated[float, typer.Option("--days", min=0, help="Keep what was used since.")] = 30.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove entries older than some days, and what dead processes left half-written."""
+    """Remove entries that were not used for some days, and what dead processes left half-written."""
     from tasks.engine.settings import settings
     from tasks.engine.store import Store
 

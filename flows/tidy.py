@@ -17,11 +17,11 @@ DAY_S = 86400
 
 @flow(name="tidy", validate_parameters=False)
 def tidy(store: str | None = None, days: float = 30.0) -> Any:
-    """Remove results that are older than some days; what is published stays.
+    """Remove results that were not used for some days; what is published stays.
 
     Args:
         store: the folder of results; the user's own where it is not given.
-        days: what is younger stays.
+        days: what was used since stays.
 
     Returns:
         A state Completed that says how many results were removed, and of how many bytes.

@@ -36,9 +36,9 @@ from tasks.engine.places import (
 )
 from tasks.engine.plan import require_fit, require_sizes
 from tasks.engine.prediction import Prediction, predict, sampled
-from tasks.engine.publication import begun, published_by
+from tasks.engine.publication import begun, published_by, under_way, work_identity
 from tasks.engine.settings import settings
-from tasks.engine.source import Source, open_source
+from tasks.engine.source import Source, one_spelling, open_source
 from tasks.engine.step import Step
 from tasks.engine.store import Entry, Store
 from tasks.engine.task_list import require_tasks
@@ -100,13 +100,13 @@ def output_folder(recipe: Recipe, name: str, model: str | None, output: str | No
         return None
     named = output or recipe.save.save_path
     if named is None:
-        source = Path(model or recipe.model.path or "model").expanduser().absolute()
+        source = one_spelling(model or recipe.model.path or "model")
         named = f"{Path(os.path.normpath(source)).name}-{Path(name).stem}"
-    return Path(named).expanduser().absolute()
+    return one_spelling(named)
 
 
 def check(
-    request: Request, download: bool = False, elsewhere: bool = False
+    request: Request, download: bool = False, elsewhere: bool = False, room: bool = True
 ) -> tuple[Job, Prediction]:
     """Check a request as a whole.
 
@@ -115,6 +115,7 @@ def check(
         download: whether a hub model's weights are downloaded once all else is right; its headers
             are enough to check.
         elsewhere: whether the work may be done on another processor than this one.
+        room: whether memory and disks are to have room for the work, which may be done already.
 
     Returns:
         The job to run, and what it will cost.
@@ -164,7 +165,8 @@ def check(
     if job.quantizes and job.unserved:
         log.warning(job.unserved)
     prediction = predict(job)
-    _check_room(job, request, prediction)
+    if room:
+        _check_room(job, request, prediction)
     named = _named_model(request)
     if download and is_hub_id(named):
         job = replace(job, source=fetched(source, named))
@@ -340,9 +342,18 @@ def _check_room(job: Job, request: Request, prediction: Prediction) -> None:
             f"--memory: {what} about {prediction.least_bytes / 1e6:.1f} MB on {request.device}, "
             f"but {allowed / 1e6:.1f} are free or allowed; {mend}"
         )
-    check_disk("store", request.store, prediction.store_bytes)
+    needed = [("store", request.store, prediction.store_bytes)]
     if request.output is not None:
-        check_disk("output", request.output.absolute().parent, prediction.export_bytes)
+        needed.append(("output", request.output.parent, prediction.export_bytes))
+    begun_before = under_way(request.store, work_identity(job, request.output))
+    for option, place, size in needed:
+        try:
+            check_disk(option, place, size)
+        except InputError as error:
+            if not begun_before:
+                raise
+            # what it made before is found, and takes no room again
+            log.warning("%s; it goes on, for a part is done", error)
 
 
 def describe(job: Job, prediction: Prediction) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tasks.engine.precision import computing_dtype
 from tasks.engine.publication import REPORT
 from tasks.engine.served_windows import ServedWindows, read_windows
 from tasks.engine.serving.client import Client
-from tasks.engine.serving.gpus import alone_on, gpus_of
+from tasks.engine.serving.gpus import BusyGpuError, alone_on, gpus_of
 from tasks.engine.serving.server import (
     LOOPBACK,
     ServerError,
@@ -303,14 +303,18 @@ def served(
     """Start a server; a client of it, and ``sglang``, ``gpu``, ``start_s`` of that.
 
     Raises:
-        NotServedError: there is nothing to serve with.
+        NotServedError: there is nothing to serve with, or another server of ours holds the GPU
+            for too long.
         ServerError: the server does not start, or dies.
-        RunError: another server of ours holds the GPU for too long.
     """
     python = serving.python or sys.executable
     serves = can_serve(python)
     parallel, more, limit = serving.tensor_parallel, serving.server_args, serving.start_timeout
-    with alone_on(gpus_of(parallel, more), limit):
+    with ExitStack() as held:
+        try:
+            held.enter_context(alone_on(gpus_of(parallel, more), limit))
+        except BusyGpuError as error:
+            raise NotServedError(str(error)) from error
         _give_back_memory()
         port = free_port()
         client = Client(f"http://{LOOPBACK}:{port}", serving.request_timeout)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tasks.engine.disk import writing_to
 from tasks.engine.errors import RunError
 from tasks.engine.job import Job
 from tasks.engine.source import Source
@@ -87,9 +88,28 @@ def published_by(job: Job, output: Path) -> bool:
         return True
 
 
-def end(store: Path, output: Path) -> None:
+def end(store: Path, output: Path | None, identity: str) -> None:
     """Note that the work is done: from now on its output is in the way of any other run."""
-    _record(store, output).unlink(missing_ok=True)
+    if output is not None:
+        _record(store, output).unlink(missing_ok=True)
+    _work(store, identity).unlink(missing_ok=True)
+
+
+def note_work(store: Path, identity: str) -> None:
+    """Note that a work is under way, until it ends: what it made lies in the store meanwhile."""
+    record = _work(store, identity)
+    with writing_to(store):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.touch()
+
+
+def under_way(store: Path, identity: str) -> bool:
+    """Whether a work was begun here and did not end, be it that nobody is at it now."""
+    return _work(store, identity).exists()
+
+
+def _work(store: Path, identity: str) -> Path:
+    return store / "publishing" / f"work-{identity}"
 
 
 def _record(store: Path, output: Path) -> Path:

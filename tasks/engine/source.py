@@ -199,7 +199,7 @@ def open_source(path: Path, digest_memo: Path | None = None, hub_id: str | None 
     Raises:
         InputError: the folder or its files are missing, truncated, or not safetensors.
     """
-    folder = Path(path).expanduser().absolute()
+    folder = one_spelling(path)
     if not folder.is_dir():
         if folder.is_file():
             raise InputError(f"model {path}: is a file; give the folder that it is in")
@@ -320,6 +320,15 @@ def _remember(memo: Path | None, mark: list[Any], digests: Mapping[str, str]) ->
         return
     memo.mkdir(parents=True, exist_ok=True)
     write_text(_memo_file(memo, mark), sealed({"mark": mark, "tensors": dict(digests)}))
+
+
+def one_spelling(path: Path | str) -> Path:
+    """A place as every name of it leads to: absolute, links on the way to it followed.
+
+    Its own name stays, that of a link too.
+    """
+    given = Path(path).expanduser().absolute()
+    return given.parent.resolve() / given.name
 
 
 def free_bytes(path: Path) -> int:

@@ -78,10 +78,15 @@ class Store:
         return self.root / "entries" / key[:2] / key
 
     def get(self, key: str) -> Entry | None:
-        """Return the entry of ``key`` when it is whole, else None; damage is never an error."""
+        """Return the entry of ``key`` when it is whole, else None; damage is never an error.
+
+        It counts as used then, whatever its age.
+        """
         entry = self._seen(key)
         if entry is None or not all(self._is_whole(entry, name) for name in entry.files):
             return None
+        with contextlib.suppress(OSError):
+            os.utime(entry.folder / MANIFEST)
         return entry
 
     def seems_whole(self, key: str) -> bool:
@@ -200,15 +205,15 @@ class Store:
     def collect(self, older_than_s: float) -> tuple[int, int]:
         """Remove what is older than some seconds, and what dead processes left behind.
 
-        Entries, remembered digests, logs and records of publications that were not ended have an
-        age; the locks of what is gone go too. What another process is using stays.
+        Remembered digests, logs and records of work that was not ended have an age, entries that of
+        their last use; the locks of what is gone go too. What another process is making stays.
 
         Returns:
             How many entries were removed, and the bytes they held.
         """
         removed = freed = 0
         for entry in self.entries():
-            if time.time() - entry.created < older_than_s:
+            if _age_s(entry.folder / MANIFEST) < older_than_s:
                 continue
             with contextlib.suppress(Timeout), FileLock(self._lock_file(entry.key), timeout=0):
                 self.remove(entry.key)

@@ -9,6 +9,7 @@ from typing import Any
 
 from tasks.engine.errors import InputError
 from tasks.engine.settings import Settings
+from tasks.engine.source import one_spelling
 from tasks.engine.tracking import EXPERIMENT, answering, check_uri
 
 # figures that are compared: those of one value each, not a curve over the blocks
@@ -129,7 +130,7 @@ def all_runs(settings: Settings) -> list[Tracked]:
 
 
 def _find(known: Sequence[Tracked], asked: str) -> Tracked:
-    folder = str(Path(asked).expanduser().absolute())
+    folder = str(one_spelling(asked))
     ways: list[Callable[[Tracked], bool]] = [
         lambda run: run.id == asked,
         lambda run: run.name == asked,

@@ -118,6 +118,6 @@ def test_what_was_not_ended_is_gone_on_with(
     job = job_of(model, "rtn_w4a16", *FINE)
     begin(job.store.root, output, "some work")
     assert news(job, output) == "the last publication was not ended"
-    end(job.store.root, output)
+    end(job.store.root, output, "some work")
     assert news(job, output) is None
     assert news(job, tmp_path / "nowhere") == "nothing is published yet"

@@ -22,7 +22,7 @@ from tasks.engine.errors import InputError
 from tasks.engine.footprint import FLOAT, SCORE_BYTES, stages
 from tasks.engine.job import Job
 from tasks.engine.precision import compute_dtype
-from tasks.engine.publication import begin, work_identity
+from tasks.engine.publication import begin, note_work, work_identity
 from tasks.engine.source import INDEX, open_source
 from tasks.engine.step import Step
 from tasks.engine.store import MANIFEST
@@ -101,6 +101,25 @@ def test_an_output_made_by_other_means_is_refused(request_for: Callable[..., Req
             check(asked)
     with pytest.raises(InputError, match=r"made by other means \(torch: 0\.1, now"):
         check(asked)
+
+
+def test_a_work_goes_on_where_there_is_no_room_for_a_whole_one(
+    request_for: Callable[..., Request],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked = request_for()
+    job, _ = check(asked)
+    monkeypatch.setattr("tasks.engine.places.free_bytes", lambda place: 1000)
+    with pytest.raises(InputError, match=r"--store .* are free"):
+        check(asked)
+    check(asked, room=False)
+    note_work(asked.store, work_identity(job, asked.output))
+    with caplog.at_level("WARNING", "blockquant"):
+        check(asked)
+    assert len([line for line in caplog.messages if "it goes on" in line]) == 2
+    with pytest.raises(InputError, match=r"--store .* are free"):
+        check(replace(asked, output=asked.output.with_name("another")))  # type: ignore[union-attr]
 
 
 # what an earlier run has found

@@ -53,12 +53,17 @@ def _number(arguments: Sequence[str], names: Sequence[str], default: int) -> int
     return found
 
 
+class BusyGpuError(RunError):
+    """Another process serves on a GPU, and did so for as long as could be waited."""
+
+
 @contextmanager
 def alone_on(gpus: Sequence[str], limit_s: float) -> Iterator[None]:
     """Be the only one of this user who serves on some GPUs; another one is waited for.
 
     Raises:
-        RunError: another process still serves on one of them; the locks are not this user's.
+        BusyGpuError: another process still serves on one of them.
+        RunError: the locks are not this user's.
     """
     LOCKS.mkdir(mode=0o700, parents=True, exist_ok=True)
     _require_own(LOCKS)
@@ -91,7 +96,7 @@ def _held(gpu: str, deadline: float, limit_s: float) -> Iterator[None]:
         try:
             lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
         except Timeout as error:
-            raise RunError(
+            raise BusyGpuError(
                 f"GPU {gpu}: process {_said(holder)} still serves on it after {limit_s:g} s "
                 "(serving.start_timeout); end it, or wait longer"
             ) from error

@@ -13,8 +13,10 @@ from tasks.engine.publication import (
     begin,
     begun,
     end,
+    note_work,
     publication_key,
     published_by,
+    under_way,
     work_identity,
 )
 from tasks.engine.store import Store
@@ -36,15 +38,26 @@ def test_a_publication_is_begun_until_it_is_ended(tmp_path: Path) -> None:
     begin(store, other, "other work")
     begin(store, one, "later work")
     assert (begun(store, one), begun(store, other)) == ("later work", "other work")
-    end(store, one)
+    end(store, one, "later work")
     assert (begun(store, one), begun(store, other)) == (None, "other work")
-    end(store, one)
+    end(store, one, "later work")
     assert begun(tmp_path / "another store", other) is None
+
+
+def test_a_work_is_under_way_until_it_is_ended(tmp_path: Path) -> None:
+    for _ in range(2):
+        note_work(tmp_path, "work")
+    assert under_way(tmp_path, "work") and not under_way(tmp_path, "other work")
+    end(tmp_path, None, "other work")
+    assert under_way(tmp_path, "work")
+    end(tmp_path, None, "work")
+    assert not under_way(tmp_path, "work")
 
 
 def test_nothing_is_created_by_looking(tmp_path: Path) -> None:
     assert begun(tmp_path / "store", tmp_path / "out") is None
-    end(tmp_path / "store", tmp_path / "out")
+    assert not under_way(tmp_path / "store", "work")
+    end(tmp_path / "store", tmp_path / "out", "work")
     assert list(tmp_path.iterdir()) == []
 
 

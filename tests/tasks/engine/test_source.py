@@ -22,6 +22,7 @@ from tasks.engine.source import (
     SINGLE,
     TensorInfo,
     free_bytes,
+    one_spelling,
     open_source,
     tensor_digest,
 )
@@ -317,6 +318,19 @@ def test_a_damaged_memory_is_made_again(
     damage(memo)
     assert remembering.digest() == (digest, 3)
     assert remembering.digest() == (digest, 0)
+
+
+def test_every_name_of_a_place_has_one_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    (tmp_path / "way").symlink_to(place)
+    monkeypatch.chdir(place)
+    for spelled in ("out", "../way/out", str(tmp_path / "way" / ".." / "place" / "out")):
+        assert one_spelling(spelled) == place / "out"
+    # its own name stays
+    assert one_spelling(tmp_path / "way") == tmp_path / "way"
 
 
 def test_free_bytes_of_a_place_that_is_not_there(tmp_path: Path) -> None:

@@ -364,11 +364,27 @@ def test_a_killed_writer_leaves_nothing_that_reads(store: Store, point: str) -> 
 # collecting
 
 
+def age(entry: Entry) -> None:
+    """Have an entry been made, and not used since, a thousand seconds ago."""
+    manifest, past = entry.folder / MANIFEST, time.time() - 1000
+    record = json.loads(manifest.read_text())["record"] | {"created": past}
+    write_text(manifest, module.sealed(record))
+    os.utime(manifest, (past, past))
+
+
+def test_collect_leaves_what_was_used_since(store: Store) -> None:
+    used, old = put(store, KEY), put(store, OTHER)
+    for entry in (used, old):
+        age(entry)
+    found = store.get(KEY)
+    assert found is not None and found.created < time.time() - 900
+    assert store.collect(older_than_s=500) == (1, old.size)
+    assert store.get(KEY) == found
+
+
 def test_collect_removes_what_is_old(store: Store) -> None:
     old, new = put(store, KEY), put(store, OTHER)
-    manifest = old.folder / MANIFEST
-    aged = json.loads(manifest.read_text())["record"] | {"created": time.time() - 1000}
-    write_text(manifest, module.sealed(aged))
+    age(old)
     records = store.root / "prefect"
     records.mkdir()
     for key in (KEY, OTHER, "stray"):
