@@ -40,7 +40,7 @@ def store_gc(
     days: Annotated[float, typer.Option("--days", min=0, help="Keep what was used since.")] = 30.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove entries that were not used for some days, and what dead processes left half-written."""
+    """Remove entries not used for some days, and what dead processes left half-written."""
     from tasks.engine.settings import settings
     from tasks.engine.store import Store
 
