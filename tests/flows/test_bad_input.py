@@ -111,7 +111,7 @@ def sharded(tmp_path: Path) -> Path:
                     "act": {"bit": "e5m2", "granularity": "per_token"},
                 }
             },
-            ("quant.weight.bit", "e5m2", "SGLang loads e4m3 only", "write e4m3"),
+            ("quant.weight.bit", "e5m2", "SGLang loads no e5m2", "write e4m3"),
             id="e5m2",
         ),
         pytest.param(
