@@ -23,7 +23,7 @@ from tasks.engine.errors import InputError
 from tasks.engine.job import Job, require
 from tasks.engine.precision import computing_dtype
 from tasks.engine.step import step
-from tasks.engine.task_list import task_manager, task_of
+from tasks.engine.task_list import task_lineage, task_manager, task_of
 from tasks.engine.weights import weights_of
 from tasks.evaluate import final_hidden
 
@@ -41,7 +41,7 @@ def _depends_on(job: Job, exported: str, section: Evaluation) -> dict[str, Any]:
         "source": job.source.digest(job.source.tensors),
         "tokenizer": files_digest(job.source),
         "dtype": str(section.dtype),
-        "tasks": [task_of(t) for t in asked.tasks],
+        "tasks": [task_lineage(t) for t in asked.tasks],
         "limit": asked.limit,
         "fewshot": asked.num_fewshot,
         "lm_eval": version("lm-eval"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -77,8 +78,13 @@ def _upload(folder: Path, url: str) -> dict[str, Any]:
     there = _there(place, root, url)
     sent = kept = 0
     ours = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    for name in sorted(set(there) - set(ours)):
-        place.rm_file(f"{root}/{name}")
+    old = sorted(set(there) - set(ours))
+    if old:
+        # with their names: those whose files stay, should it end here, are removed the next time
+        _note(place, root, there, complete=False)
+    for name in old:
+        with suppress(FileNotFoundError):
+            place.rm_file(f"{root}/{name}")
         del there[name]
     for name, path in sorted(ours.items()):
         digest, target = checksum(path), f"{root}/{name}"

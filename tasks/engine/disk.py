@@ -33,9 +33,14 @@ def writing_to(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError, sqlite3.Error) as error:
         if not is_full(error):
             raise
-        raise DiskFullError(
-            f"{folder}: no room is left on its disk; make some, and the same command goes on"
-        ) from error
+        raise no_room(folder) from error
+
+
+def no_room(folder: Path | str) -> DiskFullError:
+    """The error that says that the disk of ``folder`` is full."""
+    return DiskFullError(
+        f"{folder}: no room is left on its disk; make some, and the same command goes on"
+    )
 
 
 def is_full(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tasks.engine.disk import is_full, no_room
 from tasks.engine.errors import InputError
 from tasks.engine.source import DTYPES, Source, TensorInfo, open_source, read_config, used
 
@@ -26,6 +27,7 @@ def look_up(hub_id: str, digest_memo: Path | None = None) -> Source:
 
     Raises:
         InputError: the hub cannot be reached, does not know the model, or has no safetensors.
+        DiskFullError: the disk of the hub's cache has no room.
     """
     folder = _snapshot(hub_id, _SMALL_FILES)
     config = read_config(folder)
@@ -41,6 +43,7 @@ def fetched(source: Source, hub_id: str) -> Source:
 
     Raises:
         InputError: the download failed.
+        DiskFullError: the disk of the hub's cache has no room.
     """
     if all((source.path / info.file).is_file() for info in source.tensors.values()):
         return source
@@ -67,11 +70,13 @@ def _remote_tensors(hub_id: str) -> dict[str, TensorInfo]:
 
 
 def _snapshot(hub_id: str, patterns: list[str]) -> Path:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     try:
         return Path(HfApi().snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # offline, unknown, gated: all mean that it is not to be had
+        if is_full(error):
+            raise no_room(constants.HF_HUB_CACHE) from error
         raise _not_to_be_had(hub_id, error) from error
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from flows.tracked import failure_kept
 from tasks.engine.journal import ToldRun
 from tasks.engine.messages import Journal, journals
+from tasks.engine.served_windows import WINDOWS
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import Point
 
@@ -117,3 +118,29 @@ def test_the_nightly_flow_sends_what_another_night_could_not(
     experiment = client.get_experiment_by_name("blockquant")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
+
+
+def test_the_nightly_flow_publishes_what_its_recipe_asks_for_now(
+    services, home: Path, tiny: Path, words: Path, tmp_path: Path
+) -> None:
+    from flows.requantize import requantize
+
+    evaluated = f"eval={{name: text, path: {words}, windows: 2, seq_len: 32, report: false}}"
+    fast = ["serving.smoke_test=false", "serving.check_kernels=false", evaluated]
+    out = tmp_path / "out"
+
+    def night(*more: str) -> str | None:
+        given = ("rtn_w4a16", str(tiny), str(out), [*fast, "gate.registry=false", *more])
+        return requantize(*given, store=str(home / "store"), return_state=True).name
+
+    transformed, both = ("save.save_trans=true", "save.save_sgl=false"), ("save.save_trans=true",)
+    assert night(*transformed) == "Completed"
+    assert not (out / "config.json").exists()
+    assert night(*transformed) == "Skipped"
+    assert night(*both) == "Completed"
+    assert (out / "config.json").is_file() and (out / "transformed_model/config.json").is_file()
+    assert night(*both) == "Skipped"
+    assert (out / WINDOWS).is_file()
+    assert night(*both, "serving.windows=0") == "Completed"
+    assert not (out / WINDOWS).exists()
+    assert night(*both, "serving.windows=0") == "Skipped"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -15,12 +18,14 @@ from flows import finishing
 from flows.quantize_model import quantize_model
 from tasks.engine.checkpoint import checkpoint_of
 from tasks.engine.errors import InputError
+from tasks.engine.job import Job
 from tasks.engine.source import open_source
 from tasks.engine.task_list import MISSING, require_tasks
 from tasks.task_scores import (
     continuation_scores,
     scores,
     scoring_model,
+    task_scores,
 )
 from tests.questions import QUESTIONS, make_task
 
@@ -125,6 +130,100 @@ def test_a_task_that_nobody_knows_is_one_line() -> None:
     require_tasks(TaskScores(tasks=("piqa",)))
     with pytest.raises(InputError, match="gsm8k has text written"):
         require_tasks(TaskScores(tasks=("gsm8k",)))
+
+
+HERE, DATA = "questions.jsonl", "data/questions.jsonl"
+# what a task says of its data, and which file that is, relative to where the command runs: {here}
+NAMED: dict[str, tuple[dict[str, Any], str]] = {
+    "of a split": ({"data_files": {"test": HERE}}, HERE),
+    "wherever it lies": ({"data_files": {"test": "{here}/" + HERE}}, HERE),
+    "an address of it": ({"data_files": {"test": "file://{here}/" + HERE}}, HERE),
+    "of a split, several": ({"data_files": {"test": ["other.jsonl", HERE]}}, HERE),
+    "a name": ({"data_files": HERE}, HERE),
+    "names": ({"data_files": ["other.jsonl", HERE]}, HERE),
+    "each with its split": ({"data_files": [{"split": "test", "path": HERE}]}, HERE),
+    "a pattern": ({"data_files": {"test": "*/que*.jsonl"}}, DATA),
+    "a folder": ({"data_dir": "data"}, DATA),
+    "in a folder": ({"data_dir": "data", "data_files": {"test": HERE}}, DATA),
+    "a data set": ({"dataset_path": "data"}, DATA),
+    "in a data set": ({"dataset_path": "data", "data_files": HERE}, DATA),
+}
+
+
+def write_questions(file: Path, question: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"question": question}) + "\n")
+
+
+@pytest.fixture
+def key_of(job_of: Callable[..., Job], tiny: Path, tmp_path: Path) -> Callable[..., str]:
+    """The key of the scores of a task that says this of its data."""
+
+    def key(dataset_path: str = "json", **said: Any) -> str:
+        described = {"task": "t", "dataset_path": dataset_path, "dataset_kwargs": said}
+        file = tmp_path / "task.yml"
+        file.write_text(yaml.safe_dump(described | {"output_type": "multiple_choice"}))
+        job = job_of(tiny, "rtn_w4a16", f"eval.lm_eval.tasks={file}")
+        return task_scores.key(job, "an export's key", job.evaluation)
+
+    return key
+
+
+@pytest.mark.parametrize(("said", "file"), NAMED.values(), ids=NAMED.keys())
+def test_scores_are_those_of_the_questions_in_a_file(
+    key_of: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: dict[str, Any],
+    file: str,
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    said = json.loads(json.dumps(said).replace("{here}", str(here)))
+    for name in (HERE, DATA, "other.jsonl"):
+        write_questions(here / name, f"{name}, before")
+
+    def asked() -> list[str]:
+        path = said.get("dataset_path", "json")
+        given = {name: value for name, value in said.items() if name != "dataset_path"}
+        read = datasets.load_dataset(path, **given, cache_dir=str(tmp_path / "cache"))
+        return [row["question"] for rows in read.values() for row in rows]
+
+    before, questions = key_of(**said), asked()
+    assert key_of(**said) == before
+    write_questions(here / file, "after")
+    # it is the file that is read
+    assert asked() == ["after" if q == f"{file}, before" else q for q in questions] != questions
+    assert key_of(**said) != before
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"), [("json", f"https://host.invalid/{HERE}"), ("org/data", HERE)]
+)
+def test_of_questions_elsewhere_the_name_counts(
+    key_of: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dataset: str,
+    name: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = key_of(dataset, data_files={"test": name})
+    write_questions(tmp_path / HERE, "another file of that name")
+    assert key_of(dataset, data_files={"test": name}) == before
+    assert key_of(dataset, data_files={"test": f"{name}.gz"}) != before
+
+
+def test_scores_are_found_again_from_another_folder(
+    key_of: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = []
+    for name in ("here", "there"):
+        write_questions(tmp_path / name / HERE, "the same")
+        monkeypatch.chdir(tmp_path / name)
+        keys.append(key_of(data_files=[HERE, str(tmp_path / "here" / HERE)]))
+    assert keys[0] == keys[1]
 
 
 @pytest.mark.usefixtures("services")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from tasks.engine.errors import InputError, RunError
 from tasks.upload import MANIFEST, check_upload, upload
@@ -60,6 +61,30 @@ def test_an_upload_goes_on_where_it_stopped(checkpoint: Path, tmp_path: Path) ->
     assert json.loads((place / MANIFEST).read_text())["complete"] is False
     (place / "transformed_model").unlink()
     assert counts(checkpoint, place) == (1, 2)
+
+
+def test_an_upload_that_ended_while_it_removed_goes_on(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    for name in ("one.txt", "other.txt"):
+        (checkpoint / name).write_text("of an older checkpoint")
+    counts(checkpoint, place)
+    for name in ("one.txt", "other.txt"):
+        (checkpoint / name).unlink()
+    remove = LocalFileSystem.rm_file
+
+    def end_after(system: LocalFileSystem, path: str) -> None:
+        remove(system, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LocalFileSystem, "rm_file", end_after)
+        upload(checkpoint, f"file://{place}")
+    assert set(there(place)) == {*there(checkpoint), "other.txt"}
+    assert json.loads((place / MANIFEST).read_text())["complete"] is False
+    # what is gone is no fault, and what is left is still known for ours
+    assert counts(checkpoint, place) == (0, 3)
 
 
 def test_a_file_that_is_gone_or_cut_is_sent_again(checkpoint: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import threading
@@ -12,10 +13,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import huggingface_hub.constants
+import huggingface_hub.file_download
 import pytest
 
 from configs.loading import load_recipe
 from tasks.check import Request, check
+from tasks.engine.disk import DiskFullError
 from tasks.engine.errors import InputError
 from tasks.engine.hub import fetched, is_hub_id, look_up
 from tasks.engine.source import open_source
@@ -150,6 +153,28 @@ def test_no_safetensors_stand_in_hub(hub: Hub) -> None:
     (hub.folder / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(InputError, match="give a local folder of safetensors"):
         look_up("org/model")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Data processing error: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["of the system", "of the hub's own store"],
+)
+def test_a_full_disk_is_no_bad_input_stand_in_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    source = look_up("org/model")
+
+    def http_get(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.file_download, "http_get", http_get)
+    with pytest.raises(DiskFullError) as raised:
+        fetched(source, "org/model")
+    assert str(raised.value).startswith(f"{tmp_path / 'cache'}: no room is left on its disk")
 
 
 @pytest.mark.parametrize("named", ["/org/model", "./org", "~/model", "model", "a/b/c"])
