@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Calibration, Evaluation
+from tasks.engine.disk import is_full, no_room
 from tasks.engine.errors import InputError
 from tasks.engine.store import checksum
 
@@ -182,6 +183,9 @@ def _load(text: TextSource) -> Any:
         raise
     except Exception as error:  # datasets raises many kinds, wrapped in its own
         cause = error.__cause__ or error
+        if is_full(cause):
+            cache = datasets.config.HF_DATASETS_CACHE if text.remote else tempfile.gettempdir()
+            raise no_room(cache) from error
         if text.remote:
             raise _not_had(text, cause) from error
         reason = (str(cause).splitlines() or [type(cause).__name__])[0][:200]

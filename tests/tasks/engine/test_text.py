@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +14,10 @@ import pytest
 from datasets import Dataset, DatasetDict, DatasetInfo, SplitDict, SplitInfo
 from datasets.arrow_writer import ArrowWriter
 
+from tasks.engine.disk import DiskFullError
 from tasks.engine.errors import InputError
 from tasks.engine.text import TextSource, read_documents, text_digest
+from tests.models import make_text
 from tests.tasks.engine.texts import DOCUMENTS, save_rows
 
 
@@ -93,6 +98,22 @@ def test_a_split_that_a_hub_s_data_set_does_not_have(cached: TextSource) -> None
 def test_a_hub_that_is_not_asked_and_nothing_fetched(cached: TextSource) -> None:
     with pytest.raises(InputError, match=r"acme/others .*cannot be reached .*local file"):
         text_digest(replace(cached, path="acme/others"))
+
+
+@pytest.mark.parametrize("remote", [True, False], ids=["of a hub", "here"])
+def test_a_full_disk_is_no_bad_input(
+    cached: TextSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        full = OSError(errno.ENOSPC, "No space left on device")
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from full
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    here = make_text(tmp_path / "words.txt", words=10)
+    asked = cached if remote else TextSource("calib", "text", str(here))
+    said = re.escape(f"{tmp_path if remote else tempfile.gettempdir()}: no room is left")
+    with pytest.raises(DiskFullError, match=said):
+        read_documents(asked)
 
 
 def test_the_name_decides_before_the_ending(tmp_path: Path) -> None:
