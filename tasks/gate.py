@@ -14,9 +14,10 @@ from tasks.engine.errors import one_line
 from tasks.engine.gate import FAILED, NO, YES, Figures, Limits, Tolerances, as_values
 from tasks.engine.job import Job
 from tasks.engine.journal import ToldRun
+from tasks.engine.offer import Offer
 from tasks.engine.output import content_of
 from tasks.engine.precision import computing_dtype
-from tasks.engine.registry import DIGEST_TAG, GATE, SOURCE_TAG, Offer
+from tasks.engine.registry import DIGEST_TAG, GATE, SOURCE_TAG
 from tasks.engine.store import Entry
 from tasks.engine.windows import TOKENS
 from tasks.report import report_text

@@ -16,7 +16,8 @@ from filelock import Timeout
 
 from tasks.engine.errors import masked, one_line
 from tasks.engine.messages import Journal, Message, facts_of_server
-from tasks.engine.registry import NO_REGISTRY, Offer, offer
+from tasks.engine.offer import Offer
+from tasks.engine.registry import NO_REGISTRY, offer
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import EXPERIMENT, Point, Run, open_run, restored
 

@@ -89,6 +89,10 @@ class Decision:
             return "champion"
         return "refused: " + "; ".join(r.line for r in self.reasons if not r.holds)
 
+    def refused(self, line: str) -> Decision:
+        """The same refused, for one reason more."""
+        return Decision(False, (*self.reasons, Reason(False, line)))
+
 
 def figures_of(values: Mapping[str, Any]) -> Figures:
     """Figures as they were kept.

@@ -25,7 +25,7 @@ from filelock import Timeout
 from tasks.engine.delivery import DECISION, OPEN, Away, Halt, Sender, deliver
 from tasks.engine.errors import masked
 from tasks.engine.messages import ADDRESS, Journal, journal_of, journals
-from tasks.engine.registry import Offer
+from tasks.engine.offer import Offer
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import Point
 

@@ -6,19 +6,19 @@ there: by the run, by ``blockquant sync``, or again once the checkpoint was serv
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import socket
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from tasks.engine.gate import Decision, Figures, Reason, as_values, decide, figures_of, limits_of
-from tasks.engine.output import content_of, take_place
+from tasks.engine.gate import Decision, Figures, as_values, decide, figures_of, limits_of
+from tasks.engine.offer import Offer, in_place, lost
+from tasks.engine.output import content_of
 from tasks.engine.publication import REPORT
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import IDENTITY_TAG, UNKNOWN, Run, prepared_client
@@ -46,42 +46,11 @@ LOCK_S = 60.0
 LONGEST_TAG = 4900
 
 
-@dataclass(frozen=True)
-class Offer:
-    """A checkpoint that is to be registered, and to be champion if the gate holds.
-
-    Attributes:
-        model: name of the registered model.
-        content: digest of what was published: the same again is the same version.
-        identity: of the work that made it.
-        location: the folder where it lies.
-        facts: what else the version says of itself.
-        figures: what was measured, as ``gate.Figures`` has it.
-        limits: what is asked, as ``gate.Limits`` has it.
-        place: the folder whose place it takes once it is champion, empty where it has its own.
-        named: whether the recipe names the model, so that its champion may be of another source.
-    """
-
-    model: str
-    content: str
-    identity: str
-    location: str
-    facts: Mapping[str, str]
-    figures: Mapping[str, Any]
-    limits: Mapping[str, Any]
-    place: str = ""
-    named: bool = False
-
-    @property
-    def digest(self) -> str:
-        """Differs where another decision may come of it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-
-
-def offer(run: Run, settings: Settings, offered: Offer) -> dict[str, Any]:
+def offer(run: Run, settings: Settings, offered: Offer, here: bool = True) -> dict[str, Any]:
     """Register a checkpoint and make it the champion if the gate holds; said again, says the same.
 
-    Runs that share a store decide one after another.
+    Runs that share a store decide one after another. One that is not where it is said to lie is
+    refused, as ``offer.lost`` tells: ``here`` is whether it was published on this machine.
 
     Returns:
         ``model``, ``version``, ``champion`` (whether it is now), ``location`` (where it lies now),
@@ -90,10 +59,10 @@ def offer(run: Run, settings: Settings, offered: Offer) -> dict[str, Any]:
     lock = settings.store / "journal" / "registry.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock, timeout=LOCK_S):
-        return _offer(run, run.client(), offered)
+        return _offer(run, run.client(), offered, here)
 
 
-def _offer(run: Run, client: MlflowClient, offered: Offer) -> dict[str, Any]:
+def _offer(run: Run, client: MlflowClient, offered: Offer, here: bool) -> dict[str, Any]:
     known = _known(client, offered)
     champion = champion_of(client, offered.model)
     mark = f"{run.id} {offered.digest}"
@@ -104,7 +73,10 @@ def _offer(run: Run, client: MlflowClient, offered: Offer) -> dict[str, Any]:
     other = None if is_champion else champion
     decision = _decision(offered, other, is_champion)
     if decision.accepted or is_champion:
-        offered = _in_place(offered)
+        offered = in_place(offered)
+        # the offer may come late: by now another one may have been published there
+        if gone := lost(offered, here):
+            decision = decision.refused(gone)
     # after the move: where a version's files are is said once and for all
     version = known or _registered(run, client, offered)
     number = str(version.version)
@@ -146,20 +118,6 @@ def _offer(run: Run, client: MlflowClient, offered: Offer) -> dict[str, Any]:
     return found
 
 
-def _in_place(offered: Offer) -> Offer:
-    """Let a champion that waited beside its output take that place, where it lies here."""
-    if not offered.place:
-        return offered
-    try:
-        moved = take_place(
-            Path(offered.location), Path(offered.place), offered.identity, offered.content
-        )
-    except OSError as error:
-        log.warning("%s stays where it is: %s", offered.location, error)
-        return offered
-    return replace(offered, location=offered.place, place="") if moved else offered
-
-
 def _say(found: Mapping[str, Any]) -> None:
     log.info("%s version %s: %s", found["model"], found["version"], found[GATE])
     for reason in found["reasons"]:
@@ -177,7 +135,7 @@ def _decision(offered: Offer, champion: ModelVersion | None, is_champion: bool) 
         alone = decide(figures, limits, alone=f"{against} is not compared with")
         source = champion.tags[SOURCE_TAG]
         line = f"{against} is of another model of this name ({source}); set gate.model_name"
-        return Decision(False, (*alone.reasons, Reason(False, line)))
+        return alone.refused(line)
     return decide(figures, limits, _figures(champion), against)
 
 
@@ -384,7 +342,9 @@ def served_later(run: Run, settings: Settings, served: Mapping[str, Any]) -> dic
         return None
     if kept is None:
         return None
-    return offer(run, settings, replace(kept, figures={**kept.figures, **served}))
+    decided_again = replace(kept, figures={**kept.figures, **served})
+    # it may have been served from a copy on another machine
+    return offer(run, settings, decided_again, here=False)
 
 
 def _tag(client: MlflowClient, version: ModelVersion, tags: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,10 @@ from tasks.engine import registry
 from tasks.engine.gate import FAILED, NO, YES
 from tasks.engine.journal import synchronize, told, told_run
 from tasks.engine.messages import journals
+from tasks.engine.offer import Offer
 from tasks.engine.output import content_of
 from tasks.engine.publication import REPORT
 from tasks.engine.registry import (
-    Offer,
     champion_of,
     champions,
     is_champions,
@@ -78,6 +79,14 @@ def offered(content: str, model: str = "tiny-W4A16", **figures) -> Offer:
         figures=FIGURES | figures,
         limits=LIMITS,
     )
+
+
+def lying(folder: Path, one: Offer) -> Offer:
+    """The offer of what then lies in a folder, as a stand-in for a checkpoint."""
+    folder.mkdir(exist_ok=True)
+    (folder / REPORT).write_text(one.content)
+    content = content_of(one.identity, one.content)
+    return replace(one, content=content, location=str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +358,7 @@ def test_a_champions_folder_is_known(place, tmp_path, request):
     assert is_champions(place, where) is False
     offer(run, place, replace(offered("one", model, kl=0.9), location=str(where)))
     assert is_champions(place, where) is False
-    offer(run, place, replace(offered("two", model), location=str(where)))
+    offer(run, place, lying(where, offered("two", model)))
     assert is_champions(place, where) is True
     assert is_champions(place, tmp_path / "elsewhere") is False
     with closing(socket.create_server(("127.0.0.1", 0))) as found:
@@ -365,12 +374,9 @@ def test_a_champion_that_waited_takes_its_place_though_the_message_is_cut_short(
     place = place_in(home)
     run = open_run(place, "a", "a", {}, {})
     out, waiting = tmp_path / "out", tmp_path / "out.12345678"
-    for folder, report in ((out, "old"), (waiting, "new")):
-        folder.mkdir()
-        (folder / REPORT).write_text(report)
-    one = offered("a")
-    one = replace(one, content=content_of(one.identity, "new"))
-    one = replace(one, location=str(waiting), place=str(out))
+    out.mkdir()
+    (out / REPORT).write_text("old")
+    one = replace(lying(waiting, offered("new")), place=str(out))
     strict = replace(one, limits=LIMITS | {"max_kl": 0.001})
     assert offer(run, place, strict)["location"] == str(waiting)
     assert (out / REPORT).read_text() == "old"
@@ -386,7 +392,61 @@ def test_a_champion_that_waited_takes_its_place_though_the_message_is_cut_short(
     assert offer(run, place, one)["location"] == str(out)
 
 
+def test_one_that_lies_nowhere_any_more_is_not_champion(place, tmp_path, request):
+    model = f"gone-{request.node.name}"
+    out, waiting = tmp_path / "out", tmp_path / "out.12345678"
+    run = open_run(place, model, model, {}, {})
+    offer(run, place, lying(out, offered("first", model)))
+    removed = lying(waiting, offered("second", model, kl=0.01))
+    shutil.rmtree(waiting)
+    found = offer(run, place, removed)
+    assert (found["champion"], found["gate"]) == (
+        False,
+        f"refused: {waiting} is no longer there",
+    )
+    # nor one that was to take the champion's place
+    found = offer(run, place, replace(removed, place=str(out)))
+    assert found["gate"] == f"refused: another checkpoint lies at {out} by now"
+    assert present(place, model) == "1" and (out / REPORT).read_text() == "first"
+
+
+def test_what_was_served_elsewhere_does_not_take_a_folder_that_holds_another(home, tmp_path):
+    place, out = place_in(home), tmp_path / "out"
+    run = open_run(place, "a", "a", {}, {})
+    asked = replace(lying(out, offered("a")), limits=LIMITS | {"require_served": True})
+    assert offer(run, place, asked)["champion"] is False
+    served = {"served": YES, "served_reason": "", "server_nll": 3.5, "server_nll_gap": 0.001}
+    lying(out, offered("b"))
+    found = served_later(run, place, served)
+    assert found["gate"] == f"refused: another checkpoint lies at {out} by now"
+    assert present(place, "tiny-W4A16") is None
+    # a machine that never had the folder says nothing of it
+    shutil.rmtree(out)
+    served |= {"server_nll": 3.4}
+    assert served_later(run, place, served)["champion"] is True
+
+
 # through the journal
+
+
+def test_a_late_offer_does_not_take_a_folder_that_holds_another(home, tmp_path):
+    with closing(socket.create_server(("127.0.0.1", 0))) as found:
+        away = place_in(home, f"http://127.0.0.1:{found.getsockname()[1]}")
+    out, back = tmp_path / "out", place_in(home)
+    with told_run(away, "work") as run:
+        run.open("work", "a run", {}, {})
+        run.offer(lying(out, offered("a", kl=0.01)))
+        run.finish()
+        assert told(run)["left"] == 3
+    # MLflow is back, and knows of no champion there: another replaces the folder
+    other = lying(out, offered("b"))
+    assert offer(open_run(back, "other", "other", {}, {}), back, other)["champion"] is True
+    (kept,) = journals(away.store)
+    sent = synchronize(kept, back)
+    assert (sent.reason, sent.decision["champion"]) == (None, False)
+    assert sent.decision["gate"] == f"refused: another checkpoint lies at {out} by now"
+    (shown,) = champions(MlflowClient(back.tracking_uri))
+    assert (shown["version"], shown["kl"], shown["location"]) == ("1", 0.04, str(out))
 
 
 def test_the_decision_is_made_when_the_server_is_back(home, server, caplog):
@@ -446,12 +506,6 @@ def test_the_decision_is_known_to_the_run(home, capfd):
         assert told(run)["left"] == 0
         assert run.decision["champion"] is True and run.decision["version"] == "1"
     assert capfd.readouterr().out == ""
-
-
-def test_an_offer_is_plain_json():
-    one = offered("a")
-    assert Offer(**json.loads(json.dumps(asdict(one)))) == one
-    assert one.digest != replace(one, limits=LIMITS | {"max_kl": 0.2}).digest
 
 
 def test_who_waits_too_long_for_another_keeps_its_message(home, monkeypatch):
