@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from tasks.engine.gate import Decision, Figures, as_values, decide, figures_of, limits_of
 from tasks.engine.offer import Offer, in_place, lost
-from tasks.engine.output import content_of
+from tasks.engine.output import content_of, holds
 from tasks.engine.publication import REPORT
 from tasks.engine.settings import Settings
 from tasks.engine.tracking import IDENTITY_TAG, UNKNOWN, Run, prepared_client
@@ -72,7 +72,9 @@ def _offer(run: Run, client: MlflowClient, offered: Offer, here: bool) -> dict[s
     is_champion = known is not None and _are_one(known, champion)
     other = None if is_champion else champion
     decision = _decision(offered, other, is_champion)
-    if decision.accepted or is_champion:
+    if in_the_way := _in_the_way(client, offered):
+        decision = decision.refused(in_the_way)
+    elif decision.accepted or is_champion:
         offered = in_place(offered)
         # the offer may come late: by now another one may have been published there
         if gone := lost(offered, here):
@@ -137,6 +139,26 @@ def _decision(offered: Offer, champion: ModelVersion | None, is_champion: bool) 
         line = f"{against} is of another model of this name ({source}); set gate.model_name"
         return alone.refused(line)
     return decide(figures, limits, _figures(champion), against)
+
+
+def _in_the_way(client: MlflowClient, offered: Offer) -> str | None:
+    """Why a checkpoint cannot take its place: a champion of another registered model lies there."""
+    place = offered.place
+    for one in _champions_at(client, place) if place else ():
+        if one.name != offered.model and _lies_at(Path(place), one):
+            return (
+                f"{place} holds the champion of {one.name}, version {one.version}; give another "
+                f"output, or remove the alias {CHAMPION} of {one.name} in MLflow"
+            )
+    return None
+
+
+def _lies_at(folder: Path, version: ModelVersion) -> bool:
+    """Say whether a folder holds what its version says, as far as that can be told."""
+    tags = version.tags
+    if IDENTITY_TAG not in tags or CONTENT_TAG not in tags:
+        return True
+    return holds(folder, tags[IDENTITY_TAG], tags[CONTENT_TAG])
 
 
 def _is_of_another(offered: Offer, champion: ModelVersion) -> bool:
@@ -256,12 +278,16 @@ def is_champions(settings: Settings, folder: Path) -> bool:
     from mlflow.exceptions import MlflowException
 
     try:
-        client = prepared_client(settings)
-        at = client.search_model_versions(f"tags.`{LOCATION_TAG}` = {_as_text(str(folder))}")
-        found = [champion_of(client, name) for name in {version.name for version in at}]
+        return bool(_champions_at(prepared_client(settings), str(folder)))
     except MlflowException as error:
         return error.error_code not in NO_REGISTRY
-    return any(one is not None and one.tags.get(LOCATION_TAG) == str(folder) for one in found)
+
+
+def _champions_at(client: MlflowClient, folder: str) -> list[ModelVersion]:
+    """The champions whose versions say that they lie in a folder."""
+    at = client.search_model_versions(f"tags.`{LOCATION_TAG}` = {_as_text(folder)}")
+    found = [champion_of(client, name) for name in sorted({version.name for version in at})]
+    return [one for one in found if one is not None and one.tags.get(LOCATION_TAG) == folder]
 
 
 def champions(client: MlflowClient) -> list[dict[str, Any]]:

@@ -129,6 +129,26 @@ def test_a_refused_checkpoint_does_not_replace_the_champions_folder(
     }
 
 
+def test_a_checkpoint_of_another_scheme_does_not_replace_a_champions_folder(
+    quantized, here, home, tmp_path
+):
+    loose = ("gate.max_nll_increase=9", "gate.max_kl=9", "gate.min_top1_agreement=0")
+    out, other = tmp_path / "out", ("quant.weight.bit=8", *loose)
+    assert quantized("out", *loose).json["gate"]["champion"] is True
+    champion = contents_of(out)
+    refused = quantized("out", *other)
+    assert refused.status == 0, refused.err
+    decided = refused.json["gate"]
+    assert (decided["model"], decided["champion"]) == ("demo-model-W8A16", False)
+    assert f"{out} holds the champion of {MODEL}, version 1; give another" in decided["gate"]
+    waiting = Path(refused.json["checkpoint"])
+    assert waiting.name.startswith("out.") and waiting.is_dir() and contents_of(out) == champion
+    (shown,) = here("champion", "--json").json["champions"]
+    assert (shown["model"], shown["location"]) == (MODEL, str(out))
+    # in a folder of its own it is one too
+    assert quantized("other", *other).json["gate"]["champion"] is True
+
+
 def test_without_a_registry_an_output_is_replaced_as_ever(quantized, home, tmp_path):
     assert quantized("out").status == 0
     again = quantized("out", "quant.weight.group_size=64", "gate.registry=false")

@@ -410,6 +410,38 @@ def test_one_that_lies_nowhere_any_more_is_not_champion(place, tmp_path, request
     assert present(place, model) == "1" and (out / REPORT).read_text() == "first"
 
 
+def test_a_champion_of_another_name_keeps_its_folder(place, tmp_path, request):
+    four, eight = (f"{name}-{request.node.name}" for name in ("W4A16", "W8A8"))
+    client, out, waiting = MlflowClient(place.tracking_uri), tmp_path / "out", tmp_path / "out.1"
+    run = open_run(place, four, four, {}, {})
+    assert offer(run, place, lying(out, offered("first", four)))["champion"] is True
+    one = replace(lying(waiting, offered("second", eight, kl=0.01)), place=str(out))
+    found = offer(run, place, one)
+    assert (found["champion"], found["location"]) == (False, str(waiting))
+    assert found["gate"] == (
+        f"refused: {out} holds the champion of {four}, version 1; give another output, or remove "
+        f"the alias champion of {four} in MLflow"
+    )
+    assert (out / REPORT).read_text() == "first" and (waiting / REPORT).read_text() == "second"
+    assert present(place, four) == "1" and present(place, eight) is None
+    # once nobody calls that a champion, it takes the place
+    client.delete_registered_model_alias(four, "champion")
+    again = open_run(place, eight, eight, {}, {})
+    found = offer(again, place, one)
+    assert (found["champion"], found["location"]) == (True, str(out))
+    assert (out / REPORT).read_text() == "second" and not waiting.exists()
+
+
+def test_a_champion_of_another_name_whose_folder_was_replaced_is_not_in_the_way(home, tmp_path):
+    place, out = place_in(home), tmp_path / "out"
+    run = open_run(place, "a", "a", {}, {})
+    offer(run, place, lying(out, offered("first", "four")))
+    (out / REPORT).write_text("of a run without a registry")
+    one = replace(lying(tmp_path / "out.1", offered("second", "eight")), place=str(out))
+    assert offer(run, place, one)["champion"] is True
+    assert (out / REPORT).read_text() == "second"
+
+
 def test_what_was_served_elsewhere_does_not_take_a_folder_that_holds_another(home, tmp_path):
     place, out = place_in(home), tmp_path / "out"
     run = open_run(place, "a", "a", {}, {})
