@@ -72,10 +72,13 @@ def publish_products(
     return location
 
 
-def settled(run: ToldRun, location: str | None, output: Path | None) -> tuple[str | None, bool]:
+def settled(
+    run: ToldRun, location: str | None, output: Path | None
+) -> tuple[str | None, bool | None]:
     """Where a checkpoint lies once the gate has decided, and whether that is its output.
 
-    One that waits beside the output stays there where it is refused, or not decided about yet.
+    One that waits beside the output stays there where it is refused. It does so too as long as it
+    is not decided about: whether that will be its output is None then.
     """
     if location is None or location == str(output):
         return location, location is not None
@@ -83,7 +86,7 @@ def settled(run: ToldRun, location: str | None, output: Path | None) -> tuple[st
     decided = run.decision
     if decided is None:
         log.warning("%s: waits there until MLflow answers and the gate decides", location)
-        return location, False
+        return location, None
     place = str(decided["location"])
     if place != str(output):
         log.warning("%s: stays there, and %s as it was: %s", place, output, decided["gate"])

@@ -121,8 +121,6 @@ def _checked(
         with failure_kept(run, kept), _outside_aside(job) as aside, crewed as crew:
             result = _quantize(job, run, request, kept, crew, aside)
             # after MLflow was told: killed before, the same command goes on
-            result["mlflow"] = told(run)
-            result["gate"] = run.decision
             # the work of a sweep stays begun: the sweep, run again, finds it
             if parent is None and not _undecided(result, request):
                 end(job.store.root, request.output, identity)
@@ -178,8 +176,6 @@ def _quantize(
     scores = scored(job, run, course, products)
     looked = Looked(report, blocks, decided, len(job.blocks), sampled)
     released = _released(job, run, request, looked, location, sets["evaluation"], log_file)
-    done = "measured" if location is None else f"published {released['checkpoint']}"
-    log.info("%s: %s", done, summary(report["metrics"]))
     return {
         **released,
         "metrics": report["metrics"],
@@ -208,7 +204,8 @@ def _released(
     """Serve what is published, have the gate decide about it, and copy it to where it is asked for.
 
     Returns:
-        ``checkpoint``, where it lies now, ``launch``, ``served`` and ``uploaded``.
+        ``checkpoint``, where it lies now, ``launch``, ``served``, ``uploaded``, ``mlflow``, and as
+        ``gate`` what was decided, None as long as it is not.
     """
     identity = work_identity(job, request.output)
     published = (identity, looked.report, location, evaluated_on)
@@ -225,11 +222,24 @@ def _released(
     location, in_place = settled(run, location, request.output)
     copied = uploaded(run, location, request.upload) if in_place else None
     action(register)(run, looked.report, location, served, log_file)
+    done = "measured" if location is None else f"published {location}"
+    log.info("%s: %s", done, summary(looked.report["metrics"]))
+    mlflow, decided = told(run), run.decision
+    if in_place is None and decided is not None:
+        # the gate decided while the end was told
+        location, in_place = settled(run, location, request.output)
+        run.set_tags({"checkpoint": str(location)})
+        if in_place:
+            log.info("%s: it lies there now", location)
+            copied = uploaded(run, location, request.upload)
+        mlflow = told(run)
     return {
         "checkpoint": location,
         "launch": None if location is None else launch_line(Path(location), looked.report),
         "served": served,
         "uploaded": copied,
+        "mlflow": mlflow,
+        "gate": decided,
     }
 
 

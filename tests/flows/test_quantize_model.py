@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from flows.tracked import failure_kept
+from tasks.engine import delivery
 from tasks.engine.journal import ToldRun
 from tasks.engine.messages import Journal, journals
 from tasks.engine.served_windows import WINDOWS
@@ -91,6 +94,61 @@ def test_errors_of_blocks_are_told_as_they_are_made_and_together_where_they_are_
     told.clear()
     assert here("quantize", *given).status == 0
     assert told == [{0, 1}]
+
+
+@pytest.mark.parametrize("kl", [9, 0])
+def test_a_decision_that_comes_while_the_end_is_told_is_followed(
+    here, services, tiny: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kl
+) -> None:
+    evaluated = f"eval={{name: text, path: {words}, windows: 2, seq_len: 32, report: false}}"
+    fast = ["serving.smoke_test=false", evaluated]
+    fast += ["gate.max_nll_increase=9", "gate.min_top1_agreement=0"]
+    fast += [f"gate.against_champion.{name}=9" for name in ("kl", "nll_increase")]
+    fast += ["gate.against_champion.top1_agreement=1"]
+    out, kept = tmp_path / "out", tmp_path / "uploaded"
+
+    def quantized(*overrides: str):
+        given = ("rtn_w4a16", "--model", tiny, "--output", out, "--overwrite", "--json")
+        given += tuple(part for each in [*fast, *overrides] for part in ("--set", each))
+        return here("quantize", *given, "--upload", f"file://{kept}")
+
+    first = quantized("gate.max_kl=9").json
+    assert first["gate"]["champion"] is True
+    # a slow server: it decides once the run's end is told too
+    ended = threading.Event()
+    decide, flush, finish = delivery.offer, ToldRun.flush, ToldRun.finish
+
+    def slow(*given: Any) -> Any:
+        assert ended.wait(60)
+        return decide(*given)
+
+    def finished(self: ToldRun) -> None:
+        finish(self)
+        ended.set()
+
+    monkeypatch.setattr(delivery, "offer", slow)
+    monkeypatch.setattr(ToldRun, "finish", finished)
+    monkeypatch.setattr(
+        ToldRun, "flush", lambda self: flush(self) if ended.is_set() else self.journal.count()
+    )
+    outcome = quantized("quant.weight.group_size=64", f"gate.max_kl={kl}")
+    assert outcome.status == 0, outcome.err
+    found = outcome.json
+    assert f"{found['checkpoint']} " in f"{found['launch']} " and found["mlflow"]["left"] == 0
+    assert Path(found["checkpoint"]).is_dir() and found["gate"]["location"] == found["checkpoint"]
+    client = MlflowClient(found["mlflow"]["uri"])
+    tags = client.get_run(found["mlflow"]["run"]).data.tags
+    assert tags["checkpoint"] == found["checkpoint"]
+    if kl:
+        assert found["gate"]["champion"] is True and found["checkpoint"] == str(out)
+        assert f"{out}: it lies there now" in outcome.err
+        assert found["uploaded"]["sent"] > 0 and tags["uploaded"] == f"file://{kept}"
+    else:
+        assert found["gate"]["champion"] is False and found["checkpoint"] != str(out)
+        assert found["uploaded"] is None
+    assert (kept / "blockquant.json").read_bytes() == (out / "blockquant.json").read_bytes()
+    # it is done: the next run finds the output in its way
+    assert not list((tmp_path / "home" / "store" / "publishing").glob("*"))
 
 
 def test_the_nightly_flow_sends_what_another_night_could_not(
