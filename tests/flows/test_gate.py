@@ -158,7 +158,7 @@ def test_without_a_registry_an_output_is_replaced_as_ever(quantized, home, tmp_p
 
 
 def test_the_nightly_keeps_a_champion_and_does_not_make_a_refused_one_again(
-    services, home, tmp_path, demo_model
+    services, home, tmp_path, demo_model, monkeypatch
 ):
     from flows.requantize import requantize
 
@@ -172,6 +172,8 @@ def test_the_nightly_keeps_a_champion_and_does_not_make_a_refused_one_again(
     refused = requantize(**given, overrides=changed)
     assert refused["gate"]["champion"] is False
     assert contents_of(tmp_path / "out") == champion
+    # a night without news takes no room
+    monkeypatch.setattr("tasks.engine.places.free_bytes", lambda place: 0)
     state = requantize(**given, overrides=changed, return_state=True)
     assert state.name == "Skipped" and state.result()["checkpoint"] == refused["checkpoint"]
     assert "the gate did not let it take the place of" in state.message

@@ -338,7 +338,7 @@ def test_what_another_process_sends_is_not_taken_from_a_run(place: Settings) -> 
             run.journal.add_all([("open", open_body())])
             # as ``blockquant sync`` does to the end: the run's id must stay known
             deliver(run.journal, place)
-            assert not journal._end(run.journal) or run.journal.fact("run") is not None
+            assert not journal._end(run.journal, place, None) or run.journal.fact("run") is not None
         assert run.id is not None
         run.set_tags({"later": "yes"})
         run.finish()
