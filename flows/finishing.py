@@ -77,8 +77,8 @@ def settled(
 ) -> tuple[str | None, bool | None]:
     """Where a checkpoint lies once the gate has decided, and whether that is its output.
 
-    One that waits beside the output stays there where it is refused. It does so too as long as it
-    is not decided about: whether that will be its output is None then.
+    One that waits beside the output stays there where it is refused, and as long as it is not
+    decided about: whether it lies at its output is None then.
     """
     if location is None or location == str(output):
         return location, location is not None

@@ -120,8 +120,8 @@ def _checked(
         # after a failure the devices end first, and then the thread is waited for
         with failure_kept(run, kept), _outside_aside(job) as aside, crewed as crew:
             result = _quantize(job, run, request, kept, crew, aside)
-            # after MLflow was told: killed before, the same command goes on
-            # the work of a sweep stays begun: the sweep, run again, finds it
+            # after MLflow was told: killed before, the same command goes on. The work of a sweep
+            # stays begun: the sweep, run again, finds it
             if parent is None and not _undecided(result, request):
                 end(job.store.root, request.output, identity)
             return result

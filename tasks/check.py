@@ -144,19 +144,11 @@ def check(
         gpus = request.recipe.serving.tensor_parallel
         require_parallel(source.config, gpus, "serving.tensor_parallel")
     job = _job(request, source, devices)
-    asked = str(request.recipe.model.torch_dtype)
-    if asked not in ("auto", str(job.dtype).removeprefix("torch.")):
-        raise InputError(
-            f"model.torch_dtype: {asked}, but the checkpoint is {job.dtype}; write auto"
-        )
+    _check_dtype(job)
     # a description in the store was made of these very headers, and they fitted
     if _found(load_model, job) is None:
         require_fit(job.source, job.plan, job.decoder)
-    output = request.output
-    if output is not None and not published_by(job, output):
-        _refuse_existing(request)
-    if output is not None and not (elsewhere or request.overwrite):
-        require_same_means(job, output)
+    _check_published(job, request, elsewhere)
     for step in job.steps:
         if step.calib is not None:
             check_section(source, step.calib, partial(_found, calibration_set, job, step.calib))
@@ -215,6 +207,14 @@ def _named_model(request: Request) -> str:
 def _open_model(request: Request) -> Source:
     named, digests = _named_model(request), request.store / "digests"
     return look_up(named, digests) if is_hub_id(named) else open_source(Path(named), digests)
+
+
+def _check_dtype(job: Job) -> None:
+    asked = str(job.recipe.model.torch_dtype)
+    if asked not in ("auto", str(job.dtype).removeprefix("torch.")):
+        raise InputError(
+            f"model.torch_dtype: {asked}, but the checkpoint is {job.dtype}; write auto"
+        )
 
 
 _DEVICES = "cpu, cuda or cuda:N, or several with commas between"
@@ -312,6 +312,17 @@ def _check_places(request: Request) -> None:
     check_output(request.output)
     if begun(request.store, request.output) is None:
         _refuse_existing(request)
+
+
+def _check_published(job: Job, request: Request, elsewhere: bool) -> None:
+    """Refuse an output of other work, or of this very work by other means, unless replaced."""
+    output = request.output
+    if output is None:
+        return
+    if not published_by(job, output):
+        _refuse_existing(request)
+    if not (elsewhere or request.overwrite):
+        require_same_means(job, output)
 
 
 def _refuse_existing(request: Request) -> None:
