@@ -58,18 +58,14 @@ def up() -> Services:
         raise InputError(f"BLOCKQUANT_HOME: {folder.parent} is too long a name; give a shorter one")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "up.lock"):
-        services = saved(folder)
-        anew = services is None or not _is_running(folder)
-        if services is None or anew:
-            _end_leftovers(folder)
-            services = _chosen(folder, services)
-            services.save()
-            _start_supervisor(services)
+        before = saved(folder)
+        running = before if before is not None and _is_running(folder) else None
+        services = running or _supervised(folder, before)
         _start(services, "mlflow")
         _start(services, "prefect")
         _wait(services, "prefect", lambda: _answers(f"{services.prefect_url}/api/health"))
         _deploy(services)
-        if anew:
+        if running is None:
             end_lost(f"{services.prefect_url}/api", folder)
         for number in range(services.workers):
             _start(services, f"worker-{number}")
@@ -105,6 +101,15 @@ def environment(services: Services) -> dict[str, str]:
     place = {"BLOCKQUANT_HOME": str(home()), SERVICES: str(services.folder)}
     prefect = {"PREFECT_HOME": str(settings().prefect_home)}
     return {**OFFLINE, **prefect, **kept, **place, **unproxied(kept)}
+
+
+def _supervised(folder: Path, before: Services | None) -> Services:
+    """End what is left of the last time, and have supervisor run, with no service yet."""
+    _end_leftovers(folder)
+    services = _chosen(folder, before)
+    services.save()
+    _start_supervisor(services)
+    return services
 
 
 def _chosen(folder: Path, before: Services | None) -> Services:

@@ -42,9 +42,9 @@ def store_gc(
 ) -> None:
     """Remove entries not used for some days, and what dead processes left half-written."""
     from tasks.engine.settings import settings
-    from tasks.engine.store import Store
+    from tasks.engine.store import DAY_S, Store
 
-    removed, freed = Store(settings(store).store).collect(days * 86400)
+    removed, freed = Store(settings(store).store).collect(days * DAY_S)
     if as_json:
         print(json.dumps({"removed": removed, "bytes": freed}))
         return

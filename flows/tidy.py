@@ -10,9 +10,7 @@ from prefect.states import Completed
 
 from tasks.engine.errors import InputError
 from tasks.engine.settings import settings
-from tasks.engine.store import Store
-
-DAY_S = 86400
+from tasks.engine.store import DAY_S, Store
 
 
 @flow(name="tidy", validate_parameters=False)

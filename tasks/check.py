@@ -356,12 +356,11 @@ def _check_room(job: Job, request: Request, prediction: Prediction) -> None:
     needed = [("store", request.store, prediction.store_bytes)]
     if request.output is not None:
         needed.append(("output", request.output.parent, prediction.export_bytes))
-    begun_before = under_way(request.store, work_identity(job, request.output))
     for option, place, size in needed:
         try:
             check_disk(option, place, size)
         except InputError as error:
-            if not begun_before:
+            if not under_way(request.store, work_identity(job, request.output)):
                 raise
             # what it made before is found, and takes no room again
             log.warning("%s; it goes on, for a part is done", error)

@@ -26,6 +26,7 @@ from torch import Tensor
 from tasks.engine.draft import Draft
 
 MANIFEST = "manifest.json"
+DAY_S = 86400
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,17 @@ from tasks.engine.settings import Settings
 from tasks.engine.tracking import Point
 
 
+def short(words: Path, *more: str) -> list[str]:
+    """Overrides of a run that is over soon: two small windows, nothing drawn or served."""
+    evaluated = f"eval={{name: text, path: {words}, windows: 2, seq_len: 32, report: false}}"
+    return ["serving.smoke_test=false", evaluated, *more]
+
+
+def sets(overrides: Iterable[str]) -> tuple[str, ...]:
+    """Overrides as a command takes them."""
+    return tuple(part for each in overrides for part in ("--set", each))
+
+
 def test_the_reason_of_a_failure_is_not_replaced_by_that_of_mlflow(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -45,10 +56,8 @@ def test_a_source_that_changed_in_place_has_a_run_of_its_own(
     here, services, home: Path, tiny: Path, words: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(tiny, tmp_path / "model")
-    evaluated = f"eval={{name: text, path: {words}, windows: 2, seq_len: 32, report: false}}"
-    fast = ("serving.smoke_test=false", "serving.check_kernels=false", evaluated)
     given = ("rtn_w4a16", "--model", model, "--output", tmp_path / "out", "--json")
-    given += tuple(part for each in fast for part in ("--set", each))
+    given += sets(short(words, "serving.check_kernels=false"))
     # published, and not ended
     failed = here("quantize", *given, "--upload", "file:///proc/nowhere")
     assert failed.status == 1
@@ -84,10 +93,8 @@ def test_errors_of_blocks_are_told_as_they_are_made_and_together_where_they_are_
         log_points(self, listed)
 
     monkeypatch.setattr(ToldRun, "log_points", noted)
-    evaluated = f"eval={{name: text, path: {words}, windows: 2, seq_len: 32, report: false}}"
-    fast = ("serving.smoke_test=false", "gate.registry=false", evaluated)
     given = ("rtn_w4a16", "--model", tiny, "--output", tmp_path / "out", "--overwrite")
-    given += tuple(part for each in fast for part in ("--set", each))
+    given += sets(short(words, "gate.registry=false"))
     given += ("--set", "quant.weight.group_size=64")
     assert here("quantize", *given).status == 0
     assert told == [{0}, {1}]
@@ -100,8 +107,7 @@ def test_errors_of_blocks_are_told_as_they_are_made_and_together_where_they_are_
 def test_a_decision_that_comes_while_the_end_is_told_is_followed(
     here, services, tiny: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kl
 ) -> None:
-    evaluated = f"eval={{name: text, path: {words}, windows: 2, seq_len: 32, report: false}}"
-    fast = ["serving.smoke_test=false", evaluated]
+    fast = short(words)
     fast += ["gate.max_nll_increase=9", "gate.min_top1_agreement=0"]
     fast += [f"gate.against_champion.{name}=9" for name in ("kl", "nll_increase")]
     fast += ["gate.against_champion.top1_agreement=1"]
@@ -109,7 +115,7 @@ def test_a_decision_that_comes_while_the_end_is_told_is_followed(
 
     def quantized(*overrides: str):
         given = ("rtn_w4a16", "--model", tiny, "--output", out, "--overwrite", "--json")
-        given += tuple(part for each in [*fast, *overrides] for part in ("--set", each))
+        given += sets([*fast, *overrides])
         return here("quantize", *given, "--upload", f"file://{kept}")
 
     first = quantized("gate.max_kl=9").json
@@ -156,8 +162,7 @@ def test_the_nightly_flow_sends_what_another_night_could_not(
 ) -> None:
     from flows.requantize import requantize
 
-    evaluated = f"eval={{name: text, path: {words}, windows: 2, seq_len: 32, report: false}}"
-    fast = ["serving.smoke_test=false", "serving.check_kernels=false", evaluated]
+    fast = short(words, "serving.check_kernels=false")
     output = str(tmp_path / "out")
 
     def night() -> None:
@@ -183,8 +188,7 @@ def test_the_nightly_flow_publishes_what_its_recipe_asks_for_now(
 ) -> None:
     from flows.requantize import requantize
 
-    evaluated = f"eval={{name: text, path: {words}, windows: 2, seq_len: 32, report: false}}"
-    fast = ["serving.smoke_test=false", "serving.check_kernels=false", evaluated]
+    fast = short(words, "serving.check_kernels=false")
     out = tmp_path / "out"
 
     def night(*more: str) -> str | None:

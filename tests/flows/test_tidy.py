@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.tidy import DAY_S, tidy
+from flows.tidy import tidy
 from tasks.engine import store as module
 from tasks.engine.errors import InputError
-from tasks.engine.store import Store
+from tasks.engine.store import DAY_S, Store
 
 pytestmark = pytest.mark.usefixtures("services")
 

@@ -256,7 +256,6 @@ def test_messages_outlive_a_killed_process(place, home, away, tmp_path):
     script = """
 import os, signal, sys
 from pathlib import Path
-from typing import Any
 from tests.places import place_in
 from tests.tasks.engine.test_journal import tell
 from tasks.engine.journal import told_run
